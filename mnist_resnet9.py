@@ -1,0 +1,1232 @@
+"""ResNet9 on MNIST, every forward and backward pass written by hand on NumPy or CuPy.
+
+    python mnist_resnet9.py              train; the same command again continues a run that was stopped
+    python mnist_resnet9.py --help       every setting; each can also be edited below, under "Settings"
+    python plot_figs.py                  curves and failures of the run, afterwards or while it is going on
+
+The network has nine layers with weights. Letters: H, W rows and columns of the image, N images, C channels
+coming in, K channels going out, F features of one image.
+
+    layer          what it does                                               output (H, W, N, K)   parameters
+    conv1          3×3 convolution, relu                                      28, 28, N,  4                 40
+    conv2          3×3 convolution, relu                                      28, 28, N, 16                592
+    conv3, conv4   residual block: relu(x + conv4(relu(conv3(x))))            28, 28, N, 16              4,640
+    pool           the largest (or the mean) of each 2×2 window               14, 14, N, 16
+    conv5          3×3 convolution, relu                                      14, 14, N, 32              4,640
+    conv6          3×3 convolution, relu                                      14, 14, N, 64             18,496
+    conv7, conv8   residual block                                             14, 14, N, 64             73,856
+    pool           the largest (or the mean) of each 2×2 window                7,  7, N, 64
+    dropout        switches a random share of the features off                N, 3136
+    fc9            linear: ten logits, one a digit                            N, 10                     31,370
+
+How to read it. Every operation is a pair of functions: `y, cache = op(x, …)`, and directly under it
+`op_backward(dy, cache)`. dy is the gradient of the loss with respect to y and has y's shape; the backward pass
+turns it into dx, dw and db, the gradients with respect to what went in. The cache is what the backward pass will
+need of the forward pass. That is all of backpropagation: the network calls the pairs in order, then in reverse.
+"""
+
+import argparse
+import ctypes
+import functools
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(ValueError):
+    """Something the user can put right. main() prints it as one line and ends with exit status 2."""
+
+
+# ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def setting(default, help, at_least=None, at_most=None, below=None, choices=None):
+    """One setting: its default, what it does, and which values make sense."""
+    limits = dict(at_least=at_least, at_most=at_most, below=below, choices=choices)
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What defines a run. Edit the defaults here, or give them as flags: epochs_max is --epochs-max."""
+
+    tag: str = setting("resnet9", "name of the run; its files go to save/<tag>/")
+    seed: int = setting(0, "start of all random numbers: the same seed gives the same run", at_least=0, below=2**63)
+    device: str = setting("auto", "auto takes the GPU when CuPy can use it", choices=("auto", "cpu", "gpu"))
+    data_dir: str = setting("data", "folder with the four MNIST idx files; they are downloaded there if missing")
+    save_dir: str = setting("save", "folder that holds one folder for each run")
+    train_images: int = setting(0, "use only the first so many training images; 0 = all", at_least=0)
+    epochs_max: int = setting(200, "passes over the training images", at_least=1)
+    batch_size: int = setting(64, "images a step: small enough for many updates, large enough for fast GEMM", at_least=1)
+    learning_rate: float = setting(1e-4, "step size of the optimizer (the peak of one_cycle)", at_least=0.0)
+    optimizer: str = setting("adam", "adam scales each parameter's step by its gradient's size", choices=("sgd", "adam"))
+    momentum: float = setting(0.9, "how much of the last step sgd keeps", at_least=0.0, below=1.0)
+    weight_decay: float = setting(0.0, "share of each weight (not bias) taken off, times the learning rate", at_least=0.0)
+    schedule: str = setting("constant", "one_cycle warms up, then cools down to 0", choices=("constant", "one_cycle"))
+    dropout: float = setting(0.9, "share of the features that a training step switches off", at_least=0.0, below=1.0)
+    pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
+    channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
+    augment: float = setting(0.0, "strength of random affine distortions; 1 turns by up to ±12°, shifts by up to ±2 pixels", at_least=0.0)
+    ema: float = setting(0.0, "evaluate with a running mean of the weights that keeps this share a step", at_least=0.0, below=1.0)
+    threads: int = setting(0, "worker threads on the CPU; 0 = one a core; the result does not depend on it", at_least=0, at_most=256)
+
+    def __post_init__(self):
+        for f in fields(self):
+            check_setting(f.name, getattr(self, f.name), f.type, f.metadata)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tag):
+            raise UserError(f"tag {self.tag!r} is no folder name: letters, digits, '.', '_' and '-', at most 100")
+        if len(self.channels) != 4 or not all(isinstance(c, int) and 1 <= c <= 1024 for c in self.channels):
+            raise UserError(f"channels {self.channels} should be four whole numbers from 1 to 1024, as 4,16,32,64")
+
+
+# What a recipe changes in the settings; `--recipe NAME` applies it before the other flags.
+RECIPES = {"reference": {}}
+
+# These say where and how a run is computed, not what is computed: they may differ when it is continued.
+NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
+
+
+def check_setting(name, value, kind, limits):
+    number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+    if not (number or type(value) is kind):
+        raise UserError(f"{name} is {value!r}, but should be of type {kind.__name__}")
+    if limits["choices"] and value not in limits["choices"]:
+        raise UserError(f"{name} is {value!r}, but should be one of {', '.join(limits['choices'])}")
+    low, high, below = limits["at_least"], limits["at_most"], limits["below"]
+    inside = kind not in (int, float) or (
+        math.isfinite(value)
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+        and (below is None or value < below)
+    )
+    if not inside:
+        said = [f"at least {low:g}"] if low is not None else []
+        said += [f"at most {high:g}"] if high is not None else []
+        said += [f"below {below:g}"] if below is not None else []
+        raise UserError(f"{name} is {value}, but should be {' and '.join(said) or 'finite'}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message):
+        if "unrecognized arguments" in message:
+            flags = [a.option_strings[-1] for a in self._actions if a.option_strings]
+            message += f"; the flags are {' '.join(flags)}"
+        raise UserError(message)
+
+
+def whole_numbers(text):
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 4,16,32,64") from None
+
+
+def parse_settings(arguments=None, **preset):
+    """The settings of a command line: defaults, then preset, then the recipe, then the flags. UserError if wrong."""
+    parser = Parser(prog="mnist_resnet9.py", description="Train ResNet9 on MNIST.", allow_abbrev=False)
+    parser.add_argument("--recipe", choices=RECIPES, help="a tried set of settings; other flags come on top of it")
+    for f in fields(Settings):
+        kind = whole_numbers if f.type is tuple else f.type
+        default = ",".join(map(str, f.default)) if f.type is tuple else f.default
+        shown = f"{f.metadata['help']} (default: {default})"
+        if f.metadata["choices"]:
+            shown = f"{' or '.join(f.metadata['choices'])}: {shown}"
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=shown,
+                            metavar=f.name.upper() if f.type in (str, tuple) else f.type.__name__.upper())  # fmt: skip
+    given = vars(parser.parse_args(arguments))
+    recipe = RECIPES.get(given.pop("recipe") or "reference")
+    for name in ("data_dir", "save_dir"):  # a path on the command line starts where the user is
+        if name in given:
+            given[name] = str(Path(given[name]).absolute())
+    return Settings(**{**preset, **recipe, **given})
+
+
+# ── Array module ──────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# xp is NumPy or CuPy; both have the same functions, so the network is written once for CPU and GPU.
+
+xp = np
+
+
+def use_device(device):
+    """Points xp to CuPy or NumPy as `device` asks (auto, cpu, gpu). Returns a line that says what was taken and why."""
+    global xp
+    xp = np
+    if device == "cpu":
+        return "CPU"
+    try:
+        import cupy
+
+        if not cupy.is_available():
+            raise RuntimeError("CuPy finds no CUDA device")
+        a = cupy.arange(6, dtype=cupy.float32).reshape(2, 3)
+        if float((a @ a.T + cupy.exp(-a).sum()).sum()) <= 0:  # a kernel, a GEMM and a reduction, compiled and run
+            raise RuntimeError("a first computation on the GPU gave a wrong result")
+        xp = cupy
+        return f"GPU, {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
+    except Exception as error:  # ImportError, or any of many ways in which a CUDA installation is incomplete
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if device == "gpu":
+            raise UserError(f"device gpu cannot be used: {reason}; --device cpu works everywhere") from None
+        return f"CPU (no GPU: {reason})"
+
+
+def to_host(a):
+    """A NumPy array with the contents of a."""
+    return a if isinstance(a, np.ndarray) else a.get()
+
+
+# ── Threads ───────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# The network has no batch normalisation, so a batch's gradient is exactly the sum of its images' gradients: a batch
+# is cut into shards, each core takes shards, and the results are added in the order of the shards. The size of a
+# shard is fixed, so the result has the same bits on one core or sixteen. NumPy releases Python's lock while it works.
+
+SHARD_IMAGES = 16  # small enough for the caches, large enough that a NumPy call outweighs handing the lock over
+
+
+@functools.lru_cache(maxsize=1)
+def worker_pool(threads):
+    """Worker threads, made once; each calls BLAS for itself, and memory that was used once is kept for the next step."""
+    prepare_process()
+    return ThreadPoolExecutor(threads, thread_name_prefix="shard")
+
+
+@functools.lru_cache(maxsize=1)
+def prepare_process():
+    """One BLAS thread a worker (BLAS threads of their own would fight the workers), and no page faults.
+
+    malloc gives large arrays back to the system and asks for them again, and each new page costs a fault: thousands
+    a step. With these two limits raised it reuses them. Other C libraries than glibc are left as they are.
+    """
+    blas = ctypes.CDLL(sys.modules["numpy.linalg._umath_linalg"].__file__)  # finds the BLAS that NumPy is linked to
+    for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads"):
+        if hasattr(blas, name):
+            getattr(blas, name)(1)
+            break
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+        for limit, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**26)):
+            ctypes.CDLL(None).mallopt(limit, size)
+
+
+def thread_count(settings):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return settings.threads or cores
+
+
+def over_shards(work, N, size, threads):
+    """[work(shard, i) for the i-th slice of `size` images], on several threads; on a GPU all images are one shard."""
+    if xp is not np:
+        return [work(slice(0, N), 0)]
+    shards = [slice(start, min(start + size, N)) for start in range(0, N, size)]
+    if threads == 1 or len(shards) == 1:
+        prepare_process()
+        return [work(shard, i) for i, shard in enumerate(shards)]
+    return list(worker_pool(threads).map(work, shards, range(len(shards))))
+
+
+# ── Random numbers ────────────────────────────────────────────────────────────────────────────────────────────────
+
+ORDER, STEP, INIT = 1, 2, 3  # what random numbers are for; each purpose has a stream of its own
+
+
+def random_stream(seed, purpose, epoch=0, step=0):
+    """A generator that is a function of its arguments alone (Philox counts, it remembers nothing).
+
+    So a run that is continued needs no saved state of a generator, and draws exactly what it would have drawn.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
+
+
+def shard_streams(rng, count):
+    """One generator for each shard, on the device that xp computes on."""
+    keys = rng.integers(2**63, size=count)
+    if xp is not np:
+        return [xp.random.Generator(xp.random.Philox4x3210(int(key))) for key in keys]
+    return [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+
+
+# ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0…1
+MAX_IMAGES = 300_000  # nothing larger is read, whatever a file's header or a gzip stream claims
+
+
+class IdxFile(NamedTuple):
+    """An idx file: its name, and SHA-256 of its decompressed bytes in MNIST and in the sample in data/sample."""
+
+    name: str
+    mnist: str
+    sample: str
+
+
+FILES = {
+    "train_images": IdxFile(
+        "train-images-idx3-ubyte",
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "0393ef47a54d9409156f803f9dadf5db43946dfc63ea96181bda88036556bfd8",
+    ),
+    "train_labels": IdxFile(
+        "train-labels-idx1-ubyte",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "406364f750f5359332e38c570a6469f84c3c60c099416f6b656a2351fbbf5158",
+    ),
+    "test_images": IdxFile(
+        "t10k-images-idx3-ubyte",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "c6b89a3fbb98245a30317cdbd6f149b356cce15753cb61c604857636990a65db",
+    ),
+    "test_labels": IdxFile(
+        "t10k-labels-idx1-ubyte",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        "2062e20a1fa5d7a7e4369877d332ecc151eeb3bb4a7feb6da696628cde98bd8c",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str  # what figures and logs call it
+    hashes: dict  # file name → SHA-256 of the decompressed file
+    notes: tuple  # what the user should know about where the data came from
+    train_images: Any  # (60000, 28, 28) uint8
+    train_labels: Any  # (60000,) uint8
+    test_images: Any  # (10000, 28, 28) uint8
+    test_labels: Any  # (10000,) uint8
+
+
+def load_mnist(data_dir="data"):
+    """The data set in data_dir (taken from the script's folder if relative), downloaded first where it is missing.
+
+    Another data set of MNIST's format is fine in a folder of its own. With neither files nor network the sample in
+    data/sample serves, and says so in .name and .notes. UserError names a file that is damaged or does not belong.
+    """
+    folder, notes = HERE / data_dir, ()
+    missing = [file.name for file in FILES.values() if find_idx(folder, file.name) is None]
+    if missing:
+        try:
+            for name in missing:
+                download(name, folder)
+        except OSError as error:
+            sample = HERE / "data" / "sample"
+            notes = (f"NOT MNIST: {folder} lacks {', '.join(missing)}, and no download worked ({error}).",
+                     f"Using the bundled sample instead: {sample}, 4,000 images to train on and 1,000 to test.")  # fmt: skip
+            folder = sample
+    arrays, hashes = {}, {}
+    for role, file in FILES.items():
+        path = find_idx(folder, file.name)
+        if path is None:
+            raise UserError(f"{folder} has no {file.name}[.gz]; README.md says where to get it")
+        arrays[role], hashes[file.name] = read_idx(path, images="images" in role)
+    for part in ("train", "test"):
+        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
+        if images != labels:
+            raise UserError(f"{folder} has {images} {part} images but {labels} labels; are files of two sets mixed?")
+    name = name_dataset(folder, hashes)
+    if not notes and name != "MNIST":
+        notes = (f"The files in {folder} are not MNIST's (other hashes); this run is on {name!r}.",)
+    return Dataset(name, hashes, notes, **arrays)
+
+
+def find_idx(folder, name):
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def read_idx(path, images):
+    """(array of the idx file at path, SHA-256 of its decompressed bytes). UserError if it is anything else.
+
+    The format: four bytes of magic number, the size of each dimension as a big-endian int32, then one byte a value.
+    """
+    again = "delete it and start again to download it anew"
+    header = 16 if images else 8
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            head = file.read(header)
+            magic, count, *size = np.frombuffer(head, ">i4").tolist() if len(head) == header else (0, 0)
+            if magic != (0x803 if images else 0x801) or size not in ([28, 28], []):
+                what = f"28×28 {'images' if images else 'pixels'}" if images else "labels"
+                raise UserError(f"{path} is no idx file of {what} (it begins with {head[:16]!r}); {again}")
+            if not 0 < count <= MAX_IMAGES:
+                raise UserError(f"{path} claims to hold {count} entries, but should hold 1 to {MAX_IMAGES}; {again}")
+            body = file.read(count * math.prod(size) + 1)  # one more than belongs there shows trailing bytes
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged or no gzip file ({error}); {again}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    if len(body) != count * math.prod(size):
+        problem = "is cut short" if len(body) < count * math.prod(size) else "has bytes after its end"
+        raise UserError(f"{path} {problem}: its header announces {count} entries; {again}")
+    array = np.frombuffer(body, np.uint8).reshape(count, *size)
+    if not images and array.max() > 9:
+        raise UserError(f"{path} has a label {array.max()}, but labels are the digits 0 to 9; {again}")
+    return array, hashlib.sha256(head + body).hexdigest()
+
+
+def name_dataset(folder, hashes):
+    """MNIST, its sample, or the folder's name. UserError where only some files are MNIST's: the others are damaged."""
+    for name, known in (("MNIST", "mnist"), ("MNIST sample", "sample")):
+        wrong = [file.name for file in FILES.values() if hashes[file.name] != getattr(file, known)]
+        if not wrong:
+            return name
+        if len(wrong) < len(FILES) or (name == "MNIST" and folder == HERE / "data"):
+            raise UserError(f"{folder}: {', '.join(wrong)} should have {name}'s contents but has not (SHA-256 differs); "
+                            "delete and start again to download anew, or keep another data set in another --data-dir")  # fmt: skip
+    return folder.name
+
+
+def download(name, folder):
+    """Puts MNIST's file `name` into folder, from the first mirror that sends the right bytes. OSError if none does."""
+    right = next(file.mnist for file in FILES.values() if file.name == name)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{name}.gz.part{os.getpid()}"
+    problems = []
+    for mirror in MIRRORS:
+        url = f"{mirror}{name}.gz"
+        try:
+            with urllib.request.urlopen(url, timeout=20) as answer, open(part, "wb") as file:
+                size = int(answer.headers.get("Content-Length") or 0)
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=name, leave=False, disable=None) as bar:
+                    while (block := answer.read(2**16)) and file.tell() < 2**25:
+                        bar.update(file.write(block))
+            if read_idx(part.rename(part.with_suffix(".gz")), images="images" in name)[1] != right:
+                raise OSError("its bytes are not MNIST's")
+            part.with_suffix(".gz").replace(folder / f"{name}.gz")
+            return
+        except (OSError, ValueError) as error:  # no network, a time-out, HTTP errors; UserError is a ValueError
+            problems.append(f"{url}: {getattr(error, 'reason', error)}")
+        finally:
+            part.unlink(missing_ok=True)
+            part.with_suffix(".gz").unlink(missing_ok=True)
+    raise OSError("; ".join(problems))
+
+
+def to_input(images, dtype):
+    """(N, 28, 28) pixels 0…255 → the network's input (28, 28, N, 1), with mean 0 and variance 1 over the data set."""
+    x = images.astype(dtype) / 255
+    return ((x - PIXEL_MEAN) / PIXEL_STD).transpose(1, 2, 0)[..., None]
+
+
+def augment(images, strength, rng):
+    """Each image turned, scaled, sheared and shifted at random: (N, 28, 28) → (N, 28, 28) float32, pixels 0…255.
+
+    Every pixel of the result looks up where it came from: source = A (pixel − centre) + centre + shift, and takes
+    the mean of the four pixels around that point, weighted by nearness (bilinear). Outside the image all is 0.
+    """
+    N, H, W = images.shape
+    r = strength * (2 * rng.random((6, N), dtype=xp.float32) - 1)  # (6, N) uniform in ±strength
+    turn, shear = math.radians(12) * r[0], 0.15 * r[1]
+    wide, high = 1 + 0.12 * r[2], 1 + 0.12 * r[3]
+    cos, sin = xp.cos(turn), xp.sin(turn)
+    A = xp.stack([cos / high, sin / high, (shear * cos - sin) / wide, (shear * sin + cos) / wide])  # (4, N)
+    y, x = xp.meshgrid(xp.arange(H) - (H - 1) / 2, xp.arange(W) - (W - 1) / 2, indexing="ij")
+    y, x = y.ravel().astype(xp.float32), x.ravel().astype(xp.float32)  # (H·W,) from the centre
+    row = A[0][:, None] * y + A[1][:, None] * x + (2 * r[4] + (H - 1) / 2)[:, None]  # (N, H·W)
+    col = A[2][:, None] * y + A[3][:, None] * x + (2 * r[5] + (W - 1) / 2)[:, None]
+    row, col = xp.clip(row, -1, H), xp.clip(col, -1, W)  # all that lies outside meets the border of zeros
+    padded = xp.zeros((N, H + 3, W + 3), xp.float32)
+    padded[:, 1 : H + 1, 1 : W + 1] = images
+    top, left = xp.floor(row), xp.floor(col)
+    down, right = row - top, col - left  # how far below and to the right of the top left neighbour
+    at = (top.astype(xp.int32) + 1) * (W + 3) + left.astype(xp.int32) + 1 + xp.arange(N)[:, None] * ((H + 3) * (W + 3))
+    pixels = padded.ravel()
+    upper = pixels[at] * (1 - right) + pixels[at + 1] * right
+    lower = pixels[at + W + 3] * (1 - right) + pixels[at + W + 4] * right
+    return (upper * (1 - down) + lower * down).reshape(N, H, W)
+
+
+# ── Operations ────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# Each comes with its backward pass directly underneath. The chain rule is the only rule: from dy, the gradient of
+# the loss with respect to y, follows dx = dy · ∂y/∂x. Where x goes into y in several ways, its gradients add.
+
+
+def relu(x):
+    """y = max(x, 0), element by element."""
+    mask = x > 0
+    return x * mask, mask  # cache: one bit a number is all that the backward pass needs
+
+
+def relu_backward(dy, mask):
+    return dy * mask  # the slope is 1 where x > 0, and 0 elsewhere
+
+
+def softmax(x):
+    """probs = exp(x) / Σ exp(x), row by row: (N, K) numbers → (N, K) probabilities."""
+    e = xp.exp(x - x.max(axis=1, keepdims=True))  # subtracting the maximum changes no probability, and never overflows
+    probs = e / e.sum(axis=1, keepdims=True)
+    return probs, probs
+
+
+def softmax_backward(dprobs, probs):
+    # ∂probs_i/∂x_j = probs_i (1[i=j] − probs_j), so dx = probs · (dprobs − Σ dprobs · probs)
+    return probs * (dprobs - (dprobs * probs).sum(axis=1, keepdims=True))
+
+
+def cross_entropy(probs, labels):
+    """loss = −mean log probs[label]: 0 when the right class has probability 1."""
+    N = len(labels)
+    return -xp.log(probs[xp.arange(N), labels]).mean(), (probs, labels)
+
+
+def cross_entropy_backward(dloss, cache):
+    probs, labels = cache
+    rows = xp.arange(len(labels))
+    dprobs = xp.zeros_like(probs)
+    dprobs[rows, labels] = -dloss / (len(labels) * probs[rows, labels])  # 1/N enters here, from the mean
+    return dprobs
+
+
+def cross_entropy_loss(logits, labels):
+    """Softmax and cross-entropy in one: loss = mean (log Σ exp(logits) − logits[label]). What the training uses.
+
+    Working with logarithms throughout, it stays exact where a probability is too small for a float.
+    """
+    shifted = logits - logits.max(axis=1, keepdims=True)  # (N, K)
+    log_sum = xp.log(xp.exp(shifted).sum(axis=1))  # (N,)
+    loss = (log_sum - shifted[xp.arange(len(labels)), labels]).mean()
+    return loss, (shifted - log_sum[:, None], labels)  # cache: the logarithms of the probabilities
+
+
+def cross_entropy_loss_backward(dloss, cache):
+    # d(log Σ exp)/dlogits = probs and d(logits[label])/dlogits = onehot, so dlogits = (probs − onehot) / N
+    log_probs, labels = cache
+    dlogits = xp.exp(log_probs)
+    dlogits[xp.arange(len(labels)), labels] -= 1
+    return dlogits * (dloss / len(labels))  # 1/N enters here, from the mean
+
+
+def dropout(x, rate, rng):
+    """Switches each feature off with probability `rate`; the others grow by 1/(1 − rate), so the expectation stays.
+
+    Without rng (evaluation) y = x. Srivastava et al. 2014, in its inverted form.
+    """
+    if rng is None or rate == 0:
+        return x, None
+    mask = (rng.random(x.shape, dtype=xp.float32) >= rate) * x.dtype.type(1 / (1 - rate))
+    return x * mask, mask  # cache: which features were on, and their factor
+
+
+def dropout_backward(dy, mask):
+    return dy if mask is None else dy * mask  # y = x · mask
+
+
+def linear(x, w, b):
+    """y = x @ w + b: (N, F) @ (F, K) + (K,)."""
+    return x @ w + b, (x, w)  # cache: each factor is the other one's slope
+
+
+def linear_backward(dy, cache):
+    x, w = cache
+    dx = dy @ w.T  # (N, F)
+    dw = x.T @ dy  # (F, K), the sum over the images
+    db = dy.sum(axis=0)  # (K,)
+    return dx, dw, db
+
+
+def windows(x, size):
+    """The size×size windows of x as a view: (H, W, N, C) → (H/size, size, W/size, size, N, C)."""
+    H, W, N, C = x.shape
+    h, w = H // size, W // size  # a last row or column that fills no window is left out
+    return x[: h * size, : w * size].reshape(h, size, w, size, N, C)
+
+
+def from_windows(d, shape):
+    """The reverse: gradients of the windows as gradient of x; what no window covers gets 0."""
+    h, size, w = d.shape[:3]
+    d = d.reshape(h * size, w * size, *d.shape[4:])
+    if d.shape == shape:
+        return d
+    dx = xp.zeros(shape, d.dtype)
+    dx[: h * size, : w * size] = d
+    return dx
+
+
+def avg_pool2d(x, size=2):
+    """y = mean of each size×size window: (H, W, N, C) → (H/size, W/size, N, C)."""
+    return windows(x, size).mean(axis=(1, 3)), (x.shape, size)
+
+
+def avg_pool2d_backward(dy, cache):
+    shape, size = cache  # every pixel of a window has the slope 1/size²
+    share = xp.broadcast_to((dy / size**2)[:, None, :, None], (dy.shape[0], size, dy.shape[1], size, *dy.shape[2:]))
+    return from_windows(share, shape)
+
+
+def max_pool2d(x, size=2):
+    """y = maximum of each size×size window: (H, W, N, C) → (H/size, W/size, N, C).
+
+    The cache is a mask of every position that equals the maximum, ties included. Pixels whose surroundings are
+    equal (background) tie, but their values were summed up in different orders: equal means up to that rounding.
+    """
+    v = windows(x, size)
+    y = functools.reduce(xp.maximum, (v[:, i, :, j] for i in range(size) for j in range(size)))
+    rounding = 8 * xp.finfo(x.dtype).eps
+    mask = v >= (y - rounding * (1 + abs(y)))[:, None, :, None]
+    return y, (mask, x.shape)
+
+
+def max_pool2d_backward(dy, cache):
+    mask, shape = cache
+    return from_windows(dy[:, None, :, None] * mask, shape)  # the gradient goes to every maximum, and nowhere else
+
+
+# A convolution slides a k×k kernel over the image: y[h, w] = b + Σ x[h+i−r, w+j−r] @ w[i, j] over i, j = 0 … k−1,
+# with r = (k−1)/2 and zeros beyond the border ("same" padding: y is as large as x). x is (H, W, N, C), w is
+# (k, k, C, K), y is (H, W, N, K). Two ways to compute it follow: the first explains, the second is fast.
+
+
+def conv2d(x, w, b):
+    """y = x * w + b, (H, W, N, C) → (H, W, N, K), any odd k, stride 1. It takes the faster of the two ways."""
+    if w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS:
+        y, cache = conv2d_winograd(x, w, b)
+        return y, (conv2d_winograd_backward, cache)
+    y, cache = conv2d_im2col(x, w, b)
+    return y, (conv2d_im2col_backward, cache)
+
+
+def conv2d_backward(dy, cache):
+    backward, cache = cache
+    return backward(dy, cache)
+
+
+def conv2d_im2col(x, w, b):
+    """The convolution as one matrix product: every pixel's k×k surroundings become a column ("image to columns").
+
+    The bias is the weight of one more input that is always 1, so the product adds it too.
+    """
+    (H, W, N, C), (k, _, _, K) = x.shape, w.shape
+    r = k // 2
+    padded = xp.zeros((C, H + 2 * r, W + 2 * r, N), x.dtype)
+    padded[:, r : r + H, r : r + W] = x.transpose(3, 0, 1, 2)
+    cols = xp.ones((k * k * C + 1, H * W * N), x.dtype)  # the last row stays 1
+    taps = cols[:-1].reshape(k, k, C, H, W, N)
+    for i in range(k):
+        for j in range(k):
+            taps[i, j] = padded[:, i : i + H, j : j + W]  # the image, seen from tap (i, j) of the kernel
+    wb = xp.concatenate([w.reshape(k * k * C, K), b[None]])  # (k·k·C + 1, K)
+    y = cols.T @ wb  # (H·W·N, K)
+    return y.reshape(H, W, N, K), (cols, w, x.shape)  # cache: as in linear, each factor is the other one's slope
+
+
+def conv2d_im2col_backward(dy, cache):
+    cols, w, (H, W, N, C) = cache
+    k, K = w.shape[0], w.shape[3]
+    r = k // 2
+    dy = dy.reshape(H * W * N, K)
+    dwb = cols @ dy  # (k·k·C + 1, K), from y = colsᵀ @ wb
+    dw, db = dwb[:-1].reshape(w.shape), dwb[-1]
+    dcols = (w.reshape(k * k * C, K) @ dy.T).reshape(k, k, C, H, W, N)
+    dpadded = xp.zeros((C, H + 2 * r, W + 2 * r, N), dy.dtype)
+    for i in range(k):
+        for j in range(k):
+            dpadded[:, i : i + H, j : j + W] += dcols[i, j]  # a pixel was in k² columns, so k² gradients add
+    return dpadded[:, r : r + H, r : r + W].transpose(1, 2, 3, 0), dw, db
+
+
+# The fast way (Winograd; Lavin and Gray 2016, arXiv:1509.09308). Take the pixels of a row as coefficients of one
+# polynomial and the kernel's three taps as those of another. Convolution is multiplying polynomials, and a product
+# of polynomials is known when its values at enough points are known: evaluate both at m+2 points, multiply the
+# values, interpolate. That costs m+2 multiplications for m outputs instead of 3m; in two dimensions (m+2)² for m²
+# instead of 9m², with m = 5 a quarter to a fifth. Evaluating and interpolating are linear, so they are three
+# constant matrices: y = A (B x ⊙ G w), where x is a tile of (m+2)² pixels, y one of m² pixels, w the 3×3 kernel.
+# Being linear in x and in w, its backward pass is the same with transposed matrices.
+
+WINOGRAD_POINTS = (0, 1, -1, 1 / 2, -2, 2)  # small and simple, which keeps the rounding errors small
+WINOGRAD_TILES = (4, 5)  # outputs a side, m; the larger, the fewer multiplications and the more rounding
+WINOGRAD_MIN_CHANNELS = 16  # with fewer, the transforms cost more than the multiplications that they save
+
+
+@functools.lru_cache(maxsize=None)
+def winograd_matrices(m, dtype, _xp):
+    """A (m², n²), B (n², n²), G (n², 9) for m×m outputs from n×n pixels, n = m + 2 (Cook and Toom's construction)."""
+    n = m + 2
+    points = np.array(WINOGRAD_POINTS[: n - 1], float)  # the n-th point is infinity: it reads the highest coefficient
+    A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))
+    for j, p in enumerate(points):
+        others = np.delete(points, j)
+        A[:, j] = p ** np.arange(m)
+        B[j, : n - 1] = np.poly(others)[::-1]  # the polynomial that is 0 at all other points
+        G[j] = p ** np.arange(3) / np.prod(p - others)
+    A[m - 1, n - 1] = G[n - 1, 2] = 1
+    B[n - 1] = np.poly(points)[::-1]
+    return tuple(xp.asarray(np.kron(M, M), dtype) for M in (A, B, G))  # rows and columns at once
+
+
+def conv2d_winograd(x, w, b):
+    """The same convolution for k = 3, with (m+2)² instead of 9m² multiplications for every m×m outputs."""
+    (H, W, N, C), K = x.shape, w.shape[3]
+    m = min(WINOGRAD_TILES, key=lambda m: -(-H // m) * -(-W // m) * (m + 2) ** 2)  # the fewest multiplications
+    n, T, S = m + 2, -(-H // m), -(-W // m)  # T×S tiles cover the image; they overlap by 2 pixels
+    A, B, G = winograd_matrices(m, x.dtype, xp)
+    padded = xp.zeros((T * m + 2, S * m + 2, N, C), x.dtype)
+    padded[1 : H + 1, 1 : W + 1] = x
+    tiles = xp.lib.stride_tricks.sliding_window_view(padded, (n, n), axis=(0, 1))[::m, ::m]  # (T, S, N, C, n, n)
+    X = B @ tiles.transpose(4, 5, 0, 1, 2, 3).reshape(n * n, T * S * N * C)
+    X = X.reshape(n * n, T * S * N, C)
+    U = (G @ w.reshape(9, C * K)).reshape(n * n, C, K)
+    M = X @ U  # (n², T·S·N, K): at each of the n² points, a matrix product over the channels
+    M[n + 1] += b  # the value at the points (1, 1) enters every output with the factor 1
+    Y = (A @ M.reshape(n * n, T * S * N * K)).reshape(m, m, T, S, N, K)
+    y = Y.transpose(2, 0, 3, 1, 4, 5).reshape(T * m, S * m, N, K)[:H, :W]
+    return y, (X, U, m, x.shape)  # cache: what was multiplied, as everywhere
+
+
+def conv2d_winograd_backward(dy, cache):
+    X, U, m, (H, W, N, C) = cache
+    n, T, S, K = m + 2, -(-H // m), -(-W // m), U.shape[2]
+    A, B, G = winograd_matrices(m, dy.dtype, xp)
+    if dy.shape[:2] != (T * m, S * m):
+        dy, cut = xp.zeros((T * m, S * m, N, K), dy.dtype), dy
+        dy[:H, :W] = cut
+    dY = dy.reshape(T, m, S, m, N, K).transpose(1, 3, 0, 2, 4, 5).reshape(m * m, T * S * N * K)
+    dM = (A.T @ dY).reshape(n * n, T * S * N, K)
+    db = dM[n + 1].sum(axis=0)
+    dU = X.transpose(0, 2, 1) @ dM  # (n², C, K)
+    dw = (G.T @ dU.reshape(n * n, C * K)).reshape(3, 3, C, K)
+    dX = dM @ U.transpose(0, 2, 1)  # (n², T·S·N, C)
+    tiles = (B.T @ dX.reshape(n * n, T * S * N * C)).reshape(n, n, T, S, N, C).transpose(2, 0, 3, 1, 4, 5)
+    dpadded = xp.zeros((T + 1, m, S + 1, m, N, C), dy.dtype)
+    dpadded[:T, :, :S] = tiles[:, :m, :, :m]  # where tiles overlap, a pixel was in several: their gradients add
+    dpadded[1:, :2, :S] += tiles[:, m:, :, :m]
+    dpadded[:T, :, 1:, :2] += tiles[:, :m, :, m:]
+    dpadded[1:, :2, 1:, :2] += tiles[:, m:, :, m:]
+    return dpadded.reshape((T + 1) * m, (S + 1) * m, N, C)[1 : H + 1, 1 : W + 1], dw, db
+
+
+# ── Blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def conv_block(x, w, b):
+    """relu(x * w + b)."""
+    h, conv = conv2d(x, w, b)
+    y, act = relu(h)
+    return y, (conv, act)
+
+
+def conv_block_backward(dy, cache):
+    conv, act = cache
+    dh = relu_backward(dy, act)
+    return conv2d_backward(dh, conv)  # dx, dw, db
+
+
+def residual_block(x, w1, b1, w2, b2):
+    """relu(x + conv(relu(conv(x)))): two convolutions learn what to add to x. He et al. 2015, arXiv:1512.03385."""
+    h, block = conv_block(x, w1, b1)
+    h, conv = conv2d(h, w2, b2)
+    y, act = relu(x + h)
+    return y, (block, conv, act)
+
+
+def residual_block_backward(dy, cache):
+    block, conv, act = cache
+    dsum = relu_backward(dy, act)  # of x + h: the gradient goes to both alike
+    dh, dw2, db2 = conv2d_backward(dsum, conv)
+    dh, dw1, db1 = conv_block_backward(dh, block)
+    return dsum + dh, dw1, db1, dw2, db2  # x forked: the straight way and the way through the block add
+
+
+# ── The network ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Parameters(dict):
+    """name → array, each a view of one flat vector: `.flat`. So an update of all parameters is a few array operations."""
+
+    def __init__(self, arrays):
+        super().__init__()
+        self.flat = xp.concatenate([a.reshape(-1) for a in arrays.values()])
+        start = 0
+        for name, a in arrays.items():
+            self[name] = self.flat[start : start + a.size].reshape(a.shape)
+            start += a.size
+
+
+def init_params(settings, dtype=np.float32):
+    """He initialisation: normal with variance 2 / (inputs of one output), so relu keeps the size of the signal.
+
+    A residual block adds its branch to its input, so the branch starts small (its second convolution at half size);
+    fc9 starts small too, so the first probabilities are near 1/10 and the first loss is near ln 10.
+    """
+    rng = random_stream(settings.seed, INIT)
+    c1, c2, c3, c4 = settings.channels
+    arrays = {}
+    shapes = [(1, c1), (c1, c2), (c2, c2), (c2, c2), (c2, c3), (c3, c4), (c4, c4), (c4, c4)]
+    for i, (C, K) in enumerate(shapes, start=1):
+        scale = 0.5 if i in (4, 8) else 1
+        arrays[f"conv{i}.weight"] = rng.standard_normal((3, 3, C, K)) * scale * math.sqrt(2 / (9 * C))
+        arrays[f"conv{i}.bias"] = np.zeros(K)
+    arrays["fc9.weight"] = rng.standard_normal((49 * c4, 10)) * 0.1 * math.sqrt(2 / (49 * c4))
+    arrays["fc9.bias"] = np.zeros(10)
+    return Parameters({name: xp.asarray(a, dtype) for name, a in arrays.items()})
+
+
+POOLS = {"max": (max_pool2d, max_pool2d_backward), "avg": (avg_pool2d, avg_pool2d_backward)}
+
+
+def forward(params, x, settings, rng=None):
+    """x (28, 28, N, 1) → logits (N, 10), caches. With rng dropout is on."""
+    p, (pool2d, _) = params, POOLS[settings.pool]
+    h, conv1 = conv_block(x, p["conv1.weight"], p["conv1.bias"])  # (28, 28, N, 4)
+    h, conv2 = conv_block(h, p["conv2.weight"], p["conv2.bias"])  # (28, 28, N, 16)
+    h, res34 = residual_block(h, p["conv3.weight"], p["conv3.bias"], p["conv4.weight"], p["conv4.bias"])
+    h, pool4 = pool2d(h)  # (14, 14, N, 16)
+    h, conv5 = conv_block(h, p["conv5.weight"], p["conv5.bias"])  # (14, 14, N, 32)
+    h, conv6 = conv_block(h, p["conv6.weight"], p["conv6.bias"])  # (14, 14, N, 64)
+    h, res78 = residual_block(h, p["conv7.weight"], p["conv7.bias"], p["conv8.weight"], p["conv8.bias"])
+    h, pool8 = pool2d(h)  # (7, 7, N, 64)
+    shape = h.transpose(2, 0, 1, 3).shape  # (N, 7, 7, 64)
+    features = h.transpose(2, 0, 1, 3).reshape(len(x[0, 0]), -1)  # (N, 3136)
+    features, drop = dropout(features, settings.dropout, rng)
+    logits, fc9 = linear(features, p["fc9.weight"], p["fc9.bias"])  # (N, 10)
+    return logits, (conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, shape, drop, fc9)
+
+
+def backward(dlogits, caches, settings):
+    """dlogits (N, 10) → the gradient of every parameter. Read it beside forward: the same lines from bottom to top."""
+    d, (_, pool2d_backward) = {}, POOLS[settings.pool]
+    conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, shape, drop, fc9 = caches
+    dfeatures, d["fc9.weight"], d["fc9.bias"] = linear_backward(dlogits, fc9)
+    dfeatures = dropout_backward(dfeatures, drop)
+    dh = dfeatures.reshape(shape).transpose(1, 2, 0, 3)  # (7, 7, N, 64)
+    dh = pool2d_backward(dh, pool8)
+    dh, *d78 = residual_block_backward(dh, res78)
+    d["conv7.weight"], d["conv7.bias"], d["conv8.weight"], d["conv8.bias"] = d78
+    dh, d["conv6.weight"], d["conv6.bias"] = conv_block_backward(dh, conv6)
+    dh, d["conv5.weight"], d["conv5.bias"] = conv_block_backward(dh, conv5)
+    dh = pool2d_backward(dh, pool4)
+    dh, *d34 = residual_block_backward(dh, res34)
+    d["conv3.weight"], d["conv3.bias"], d["conv4.weight"], d["conv4.bias"] = d34
+    dh, d["conv2.weight"], d["conv2.bias"] = conv_block_backward(dh, conv2)
+    _, d["conv1.weight"], d["conv1.bias"] = conv_block_backward(dh, conv1)
+    return d
+
+
+class Network(NamedTuple):
+    """What the training needs to know of a network."""
+
+    init_params: Callable  # (settings, dtype) → Parameters
+    forward: Callable  # (params, x, settings, rng) → logits, caches
+    backward: Callable  # (dlogits, caches, settings) → {name: gradient}
+
+
+RESNET9 = Network(init_params, forward, backward)
+
+
+def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
+    """(mean loss, {name: gradient}) of a batch: images (N, 28, 28) pixels 0…255, labels (N,) digits.
+
+    rng (any NumPy generator) turns dropout and augmentation on. Computed in the dtype of params.
+    """
+    N, dtype = len(images), params["fc9.weight"].dtype
+    streams = [None] * N if rng is None else shard_streams(rng, -(-N // SHARD_IMAGES))
+
+    def work(shard, i):
+        x = images[shard]
+        if rng is not None and settings.augment:
+            x = augment(x, settings.augment, streams[i])
+        logits, caches = network.forward(params, to_input(x, dtype), settings, streams[i])
+        loss, cache = cross_entropy_loss(logits, labels[shard])
+        share = len(x) / N  # the batch's mean is the mean of the shards' means, weighted by their sizes
+        gradients = network.backward(cross_entropy_loss_backward(share, cache), caches, settings)
+        return loss * share, Parameters({name: gradients[name] for name in params})
+
+    (loss, gradients), *others = over_shards(work, N, SHARD_IMAGES, thread_count(settings))
+    for shard_loss, shard_gradients in others:
+        loss = loss + shard_loss
+        gradients.flat += shard_gradients.flat
+    return loss, gradients
+
+
+def predict(params, images, settings=Settings(), network=RESNET9):
+    """images (N, 28, 28), pixels 0…255 → logits (N, 10)."""
+
+    def work(shard, _):
+        return network.forward(params, to_input(images[shard], params["fc9.weight"].dtype), settings)[0]
+
+    return xp.concatenate(over_shards(work, len(images), SHARD_IMAGES, thread_count(settings)))
+
+
+# ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def learning_rate(step, steps, settings):
+    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly for 30 % of them, then falls to 0 as a cosine."""
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    rise = 0.3 * steps
+    if step < rise:
+        return settings.learning_rate * (step + 1) / (rise + 1)
+    return settings.learning_rate * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+
+
+def sgd(w, dw, moments, rate, momentum):
+    """moment ← momentum · moment + dw,  w ← w − rate · moment."""
+    moments[0] *= momentum
+    moments[0] += dw
+    w -= rate * moments[0]
+
+
+def adam(w, dw, moments, rate, step, beta1=0.9, beta2=0.999, eps=1e-8):
+    """w ← w − rate · m / (√v + eps), where m and v are running means of dw and dw². Kingma and Ba 2015, arXiv:1412.6980.
+
+    Both start at 0; dividing by 1 − beta^t makes up for that.
+    """
+    m, v = moments
+    m += (1 - beta1) * (dw - m)
+    v += (1 - beta2) * (dw * dw - v)
+    t = step + 1
+    w -= (rate / (1 - beta1**t)) * m / (xp.sqrt(v / (1 - beta2**t)) + eps)
+
+
+@dataclass
+class State:
+    """All that training changes: what a checkpoint holds."""
+
+    params: Parameters
+    moments: Any  # (1 or 2, parameters): what the optimizer remembers
+    ema: Any  # running mean of the parameters, or None
+    step: int = 0  # steps done
+    history: list = field(default_factory=list)  # a row for each epoch, from epoch 0 on: HISTORY names the columns
+
+    def averaged(self):
+        """The parameters to evaluate with."""
+        return self.ema if self.ema is not None else self.params
+
+
+HISTORY = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+
+
+def init_state(settings, network=RESNET9):
+    params = network.init_params(settings)
+    moments = xp.zeros((2 if settings.optimizer == "adam" else 1, params.flat.size), params.flat.dtype)
+    return State(params, moments, Parameters(params) if settings.ema else None)
+
+
+def update(state, gradients, settings, rate):
+    """One step of the optimizer, in place; state.step counts it."""
+    w = state.params.flat
+    if settings.weight_decay:  # decoupled from the gradient: Loshchilov and Hutter 2019, arXiv:1711.05101
+        for name, weight in state.params.items():
+            if name.endswith("weight"):
+                weight *= 1 - rate * settings.weight_decay
+    if settings.optimizer == "adam":
+        adam(w, gradients.flat, state.moments, rate, state.step)
+    else:
+        sgd(w, gradients.flat, state.moments, rate, settings.momentum)
+    if state.ema is not None:
+        keep = min(settings.ema, (1 + state.step) / (10 + state.step))  # a short memory as long as all is new
+        state.ema.flat += (1 - keep) * (w - state.ema.flat)
+    state.step += 1
+
+
+# ── Evaluation, log, checkpoints ──────────────────────────────────────────────────────────────────────────────────
+
+TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first so many, without dropout
+
+
+def evaluate(params, images, labels, settings, network=RESNET9):
+    """(mean loss, accuracy 0…1, probabilities (N, 10)), without dropout."""
+    logits = predict(params, images, settings, network)
+    accuracy = float((logits.argmax(axis=1) == labels).mean())
+    return float(cross_entropy_loss(logits, labels)[0]), accuracy, softmax(logits)[0]
+
+
+def write_file(path, data):
+    """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save_arrays(path, **arrays):
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    write_file(path, stream.getvalue())
+
+
+def save_checkpoint(path, state, settings):
+    if not bool(xp.isfinite(state.params.flat).all()):
+        raise UserError("the parameters are no longer finite; not saved")
+    arrays = {name: to_host(a) for name, a in state.params.items()}
+    if state.ema is not None:
+        arrays |= {f"ema.{name}": to_host(a) for name, a in state.ema.items()}
+    save_arrays(path, **arrays, moments=to_host(state.moments), step=np.int64(state.step),
+                history=np.array(state.history, float).reshape(-1, len(HISTORY)),
+                settings=np.array(json.dumps(asdict(settings))))  # fmt: skip
+
+
+def load_checkpoint(path, settings, network=RESNET9):
+    """The state that save_checkpoint wrote. UserError if the file is damaged or of another network."""
+    state = init_state(settings, network)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in state.params:
+                state.params[name][...] = xp.asarray(arrays[name])
+                if state.ema is not None:
+                    state.ema[name][...] = xp.asarray(arrays[f"ema.{name}"])
+            state.moments[...] = xp.asarray(arrays["moments"])
+            state.step = int(arrays["step"])
+            state.history = arrays["history"].tolist()
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged or of another network ({error})") from None
+    return state
+
+
+class Log:
+    """Says lines on the terminal and in log.txt. It first removes the epochs that the checkpoint does not hold."""
+
+    def __init__(self, path, epochs):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if not (line.split() and line.split()[0].isdigit() and int(line.split()[0]) >= epochs)]
+        write_file(path, "".join(f"{line}\n" for line in kept).encode())
+        self.path = path
+
+    def __call__(self, line=""):
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+
+METRICS = (*HISTORY, "seconds", "images_per_second")
+LOG_HEADER = "epoch  train loss  train acc  test loss  test acc  seconds  images/s  left"
+
+
+def log_line(row, left):
+    epoch, _, train_loss, train_accuracy, test_loss, test_accuracy, seconds, rate = row
+    return (f"{epoch:5d}  {train_loss:10.5f}  {train_accuracy:8.2%}  {test_loss:10.5f}  {test_accuracy:7.2%}"
+            f"  {seconds:7.1f}  {rate:8.0f}  {duration(left)}")  # fmt: skip
+
+
+def duration(seconds):
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def write_metrics(path, rows):
+    lines = [",".join(METRICS)] + [",".join(f"{value:.8g}" for value in row) for row in rows]
+    write_file(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def read_metrics(path):
+    """The rows of metrics.csv, one an epoch from epoch 0 on. UserError if the file is anything else."""
+    try:
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [[float(value) for value in line.split(",")] for line in lines]
+        if header != ",".join(METRICS) or any(len(row) != len(METRICS) for row in rows):
+            raise ValueError("other columns")
+        return rows
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as the metrics of a run ({error})") from None
+
+
+# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class StopSignal:
+    """True once Ctrl-C or a SIGTERM has come: the training ends at the next step, when everything is consistent."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self):
+        self.previous = [(s, signal.signal(s, self.receive)) for s in (signal.SIGINT, signal.SIGTERM)]
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous:
+            signal.signal(number, handler)
+
+    def receive(self, number, _frame):
+        self.number = number
+
+    def __bool__(self):
+        return self.number != 0
+
+
+def open_run(settings, data, device, scripts):
+    """The folder of the run, made if it is new. UserError if it holds anything but an earlier part of this run."""
+    folder = HERE / settings.save_dir / settings.tag
+    config = {
+        "settings": asdict(settings) | {"channels": list(settings.channels)},
+        "data": {"name": data.name, "sha256": data.hashes},
+        "device": device,
+        "versions": {"python": platform.python_version(), xp.__name__: xp.__version__, "numpy": np.__version__},
+    }
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if not (folder / "config.json").is_file():
+                raise UserError(f"{folder} holds something else than a run; choose another --tag")
+            check_same_experiment(folder, config)
+        else:
+            (folder / "code").mkdir(parents=True, exist_ok=True)
+            for script in scripts:
+                shutil.copy(script, folder / "code")
+        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --save-dir") from None
+    return folder
+
+
+def check_same_experiment(folder, config):
+    try:
+        old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        then, then_data = old["settings"], old["data"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); choose another --tag") from None
+    now = config["settings"]
+    differ = [f"{name} {then.get(name)!r}, not {now[name]!r}" for name in now
+              if name not in NOT_THE_EXPERIMENT and then.get(name) != now[name]]  # fmt: skip
+    if then_data != config["data"]["sha256"]:
+        differ.append(f"data {old['data'].get('name')!r}, not {config['data']['name']!r}")
+    if now["schedule"] == "one_cycle" and then.get("epochs_max") != now["epochs_max"]:
+        differ.append(f"epochs_max {then.get('epochs_max')}, not {now['epochs_max']} (one_cycle depends on it)")
+    if differ:
+        raise UserError(f"{folder} holds another experiment: {'; '.join(differ)}; choose another --tag")
+
+
+def same_command():
+    return " ".join(["python", *sys.argv])
+
+
+def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "plot_figs.py")):
+    """Trains until epochs_max or a stop signal, from the last checkpoint if there is one. Returns the exit status."""
+    device = use_device(settings.device)
+    data = load_mnist(settings.data_dir)
+    folder = open_run(settings, data, device, scripts)
+    last = folder / "checkpoint_last.npz"
+    resumed = last.exists()
+    state = load_checkpoint(last, settings, network) if resumed else init_state(settings, network)
+    log = Log(folder / "log.txt", len(state.history))
+
+    images, labels = data.train_images, data.train_labels
+    if settings.train_images:
+        images, labels = images[: settings.train_images], labels[: settings.train_images]
+    N, B = len(images), settings.batch_size
+    steps = -(-N // B)  # an epoch; the last batch may be smaller
+    if len(state.history) > settings.epochs_max:
+        best = max(row[-1] for row in state.history)
+        log(f"{settings.tag} is finished: {settings.epochs_max} epochs, test accuracy {state.history[-1][-1]:.2%} at the "
+            f"last, {best:.2%} at the best. To go further, raise --epochs-max.")  # fmt: skip
+        return 0
+    for note in data.notes:
+        log(f"*** {note}")
+    log(f"{settings.tag}: {data.name}, {N:,} images, {steps} steps an epoch; {state.params.flat.size:,} parameters; {device}"
+        f"{f', {thread_count(settings)} threads' if xp is np else ''}; files in {folder}")  # fmt: skip
+    if resumed:
+        log(f"Continuing after step {state.step:,} of {steps * settings.epochs_max:,}.")
+    log(LOG_HEADER)
+
+    images, labels = xp.asarray(images), xp.asarray(labels)
+    test_images, test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
+    some = slice(0, TRAIN_EVALUATION_IMAGES)
+    metrics = read_metrics(folder / "metrics.csv")[: len(state.history)] if state.history else []
+
+    def end_epoch(epoch, rate, started, images_seen):
+        """Evaluates, logs and saves: log and metrics first, so that a crash in between leaves only what Log removes."""
+        train_loss, train_accuracy, _ = evaluate(state.averaged(), images[some], labels[some], settings, network)
+        test_loss, test_accuracy, probs = evaluate(state.averaged(), test_images, test_labels, settings, network)
+        if not math.isfinite(train_loss + test_loss):
+            raise UserError(diverged(epoch, steps))
+        seconds = time.perf_counter() - started
+        state.history.append([epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy])
+        metrics.append([*state.history[-1], seconds, images_seen / seconds])
+        left = seconds * (settings.epochs_max - epoch) if epoch else 0
+        log(log_line(metrics[-1], left) if epoch else log_line(metrics[-1], 0)[: -len("  0 s")])
+        write_metrics(folder / "metrics.csv", metrics)
+        save_arrays(folder / "predictions.npz", labels=to_host(test_labels),
+                    predictions=to_host(probs.argmax(axis=1)), probabilities=to_host(probs))  # fmt: skip
+        if test_accuracy > max((row[-1] for row in state.history[:-1]), default=-1):
+            save_checkpoint(folder / "checkpoint_best.npz", state, settings)
+        save_checkpoint(last, state, settings)
+
+    def diverged(epoch, step):
+        return (f"the loss is no longer finite at epoch {epoch}, step {step}: the learning rate {settings.learning_rate:g} "
+                f"is probably too high; the checkpoints in {folder} are those from before; try a lower one with another --tag")  # fmt: skip
+
+    with StopSignal() as stop:
+        if not state.history:
+            end_epoch(0, 0.0, time.perf_counter(), 0)
+        estimate_at = state.step + min(20, steps)
+        run_started = time.perf_counter()
+        while len(state.history) <= settings.epochs_max and not stop:
+            epoch, started = len(state.history), time.perf_counter()
+            order = random_stream(settings.seed, ORDER, epoch).permutation(N)
+            first = state.step - (epoch - 1) * steps  # 0, or where the epoch was interrupted
+            bar = tqdm(range(first, steps), desc=f"epoch {epoch}", initial=first, total=steps, unit="step", leave=False,
+                       disable=None, dynamic_ncols=True)  # fmt: skip
+            for step in bar:
+                batch = xp.asarray(order[step * B : (step + 1) * B])
+                rng = random_stream(settings.seed, STEP, epoch, step)
+                rate = learning_rate(state.step, steps * settings.epochs_max, settings)
+                loss, gradients = loss_and_gradients(state.params, images[batch], labels[batch], settings, rng, network)
+                update(state, gradients, settings, rate)
+                if xp is np or step % 50 == 0:  # reading a number from the GPU waits for all that it has to do
+                    if not math.isfinite(loss):
+                        raise UserError(diverged(epoch, step))
+                    bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+                if state.step == estimate_at:
+                    a_step = (time.perf_counter() - run_started) / min(20, steps)
+                    evaluation = (len(test_labels) + len(labels[some])) / B / 3  # forward is a third of a step
+                    seconds = a_step * (steps + evaluation) * (settings.epochs_max - epoch + 1 - step / steps)
+                    log(f"About {duration(seconds)} to epoch {settings.epochs_max} on this machine. "
+                        "Ctrl-C is safe: the same command continues.")  # fmt: skip
+                if stop:
+                    break
+            bar.close()
+            if stop and state.step < epoch * steps:
+                break
+            end_epoch(epoch, rate if steps > first else metrics[-1][1], started, N - first * B)
+        if stop:
+            save_checkpoint(last, state, settings)
+            log(f"Stopped after step {state.step:,}; everything is saved. To continue: {same_command()}")
+            return 128 + stop.number
+    log(f"Finished: test accuracy {state.history[-1][-1]:.2%} at the last epoch, "
+        f"{max(row[-1] for row in state.history):.2%} at the best. Figures: python plot_figs.py {settings.tag}")  # fmt: skip
+    return 0
+
+
+def main(arguments=None):
+    warnings.simplefilter("ignore", RuntimeWarning)  # overflow and the like show in the loss, which is checked
+    try:
+        return run(parse_settings(arguments))
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped before the first step; nothing to save.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
