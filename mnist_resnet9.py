@@ -30,6 +30,7 @@ import ctypes
 import functools
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -54,52 +55,54 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
-
 class UserError(ValueError):
     """Something the user can put right. main() prints it as one line and ends with exit status 2."""
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-def setting(default, help, at_least=None, at_most=None, below=None, choices=None):
+def setting(default, help, between=None, choices=None):
     """One setting: its default, what it does, and which values make sense."""
-    limits = dict(at_least=at_least, at_most=at_most, below=below, choices=choices)
-    return field(default=default, metadata={"help": help, **limits})
-
+    return field(default=default, metadata={"help": help, "between": between, "choices": choices})
 
 @dataclass(frozen=True)
 class Settings:
     """What defines a run. Edit the defaults here, or give them as flags: epochs_max is --epochs-max."""
 
     tag: str = setting("resnet9", "name of the run; its files go to save/<tag>/")
-    seed: int = setting(0, "start of all random numbers: the same seed gives the same run", at_least=0, below=2**63)
+    seed: int = setting(0, "start of all random numbers: the same seed gives the same run", between=(0, 2**63 - 1))
     device: str = setting("auto", "auto takes the GPU when CuPy can use it", choices=("auto", "cpu", "gpu"))
     data_dir: str = setting("data", "folder with the four MNIST idx files; they are downloaded there if missing")
     save_dir: str = setting("save", "folder that holds one folder for each run")
-    train_images: int = setting(0, "use only the first so many training images; 0 = all", at_least=0)
-    epochs_max: int = setting(200, "passes over the training images", at_least=1)
-    batch_size: int = setting(64, "images a step: small enough for many updates, large enough for fast GEMM", at_least=1)
-    learning_rate: float = setting(1e-4, "step size of the optimizer (the peak of one_cycle)", at_least=0.0)
-    optimizer: str = setting("adam", "adam scales each parameter's step by its gradient's size", choices=("sgd", "adam"))
-    momentum: float = setting(0.9, "how much of the last step sgd keeps", at_least=0.0, below=1.0)
-    weight_decay: float = setting(0.0, "share of each weight (not bias) taken off, times the learning rate", at_least=0.0)
+    train_images: int = setting(0, "use only the first so many training images; 0 = all", between=(0, 10**9))
+    epochs_max: int = setting(200, "passes over the training images", between=(1, 10**6))
+    batch_size: int = setting(64, "images a step: small for many updates, large for fast GEMM", between=(1, 10**6))
+    learning_rate: float = setting(1e-4, "step size of the optimizer; the peak of one_cycle", between=(0, 1000))
+    optimizer: str = setting("adam", "adam divides each step by the gradient's usual size", choices=("sgd", "adam"))
+    momentum: float = setting(0.9, "how much of its last step sgd keeps", between=(0, 0.9999))
+    weight_decay: float = setting(0.0, "share taken off each weight, times the learning rate", between=(0, 1000))
     schedule: str = setting("constant", "one_cycle warms up, then cools down to 0", choices=("constant", "one_cycle"))
-    dropout: float = setting(0.9, "share of the features that a training step switches off", at_least=0.0, below=1.0)
+    dropout: float = setting(0.9, "share of the features that a training step switches off", between=(0, 0.9999))
     pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
     channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
-    augment: float = setting(0.0, "strength of random affine distortions; 1 turns by up to ±12°, shifts by up to ±2 pixels", at_least=0.0)
-    ema: float = setting(0.0, "evaluate with a running mean of the weights that keeps this share a step", at_least=0.0, below=1.0)
-    threads: int = setting(0, "worker threads on the CPU; 0 = one a core; the result does not depend on it", at_least=0, at_most=256)
+    augment: float = setting(0.0, "random affine distortions: 1 = ±12° and ±2 pixels, 0 = off", between=(0, 10))
+    ema: float = setting(0.0, "evaluate with a running mean of the weights that keeps this share a step; 0 = off",
+                         between=(0, 0.999999))  # fmt: skip
+    threads: int = setting(0, "worker threads on the CPU, without influence on the result; 0 = one a core", between=(0, 256))
 
     def __post_init__(self):
         for f in fields(self):
-            check_setting(f.name, getattr(self, f.name), f.type, f.metadata)
+            value, between, choices = getattr(self, f.name), f.metadata["between"], f.metadata["choices"]
+            if type(value) is not f.type and (f.type, type(value)) != (float, int):
+                raise UserError(f"{f.name} is {value!r}, but should be of type {f.type.__name__}")
+            if choices and value not in choices:
+                raise UserError(f"{f.name} is {value!r}, but should be one of {', '.join(choices)}")
+            if between and not between[0] <= value <= between[1]:
+                raise UserError(f"{f.name} is {value}, but should be from {between[0]} to {between[1]}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tag):
             raise UserError(f"tag {self.tag!r} is no folder name: letters, digits, '.', '_' and '-', at most 100")
         if len(self.channels) != 4 or not all(isinstance(c, int) and 1 <= c <= 1024 for c in self.channels):
             raise UserError(f"channels {self.channels} should be four whole numbers from 1 to 1024, as 4,16,32,64")
-
 
 # What a recipe changes in the settings; `--recipe NAME` applies it before the other flags.
 RECIPES = {"reference": {}}
@@ -107,61 +110,32 @@ RECIPES = {"reference": {}}
 # These say where and how a run is computed, not what is computed: they may differ when it is continued.
 NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
 
-
-def check_setting(name, value, kind, limits):
-    number = kind is float and isinstance(value, int) and not isinstance(value, bool)
-    if not (number or type(value) is kind):
-        raise UserError(f"{name} is {value!r}, but should be of type {kind.__name__}")
-    if limits["choices"] and value not in limits["choices"]:
-        raise UserError(f"{name} is {value!r}, but should be one of {', '.join(limits['choices'])}")
-    low, high, below = limits["at_least"], limits["at_most"], limits["below"]
-    inside = kind not in (int, float) or (
-        math.isfinite(value)
-        and (low is None or value >= low)
-        and (high is None or value <= high)
-        and (below is None or value < below)
-    )
-    if not inside:
-        said = [f"at least {low:g}"] if low is not None else []
-        said += [f"at most {high:g}"] if high is not None else []
-        said += [f"below {below:g}"] if below is not None else []
-        raise UserError(f"{name} is {value}, but should be {' and '.join(said) or 'finite'}")
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message):
         if "unrecognized arguments" in message:
-            flags = [a.option_strings[-1] for a in self._actions if a.option_strings]
-            message += f"; the flags are {' '.join(flags)}"
+            message += f"; the flags are {' '.join(a.option_strings[-1] for a in self._actions if a.option_strings)}"
         raise UserError(message)
 
-
 def whole_numbers(text):
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 4,16,32,64") from None
-
+    """'4,16,32,64' → (4, 16, 32, 64)."""
+    return tuple(int(part) for part in text.split(","))
 
 def parse_settings(arguments=None, **preset):
     """The settings of a command line: defaults, then preset, then the recipe, then the flags. UserError if wrong."""
     parser = Parser(prog="mnist_resnet9.py", description="Train ResNet9 on MNIST.", allow_abbrev=False)
-    parser.add_argument("--recipe", choices=RECIPES, help="a tried set of settings; other flags come on top of it")
+    parser.add_argument("--recipe", choices=RECIPES, default="reference", help="a tried set of settings; flags come on top")
     for f in fields(Settings):
-        kind = whole_numbers if f.type is tuple else f.type
+        kind, choices = whole_numbers if f.type is tuple else f.type, f.metadata["choices"]
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        shown = f"{f.metadata['help']} (default: {default})"
-        if f.metadata["choices"]:
-            shown = f"{' or '.join(f.metadata['choices'])}: {shown}"
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=shown,
-                            metavar=f.name.upper() if f.type in (str, tuple) else f.type.__name__.upper())  # fmt: skip
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, choices=choices, default=argparse.SUPPRESS,
+                            metavar=None if choices else f.type.__name__.upper().replace("TUPLE", "K,K,K,K"),
+                            help=f"{f.metadata['help']} (default: {default})")  # fmt: skip
     given = vars(parser.parse_args(arguments))
-    recipe = RECIPES.get(given.pop("recipe") or "reference")
-    for name in ("data_dir", "save_dir"):  # a path on the command line starts where the user is
-        if name in given:
-            given[name] = str(Path(given[name]).absolute())
+    recipe = RECIPES[given.pop("recipe")]
+    for name in given.keys() & {"data_dir", "save_dir"}:  # a path on the command line starts where the user is
+        given[name] = str(Path(given[name]).absolute())
     return Settings(**{**preset, **recipe, **given})
 
 
@@ -170,7 +144,6 @@ def parse_settings(arguments=None, **preset):
 # xp is NumPy or CuPy; both have the same functions, so the network is written once for CPU and GPU.
 
 xp = np
-
 
 def use_device(device):
     """Points xp to CuPy or NumPy as `device` asks (auto, cpu, gpu). Returns a line that says what was taken and why."""
@@ -194,7 +167,6 @@ def use_device(device):
             raise UserError(f"device gpu cannot be used: {reason}; --device cpu works everywhere") from None
         return f"CPU (no GPU: {reason})"
 
-
 def to_host(a):
     """A NumPy array with the contents of a."""
     return a if isinstance(a, np.ndarray) else a.get()
@@ -208,13 +180,11 @@ def to_host(a):
 
 SHARD_IMAGES = 16  # small enough for the caches, large enough that a NumPy call outweighs handing the lock over
 
-
 @functools.lru_cache(maxsize=1)
 def worker_pool(threads):
     """Worker threads, made once; each calls BLAS for itself, and memory that was used once is kept for the next step."""
     prepare_process()
     return ThreadPoolExecutor(threads, thread_name_prefix="shard")
-
 
 @functools.lru_cache(maxsize=1)
 def prepare_process():
@@ -233,11 +203,9 @@ def prepare_process():
         for limit, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**26)):
             ctypes.CDLL(None).mallopt(limit, size)
 
-
 def thread_count(settings):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return settings.threads or cores
-
 
 def over_shards(work, N, size, threads):
     """[work(shard, i) for the i-th slice of `size` images], on several threads; on a GPU all images are one shard."""
@@ -254,14 +222,12 @@ def over_shards(work, N, size, threads):
 
 ORDER, STEP, INIT = 1, 2, 3  # what random numbers are for; each purpose has a stream of its own
 
-
 def random_stream(seed, purpose, epoch=0, step=0):
     """A generator that is a function of its arguments alone (Philox counts, it remembers nothing).
 
     So a run that is continued needs no saved state of a generator, and draws exactly what it would have drawn.
     """
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
-
 
 def shard_streams(rng, count):
     """One generator for each shard, on the device that xp computes on."""
@@ -277,38 +243,27 @@ MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.go
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0…1
 MAX_IMAGES = 300_000  # nothing larger is read, whatever a file's header or a gzip stream claims
 
-
 class IdxFile(NamedTuple):
-    """An idx file: its name, and SHA-256 of its decompressed bytes in MNIST and in the sample in data/sample."""
+    """An idx file: its name, and SHA-256 of its decompressed bytes in MNIST and in the bundled sample."""
 
     name: str
     mnist: str
     sample: str
 
-
 FILES = {
-    "train_images": IdxFile(
-        "train-images-idx3-ubyte",
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "0393ef47a54d9409156f803f9dadf5db43946dfc63ea96181bda88036556bfd8",
-    ),
-    "train_labels": IdxFile(
-        "train-labels-idx1-ubyte",
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "406364f750f5359332e38c570a6469f84c3c60c099416f6b656a2351fbbf5158",
-    ),
-    "test_images": IdxFile(
-        "t10k-images-idx3-ubyte",
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "c6b89a3fbb98245a30317cdbd6f149b356cce15753cb61c604857636990a65db",
-    ),
-    "test_labels": IdxFile(
-        "t10k-labels-idx1-ubyte",
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        "2062e20a1fa5d7a7e4369877d332ecc151eeb3bb4a7feb6da696628cde98bd8c",
-    ),
-}
-
+    "train_images": IdxFile("train-images-idx3-ubyte",
+                            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+                            "0393ef47a54d9409156f803f9dadf5db43946dfc63ea96181bda88036556bfd8"),
+    "train_labels": IdxFile("train-labels-idx1-ubyte",
+                            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+                            "406364f750f5359332e38c570a6469f84c3c60c099416f6b656a2351fbbf5158"),
+    "test_images": IdxFile("t10k-images-idx3-ubyte",
+                           "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+                           "c6b89a3fbb98245a30317cdbd6f149b356cce15753cb61c604857636990a65db"),
+    "test_labels": IdxFile("t10k-labels-idx1-ubyte",
+                           "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+                           "2062e20a1fa5d7a7e4369877d332ecc151eeb3bb4a7feb6da696628cde98bd8c"),
+}  # fmt: skip
 
 @dataclass(frozen=True)
 class Dataset:
@@ -320,7 +275,6 @@ class Dataset:
     test_images: Any  # (10000, 28, 28) uint8
     test_labels: Any  # (10000,) uint8
 
-
 def load_mnist(data_dir="data"):
     """The data set in data_dir (taken from the script's folder if relative), downloaded first where it is missing.
 
@@ -328,22 +282,12 @@ def load_mnist(data_dir="data"):
     data/sample serves, and says so in .name and .notes. UserError names a file that is damaged or does not belong.
     """
     folder, notes = HERE / data_dir, ()
-    missing = [file.name for file in FILES.values() if find_idx(folder, file.name) is None]
-    if missing:
-        try:
-            for name in missing:
-                download(name, folder)
-        except OSError as error:
-            sample = HERE / "data" / "sample"
-            notes = (f"NOT MNIST: {folder} lacks {', '.join(missing)}, and no download worked ({error}).",
-                     f"Using the bundled sample instead: {sample}, 4,000 images to train on and 1,000 to test.")  # fmt: skip
-            folder = sample
-    arrays, hashes = {}, {}
-    for role, file in FILES.items():
-        path = find_idx(folder, file.name)
-        if path is None:
-            raise UserError(f"{folder} has no {file.name}[.gz]; README.md says where to get it")
-        arrays[role], hashes[file.name] = read_idx(path, images="images" in role)
+    try:
+        arrays, hashes = read_folder(folder, complete=True)
+    except OSError as error:  # no download worked
+        folder = HERE / "data" / "sample"
+        notes = (f"NOT MNIST: {error}.", f"Using the bundled sample: 4,000 images to train on, 1,000 to test, in {folder}.")
+        arrays, hashes = read_folder(folder, complete=False)
     for part in ("train", "test"):
         images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
         if images != labels:
@@ -353,10 +297,20 @@ def load_mnist(data_dir="data"):
         notes = (f"The files in {folder} are not MNIST's (other hashes); this run is on {name!r}.",)
     return Dataset(name, hashes, notes, **arrays)
 
+def read_folder(folder, complete):
+    """{role: array}, {file name: SHA-256} of the four files, downloading those that an incomplete MNIST lacks."""
+    paths = {role: find_idx(folder, file.name) for role, file in FILES.items()}
+    read = {role: read_idx(path, images="images" in role) for role, path in paths.items() if path}
+    lacking = [role for role in FILES if role not in read]
+    if lacking and (not complete or any(read[role][1] != FILES[role].mnist for role in read)):
+        raise UserError(f"{folder} lacks {', '.join(FILES[role].name for role in lacking)} beside the files that it has")
+    for role in lacking:
+        download(FILES[role], folder)
+        read[role] = read_idx(find_idx(folder, FILES[role].name), images="images" in role)
+    return {role: read[role][0] for role in FILES}, {FILES[role].name: read[role][1] for role in FILES}
 
 def find_idx(folder, name):
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
 
 def read_idx(path, images):
     """(array of the idx file at path, SHA-256 of its decompressed bytes). UserError if it is anything else.
@@ -387,50 +341,45 @@ def read_idx(path, images):
         raise UserError(f"{path} has a label {array.max()}, but labels are the digits 0 to 9; {again}")
     return array, hashlib.sha256(head + body).hexdigest()
 
-
 def name_dataset(folder, hashes):
     """MNIST, its sample, or the folder's name. UserError where only some files are MNIST's: the others are damaged."""
     for name, known in (("MNIST", "mnist"), ("MNIST sample", "sample")):
         wrong = [file.name for file in FILES.values() if hashes[file.name] != getattr(file, known)]
         if not wrong:
             return name
-        if len(wrong) < len(FILES) or (name == "MNIST" and folder == HERE / "data"):
+        if len(wrong) < len(FILES) or (name == "MNIST" and folder.resolve() == HERE / "data"):
             raise UserError(f"{folder}: {', '.join(wrong)} should have {name}'s contents but has not (SHA-256 differs); "
                             "delete and start again to download anew, or keep another data set in another --data-dir")  # fmt: skip
     return folder.name
 
-
-def download(name, folder):
-    """Puts MNIST's file `name` into folder, from the first mirror that sends the right bytes. OSError if none does."""
-    right = next(file.mnist for file in FILES.values() if file.name == name)
+def download(file, folder):
+    """Puts one of MNIST's files into folder, from the first mirror that sends the right bytes. OSError if none does."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{name}.gz.part{os.getpid()}"
+    part = folder / f"{file.name}.part{os.getpid()}.gz"
     problems = []
     for mirror in MIRRORS:
-        url = f"{mirror}{name}.gz"
         try:
-            with urllib.request.urlopen(url, timeout=20) as answer, open(part, "wb") as file:
+            with urllib.request.urlopen(f"{mirror}{file.name}.gz", timeout=20) as answer, open(part, "wb") as target:
+                if not answer.url.startswith("https:"):
+                    raise OSError(f"redirected to {answer.url}")
                 size = int(answer.headers.get("Content-Length") or 0)
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc=name, leave=False, disable=None) as bar:
-                    while (block := answer.read(2**16)) and file.tell() < 2**25:
-                        bar.update(file.write(block))
-            if read_idx(part.rename(part.with_suffix(".gz")), images="images" in name)[1] != right:
+                with tqdm(total=size, unit="B", unit_scale=True, desc=file.name, leave=False, disable=None) as bar:
+                    while (block := answer.read(2**16)) and target.tell() < 2**25:
+                        bar.update(target.write(block))
+            if read_idx(part, images="images" in file.name)[1] != file.mnist:
                 raise OSError("its bytes are not MNIST's")
-            part.with_suffix(".gz").replace(folder / f"{name}.gz")
+            part.replace(folder / f"{file.name}.gz")
             return
-        except (OSError, ValueError) as error:  # no network, a time-out, HTTP errors; UserError is a ValueError
-            problems.append(f"{url}: {getattr(error, 'reason', error)}")
+        except (OSError, ValueError, http.client.HTTPException) as error:  # UserError is a ValueError
+            problems.append(f"{mirror}: {getattr(error, 'reason', error)}")
         finally:
             part.unlink(missing_ok=True)
-            part.with_suffix(".gz").unlink(missing_ok=True)
-    raise OSError("; ".join(problems))
-
+    raise OSError(f"{file.name} is not in {folder}, and no download worked ({'; '.join(problems)})")
 
 def to_input(images, dtype):
     """(N, 28, 28) pixels 0…255 → the network's input (28, 28, N, 1), with mean 0 and variance 1 over the data set."""
     x = images.astype(dtype) / 255
     return ((x - PIXEL_MEAN) / PIXEL_STD).transpose(1, 2, 0)[..., None]
-
 
 def augment(images, strength, rng):
     """Each image turned, scaled, sheared and shifted at random: (N, 28, 28) → (N, 28, 28) float32, pixels 0…255.
@@ -465,16 +414,13 @@ def augment(images, strength, rng):
 # Each comes with its backward pass directly underneath. The chain rule is the only rule: from dy, the gradient of
 # the loss with respect to y, follows dx = dy · ∂y/∂x. Where x goes into y in several ways, its gradients add.
 
-
 def relu(x):
     """y = max(x, 0), element by element."""
     mask = x > 0
     return x * mask, mask  # cache: one bit a number is all that the backward pass needs
 
-
 def relu_backward(dy, mask):
     return dy * mask  # the slope is 1 where x > 0, and 0 elsewhere
-
 
 def softmax(x):
     """probs = exp(x) / Σ exp(x), row by row: (N, K) numbers → (N, K) probabilities."""
@@ -482,17 +428,14 @@ def softmax(x):
     probs = e / e.sum(axis=1, keepdims=True)
     return probs, probs
 
-
 def softmax_backward(dprobs, probs):
     # ∂probs_i/∂x_j = probs_i (1[i=j] − probs_j), so dx = probs · (dprobs − Σ dprobs · probs)
     return probs * (dprobs - (dprobs * probs).sum(axis=1, keepdims=True))
-
 
 def cross_entropy(probs, labels):
     """loss = −mean log probs[label]: 0 when the right class has probability 1."""
     N = len(labels)
     return -xp.log(probs[xp.arange(N), labels]).mean(), (probs, labels)
-
 
 def cross_entropy_backward(dloss, cache):
     probs, labels = cache
@@ -500,7 +443,6 @@ def cross_entropy_backward(dloss, cache):
     dprobs = xp.zeros_like(probs)
     dprobs[rows, labels] = -dloss / (len(labels) * probs[rows, labels])  # 1/N enters here, from the mean
     return dprobs
-
 
 def cross_entropy_loss(logits, labels):
     """Softmax and cross-entropy in one: loss = mean (log Σ exp(logits) − logits[label]). What the training uses.
@@ -512,14 +454,12 @@ def cross_entropy_loss(logits, labels):
     loss = (log_sum - shifted[xp.arange(len(labels)), labels]).mean()
     return loss, (shifted - log_sum[:, None], labels)  # cache: the logarithms of the probabilities
 
-
 def cross_entropy_loss_backward(dloss, cache):
     # d(log Σ exp)/dlogits = probs and d(logits[label])/dlogits = onehot, so dlogits = (probs − onehot) / N
     log_probs, labels = cache
     dlogits = xp.exp(log_probs)
     dlogits[xp.arange(len(labels)), labels] -= 1
     return dlogits * (dloss / len(labels))  # 1/N enters here, from the mean
-
 
 def dropout(x, rate, rng):
     """Switches each feature off with probability `rate`; the others grow by 1/(1 − rate), so the expectation stays.
@@ -531,15 +471,12 @@ def dropout(x, rate, rng):
     mask = (rng.random(x.shape, dtype=xp.float32) >= rate) * x.dtype.type(1 / (1 - rate))
     return x * mask, mask  # cache: which features were on, and their factor
 
-
 def dropout_backward(dy, mask):
     return dy if mask is None else dy * mask  # y = x · mask
-
 
 def linear(x, w, b):
     """y = x @ w + b: (N, F) @ (F, K) + (K,)."""
     return x @ w + b, (x, w)  # cache: each factor is the other one's slope
-
 
 def linear_backward(dy, cache):
     x, w = cache
@@ -548,13 +485,11 @@ def linear_backward(dy, cache):
     db = dy.sum(axis=0)  # (K,)
     return dx, dw, db
 
-
 def windows(x, size):
     """The size×size windows of x as a view: (H, W, N, C) → (H/size, size, W/size, size, N, C)."""
     H, W, N, C = x.shape
     h, w = H // size, W // size  # a last row or column that fills no window is left out
     return x[: h * size, : w * size].reshape(h, size, w, size, N, C)
-
 
 def from_windows(d, shape):
     """The reverse: gradients of the windows as gradient of x; what no window covers gets 0."""
@@ -566,17 +501,14 @@ def from_windows(d, shape):
     dx[: h * size, : w * size] = d
     return dx
 
-
 def avg_pool2d(x, size=2):
     """y = mean of each size×size window: (H, W, N, C) → (H/size, W/size, N, C)."""
     return windows(x, size).mean(axis=(1, 3)), (x.shape, size)
-
 
 def avg_pool2d_backward(dy, cache):
     shape, size = cache  # every pixel of a window has the slope 1/size²
     share = xp.broadcast_to((dy / size**2)[:, None, :, None], (dy.shape[0], size, dy.shape[1], size, *dy.shape[2:]))
     return from_windows(share, shape)
-
 
 def max_pool2d(x, size=2):
     """y = maximum of each size×size window: (H, W, N, C) → (H/size, W/size, N, C).
@@ -590,16 +522,13 @@ def max_pool2d(x, size=2):
     mask = v >= (y - rounding * (1 + abs(y)))[:, None, :, None]
     return y, (mask, x.shape)
 
-
 def max_pool2d_backward(dy, cache):
     mask, shape = cache
     return from_windows(dy[:, None, :, None] * mask, shape)  # the gradient goes to every maximum, and nowhere else
 
-
 # A convolution slides a k×k kernel over the image: y[h, w] = b + Σ x[h+i−r, w+j−r] @ w[i, j] over i, j = 0 … k−1,
 # with r = (k−1)/2 and zeros beyond the border ("same" padding: y is as large as x). x is (H, W, N, C), w is
 # (k, k, C, K), y is (H, W, N, K). Two ways to compute it follow: the first explains, the second is fast.
-
 
 def conv2d(x, w, b):
     """y = x * w + b, (H, W, N, C) → (H, W, N, K), any odd k, stride 1. It takes the faster of the two ways."""
@@ -609,11 +538,9 @@ def conv2d(x, w, b):
     y, cache = conv2d_im2col(x, w, b)
     return y, (conv2d_im2col_backward, cache)
 
-
 def conv2d_backward(dy, cache):
     backward, cache = cache
     return backward(dy, cache)
-
 
 def conv2d_im2col(x, w, b):
     """The convolution as one matrix product: every pixel's k×k surroundings become a column ("image to columns").
@@ -633,7 +560,6 @@ def conv2d_im2col(x, w, b):
     y = cols.T @ wb  # (H·W·N, K)
     return y.reshape(H, W, N, K), (cols, w, x.shape)  # cache: as in linear, each factor is the other one's slope
 
-
 def conv2d_im2col_backward(dy, cache):
     cols, w, (H, W, N, C) = cache
     k, K = w.shape[0], w.shape[3]
@@ -648,7 +574,6 @@ def conv2d_im2col_backward(dy, cache):
             dpadded[:, i : i + H, j : j + W] += dcols[i, j]  # a pixel was in k² columns, so k² gradients add
     return dpadded[:, r : r + H, r : r + W].transpose(1, 2, 3, 0), dw, db
 
-
 # The fast way (Winograd; Lavin and Gray 2016, arXiv:1509.09308). Take the pixels of a row as coefficients of one
 # polynomial and the kernel's three taps as those of another. Convolution is multiplying polynomials, and a product
 # of polynomials is known when its values at enough points are known: evaluate both at m+2 points, multiply the
@@ -657,10 +582,19 @@ def conv2d_im2col_backward(dy, cache):
 # constant matrices: y = A (B x ⊙ G w), where x is a tile of (m+2)² pixels, y one of m² pixels, w the 3×3 kernel.
 # Being linear in x and in w, its backward pass is the same with transposed matrices.
 
+def contiguous(view):
+    """A copy of view in C order. Multiplying by 1 does it faster than copying where memcpy is slow at page offsets."""
+    return xp.multiply(view, 1, out=xp.empty(view.shape, view.dtype))
+
 WINOGRAD_POINTS = (0, 1, -1, 1 / 2, -2, 2)  # small and simple, which keeps the rounding errors small
 WINOGRAD_TILES = (4, 5)  # outputs a side, m; the larger, the fewer multiplications and the more rounding
 WINOGRAD_MIN_CHANNELS = 16  # with fewer, the transforms cost more than the multiplications that they save
 
+@functools.lru_cache(maxsize=None)
+def winograd_tiles(H, W):
+    """m, T, S: T×S tiles of m×m outputs cover the image, with the fewest multiplications."""
+    m = min(WINOGRAD_TILES, key=lambda m: -(-H // m) * -(-W // m) * (m + 2) ** 2)
+    return m, -(-H // m), -(-W // m)
 
 @functools.lru_cache(maxsize=None)
 def winograd_matrices(m, dtype, _xp):
@@ -677,42 +611,41 @@ def winograd_matrices(m, dtype, _xp):
     B[n - 1] = np.poly(points)[::-1]
     return tuple(xp.asarray(np.kron(M, M), dtype) for M in (A, B, G))  # rows and columns at once
 
-
 def conv2d_winograd(x, w, b):
     """The same convolution for k = 3, with (m+2)² instead of 9m² multiplications for every m×m outputs."""
     (H, W, N, C), K = x.shape, w.shape[3]
-    m = min(WINOGRAD_TILES, key=lambda m: -(-H // m) * -(-W // m) * (m + 2) ** 2)  # the fewest multiplications
-    n, T, S = m + 2, -(-H // m), -(-W // m)  # T×S tiles cover the image; they overlap by 2 pixels
+    m, T, S = winograd_tiles(H, W)
+    n = m + 2
     A, B, G = winograd_matrices(m, x.dtype, xp)
     padded = xp.zeros((T * m + 2, S * m + 2, N, C), x.dtype)
     padded[1 : H + 1, 1 : W + 1] = x
-    tiles = xp.lib.stride_tricks.sliding_window_view(padded, (n, n), axis=(0, 1))[::m, ::m]  # (T, S, N, C, n, n)
-    X = B @ tiles.transpose(4, 5, 0, 1, 2, 3).reshape(n * n, T * S * N * C)
-    X = X.reshape(n * n, T * S * N, C)
+    row, col, *inner = padded.strides  # a tile begins every m pixels and is n wide, so neighbours overlap by 2
+    tiles = xp.lib.stride_tricks.as_strided(padded, (n, n, T, S, N, C), (row, col, m * row, m * col, *inner))
+    X = (B @ contiguous(tiles).reshape(n * n, T * S * N * C)).reshape(n * n, T * S * N, C)
     U = (G @ w.reshape(9, C * K)).reshape(n * n, C, K)
     M = X @ U  # (n², T·S·N, K): at each of the n² points, a matrix product over the channels
     M[n + 1] += b  # the value at the points (1, 1) enters every output with the factor 1
     Y = (A @ M.reshape(n * n, T * S * N * K)).reshape(m, m, T, S, N, K)
-    y = Y.transpose(2, 0, 3, 1, 4, 5).reshape(T * m, S * m, N, K)[:H, :W]
-    return y, (X, U, m, x.shape)  # cache: what was multiplied, as everywhere
-
+    y = contiguous(Y.transpose(2, 0, 3, 1, 4, 5)).reshape(T * m, S * m, N, K)[:H, :W]
+    return y, (X, U, x.shape)  # cache: what was multiplied, as everywhere
 
 def conv2d_winograd_backward(dy, cache):
-    X, U, m, (H, W, N, C) = cache
-    n, T, S, K = m + 2, -(-H // m), -(-W // m), U.shape[2]
+    X, U, (H, W, N, C) = cache
+    m, T, S = winograd_tiles(H, W)
+    n, K = m + 2, U.shape[2]
     A, B, G = winograd_matrices(m, dy.dtype, xp)
     if dy.shape[:2] != (T * m, S * m):
         dy, cut = xp.zeros((T * m, S * m, N, K), dy.dtype), dy
         dy[:H, :W] = cut
-    dY = dy.reshape(T, m, S, m, N, K).transpose(1, 3, 0, 2, 4, 5).reshape(m * m, T * S * N * K)
-    dM = (A.T @ dY).reshape(n * n, T * S * N, K)
+    dY = contiguous(dy.reshape(T, m, S, m, N, K).transpose(1, 3, 0, 2, 4, 5))
+    dM = (A.T @ dY.reshape(m * m, T * S * N * K)).reshape(n * n, T * S * N, K)
     db = dM[n + 1].sum(axis=0)
     dU = X.transpose(0, 2, 1) @ dM  # (n², C, K)
     dw = (G.T @ dU.reshape(n * n, C * K)).reshape(3, 3, C, K)
     dX = dM @ U.transpose(0, 2, 1)  # (n², T·S·N, C)
     tiles = (B.T @ dX.reshape(n * n, T * S * N * C)).reshape(n, n, T, S, N, C).transpose(2, 0, 3, 1, 4, 5)
     dpadded = xp.zeros((T + 1, m, S + 1, m, N, C), dy.dtype)
-    dpadded[:T, :, :S] = tiles[:, :m, :, :m]  # where tiles overlap, a pixel was in several: their gradients add
+    dpadded[:T, :, :S] += tiles[:, :m, :, :m]  # where tiles overlap, a pixel was in several: their gradients add
     dpadded[1:, :2, :S] += tiles[:, m:, :, :m]
     dpadded[:T, :, 1:, :2] += tiles[:, :m, :, m:]
     dpadded[1:, :2, 1:, :2] += tiles[:, m:, :, m:]
@@ -721,19 +654,16 @@ def conv2d_winograd_backward(dy, cache):
 
 # ── Blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 def conv_block(x, w, b):
     """relu(x * w + b)."""
     h, conv = conv2d(x, w, b)
     y, act = relu(h)
     return y, (conv, act)
 
-
 def conv_block_backward(dy, cache):
     conv, act = cache
     dh = relu_backward(dy, act)
     return conv2d_backward(dh, conv)  # dx, dw, db
-
 
 def residual_block(x, w1, b1, w2, b2):
     """relu(x + conv(relu(conv(x)))): two convolutions learn what to add to x. He et al. 2015, arXiv:1512.03385."""
@@ -741,7 +671,6 @@ def residual_block(x, w1, b1, w2, b2):
     h, conv = conv2d(h, w2, b2)
     y, act = relu(x + h)
     return y, (block, conv, act)
-
 
 def residual_block_backward(dy, cache):
     block, conv, act = cache
@@ -753,7 +682,6 @@ def residual_block_backward(dy, cache):
 
 # ── The network ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-
 class Parameters(dict):
     """name → array, each a view of one flat vector: `.flat`. So an update of all parameters is a few array operations."""
 
@@ -764,7 +692,6 @@ class Parameters(dict):
         for name, a in arrays.items():
             self[name] = self.flat[start : start + a.size].reshape(a.shape)
             start += a.size
-
 
 def init_params(settings, dtype=np.float32):
     """He initialisation: normal with variance 2 / (inputs of one output), so relu keeps the size of the signal.
@@ -784,9 +711,7 @@ def init_params(settings, dtype=np.float32):
     arrays["fc9.bias"] = np.zeros(10)
     return Parameters({name: xp.asarray(a, dtype) for name, a in arrays.items()})
 
-
 POOLS = {"max": (max_pool2d, max_pool2d_backward), "avg": (avg_pool2d, avg_pool2d_backward)}
-
 
 def forward(params, x, settings, rng=None):
     """x (28, 28, N, 1) → logits (N, 10), caches. With rng dropout is on."""
@@ -804,7 +729,6 @@ def forward(params, x, settings, rng=None):
     features, drop = dropout(features, settings.dropout, rng)
     logits, fc9 = linear(features, p["fc9.weight"], p["fc9.bias"])  # (N, 10)
     return logits, (conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, shape, drop, fc9)
-
 
 def backward(dlogits, caches, settings):
     """dlogits (N, 10) → the gradient of every parameter. Read it beside forward: the same lines from bottom to top."""
@@ -825,7 +749,6 @@ def backward(dlogits, caches, settings):
     _, d["conv1.weight"], d["conv1.bias"] = conv_block_backward(dh, conv1)
     return d
 
-
 class Network(NamedTuple):
     """What the training needs to know of a network."""
 
@@ -833,16 +756,14 @@ class Network(NamedTuple):
     forward: Callable  # (params, x, settings, rng) → logits, caches
     backward: Callable  # (dlogits, caches, settings) → {name: gradient}
 
-
 RESNET9 = Network(init_params, forward, backward)
-
 
 def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
     """(mean loss, {name: gradient}) of a batch: images (N, 28, 28) pixels 0…255, labels (N,) digits.
 
     rng (any NumPy generator) turns dropout and augmentation on. Computed in the dtype of params.
     """
-    N, dtype = len(images), params["fc9.weight"].dtype
+    N, dtype = len(images), params["fc9.bias"].dtype
     streams = [None] * N if rng is None else shard_streams(rng, -(-N // SHARD_IMAGES))
 
     def work(shard, i):
@@ -861,18 +782,16 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
         gradients.flat += shard_gradients.flat
     return loss, gradients
 
-
 def predict(params, images, settings=Settings(), network=RESNET9):
     """images (N, 28, 28), pixels 0…255 → logits (N, 10)."""
 
     def work(shard, _):
-        return network.forward(params, to_input(images[shard], params["fc9.weight"].dtype), settings)[0]
+        return network.forward(params, to_input(images[shard], params["fc9.bias"].dtype), settings)[0]
 
     return xp.concatenate(over_shards(work, len(images), SHARD_IMAGES, thread_count(settings)))
 
 
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────────────────────
-
 
 def learning_rate(step, steps, settings):
     """The rate of step 0, 1, … steps − 1. one_cycle rises linearly for 30 % of them, then falls to 0 as a cosine."""
@@ -883,13 +802,11 @@ def learning_rate(step, steps, settings):
         return settings.learning_rate * (step + 1) / (rise + 1)
     return settings.learning_rate * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
 
-
 def sgd(w, dw, moments, rate, momentum):
     """moment ← momentum · moment + dw,  w ← w − rate · moment."""
     moments[0] *= momentum
     moments[0] += dw
     w -= rate * moments[0]
-
 
 def adam(w, dw, moments, rate, step, beta1=0.9, beta2=0.999, eps=1e-8):
     """w ← w − rate · m / (√v + eps), where m and v are running means of dw and dw². Kingma and Ba 2015, arXiv:1412.6980.
@@ -901,7 +818,6 @@ def adam(w, dw, moments, rate, step, beta1=0.9, beta2=0.999, eps=1e-8):
     v += (1 - beta2) * (dw * dw - v)
     t = step + 1
     w -= (rate / (1 - beta1**t)) * m / (xp.sqrt(v / (1 - beta2**t)) + eps)
-
 
 @dataclass
 class State:
@@ -917,15 +833,12 @@ class State:
         """The parameters to evaluate with."""
         return self.ema if self.ema is not None else self.params
 
-
 HISTORY = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-
 
 def init_state(settings, network=RESNET9):
     params = network.init_params(settings)
     moments = xp.zeros((2 if settings.optimizer == "adam" else 1, params.flat.size), params.flat.dtype)
     return State(params, moments, Parameters(params) if settings.ema else None)
-
 
 def update(state, gradients, settings, rate):
     """One step of the optimizer, in place; state.step counts it."""
@@ -948,13 +861,11 @@ def update(state, gradients, settings, rate):
 
 TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first so many, without dropout
 
-
 def evaluate(params, images, labels, settings, network=RESNET9):
     """(mean loss, accuracy 0…1, probabilities (N, 10)), without dropout."""
     logits = predict(params, images, settings, network)
     accuracy = float((logits.argmax(axis=1) == labels).mean())
     return float(cross_entropy_loss(logits, labels)[0]), accuracy, softmax(logits)[0]
-
 
 def write_file(path, data):
     """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole."""
@@ -965,12 +876,10 @@ def write_file(path, data):
         os.fsync(file.fileno())
     os.replace(part, path)
 
-
 def save_arrays(path, **arrays):
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     write_file(path, stream.getvalue())
-
 
 def save_checkpoint(path, state, settings):
     if not bool(xp.isfinite(state.params.flat).all()):
@@ -981,7 +890,6 @@ def save_checkpoint(path, state, settings):
     save_arrays(path, **arrays, moments=to_host(state.moments), step=np.int64(state.step),
                 history=np.array(state.history, float).reshape(-1, len(HISTORY)),
                 settings=np.array(json.dumps(asdict(settings))))  # fmt: skip
-
 
 def load_checkpoint(path, settings, network=RESNET9):
     """The state that save_checkpoint wrote. UserError if the file is damaged or of another network."""
@@ -994,49 +902,41 @@ def load_checkpoint(path, settings, network=RESNET9):
                     state.ema[name][...] = xp.asarray(arrays[f"ema.{name}"])
             state.moments[...] = xp.asarray(arrays["moments"])
             state.step = int(arrays["step"])
-            state.history = arrays["history"].tolist()
+            state.history = [[int(epoch), *row] for epoch, *row in arrays["history"].tolist()]
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or of another network ({error})") from None
     return state
-
 
 class Log:
     """Says lines on the terminal and in log.txt. It first removes the epochs that the checkpoint does not hold."""
 
     def __init__(self, path, epochs):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if not (line.split() and line.split()[0].isdigit() and int(line.split()[0]) >= epochs)]
+        kept = [line for line in lines if not (line[:5].strip().isdigit() and int(line[:5]) >= epochs)]
         write_file(path, "".join(f"{line}\n" for line in kept).encode())
         self.path = path
 
-    def __call__(self, line=""):
-        tqdm.write(line, file=sys.stdout)
+    def __call__(self, line):
+        tqdm.write(line, file=sys.stdout)  # above the progress bar, if there is one
         sys.stdout.flush()
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(f"{line}\n")
 
-
 METRICS = (*HISTORY, "seconds", "images_per_second")
 LOG_HEADER = "epoch  train loss  train acc  test loss  test acc  seconds  images/s  left"
 
-
-def log_line(row, left):
-    epoch, _, train_loss, train_accuracy, test_loss, test_accuracy, seconds, rate = row
-    return (f"{epoch:5d}  {train_loss:10.5f}  {train_accuracy:8.2%}  {test_loss:10.5f}  {test_accuracy:7.2%}"
-            f"  {seconds:7.1f}  {rate:8.0f}  {duration(left)}")  # fmt: skip
-
+def log_line(metrics, left):
+    epoch, _, train_loss, train_accuracy, test_loss, test_accuracy, seconds, speed = metrics
+    line = f"{epoch:5d}  {train_loss:10.5f}  {train_accuracy:9.2%}  {test_loss:9.5f}  {test_accuracy:8.2%}  {seconds:7.1f}"
+    return f"{line}  {speed:8.0f}  {duration(left)}" if epoch else line
 
 def duration(seconds):
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
+    return f"{seconds:.0f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60:02d} min" if minutes > 59 else f"{minutes} min"
 
 def write_metrics(path, rows):
     lines = [",".join(METRICS)] + [",".join(f"{value:.8g}" for value in row) for row in rows]
     write_file(path, "".join(f"{line}\n" for line in lines).encode())
-
 
 def read_metrics(path):
     """The rows of metrics.csv, one an epoch from epoch 0 on. UserError if the file is anything else."""
@@ -1049,31 +949,6 @@ def read_metrics(path):
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as the metrics of a run ({error})") from None
 
-
-# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class StopSignal:
-    """True once Ctrl-C or a SIGTERM has come: the training ends at the next step, when everything is consistent."""
-
-    def __init__(self):
-        self.number = 0
-
-    def __enter__(self):
-        self.previous = [(s, signal.signal(s, self.receive)) for s in (signal.SIGINT, signal.SIGTERM)]
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous:
-            signal.signal(number, handler)
-
-    def receive(self, number, _frame):
-        self.number = number
-
-    def __bool__(self):
-        return self.number != 0
-
-
 def open_run(settings, data, device, scripts):
     """The folder of the run, made if it is new. UserError if it holds anything but an earlier part of this run."""
     folder = HERE / settings.save_dir / settings.tag
@@ -1081,140 +956,164 @@ def open_run(settings, data, device, scripts):
         "settings": asdict(settings) | {"channels": list(settings.channels)},
         "data": {"name": data.name, "sha256": data.hashes},
         "device": device,
-        "versions": {"python": platform.python_version(), xp.__name__: xp.__version__, "numpy": np.__version__},
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, xp.__name__: xp.__version__},
     }
     try:
-        if folder.exists() and any(folder.iterdir()):
-            if not (folder / "config.json").is_file():
-                raise UserError(f"{folder} holds something else than a run; choose another --tag")
+        (folder / "code").mkdir(parents=True, exist_ok=True)
+        if (folder / "config.json").exists():
             check_same_experiment(folder, config)
-        else:
-            (folder / "code").mkdir(parents=True, exist_ok=True)
-            for script in scripts:
+        elif list(folder.iterdir()) != [folder / "code"]:
+            raise UserError(f"{folder} holds something else than a run; choose another --tag")
+        for script in scripts:
+            if not (folder / "code" / script.name).exists():
                 shutil.copy(script, folder / "code")
         write_file(folder / "config.json", json.dumps(config, indent=2).encode())
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --save-dir") from None
     return folder
 
-
 def check_same_experiment(folder, config):
     try:
         old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        then, then_data = old["settings"], old["data"]["sha256"]
+        then, hashes = old["settings"], old["data"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); choose another --tag") from None
     now = config["settings"]
-    differ = [f"{name} {then.get(name)!r}, not {now[name]!r}" for name in now
-              if name not in NOT_THE_EXPERIMENT and then.get(name) != now[name]]  # fmt: skip
-    if then_data != config["data"]["sha256"]:
+    free = NOT_THE_EXPERIMENT if now["schedule"] == "constant" else (set(NOT_THE_EXPERIMENT) - {"epochs_max"})
+    differ = [f"{name} {then.get(name)!r}, not {now[name]!r}" for name in now if name not in free and then.get(name) != now[name]]
+    if hashes != config["data"]["sha256"]:
         differ.append(f"data {old['data'].get('name')!r}, not {config['data']['name']!r}")
-    if now["schedule"] == "one_cycle" and then.get("epochs_max") != now["epochs_max"]:
-        differ.append(f"epochs_max {then.get('epochs_max')}, not {now['epochs_max']} (one_cycle depends on it)")
     if differ:
-        raise UserError(f"{folder} holds another experiment: {'; '.join(differ)}; choose another --tag")
+        raise UserError(f"{folder} holds another experiment: it has {'; '.join(differ)}. Choose another --tag")
 
 
-def same_command():
-    return " ".join(["python", *sys.argv])
+# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+class Run:
+    """One training run: its data, its folder and its state, as new or as the last checkpoint left it."""
 
-def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "plot_figs.py")):
-    """Trains until epochs_max or a stop signal, from the last checkpoint if there is one. Returns the exit status."""
-    device = use_device(settings.device)
-    data = load_mnist(settings.data_dir)
-    folder = open_run(settings, data, device, scripts)
-    last = folder / "checkpoint_last.npz"
-    resumed = last.exists()
-    state = load_checkpoint(last, settings, network) if resumed else init_state(settings, network)
-    log = Log(folder / "log.txt", len(state.history))
+    def __init__(self, settings, network, data, device, scripts):
+        count = settings.train_images or len(data.train_images)
+        if count > len(data.train_images):
+            raise UserError(f"train_images is {count}, but the data set has {len(data.train_images)}")
+        self.settings, self.network = settings, network
+        self.folder = open_run(settings, data, device, scripts)
+        self.last = self.folder / "checkpoint_last.npz"
+        self.resumed = self.last.exists()
+        self.state = load_checkpoint(self.last, settings, network) if self.resumed else init_state(settings, network)
+        self.log = Log(self.folder / "log.txt", len(self.state.history))
+        path, history = self.folder / "metrics.csv", self.state.history
+        rows = read_metrics(path)[: len(history)] if path.exists() else []
+        self.metrics = rows + [[*row, math.nan, math.nan] for row in history[len(rows) :]]
 
-    images, labels = data.train_images, data.train_labels
-    if settings.train_images:
-        images, labels = images[: settings.train_images], labels[: settings.train_images]
-    N, B = len(images), settings.batch_size
-    steps = -(-N // B)  # an epoch; the last batch may be smaller
-    if len(state.history) > settings.epochs_max:
-        best = max(row[-1] for row in state.history)
-        log(f"{settings.tag} is finished: {settings.epochs_max} epochs, test accuracy {state.history[-1][-1]:.2%} at the "
-            f"last, {best:.2%} at the best. To go further, raise --epochs-max.")  # fmt: skip
-        return 0
-    for note in data.notes:
-        log(f"*** {note}")
-    log(f"{settings.tag}: {data.name}, {N:,} images, {steps} steps an epoch; {state.params.flat.size:,} parameters; {device}"
-        f"{f', {thread_count(settings)} threads' if xp is np else ''}; files in {folder}")  # fmt: skip
-    if resumed:
-        log(f"Continuing after step {state.step:,} of {steps * settings.epochs_max:,}.")
-    log(LOG_HEADER)
+        self.images, self.labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
+        self.test_images, self.test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
+        self.steps = -(-count // settings.batch_size)  # an epoch; its last batch may be smaller
+        self.stop = 0  # the number of the signal that asked for an end, or 0
 
-    images, labels = xp.asarray(images), xp.asarray(labels)
-    test_images, test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
-    some = slice(0, TRAIN_EVALUATION_IMAGES)
-    metrics = read_metrics(folder / "metrics.csv")[: len(state.history)] if state.history else []
-
-    def end_epoch(epoch, rate, started, images_seen):
-        """Evaluates, logs and saves: log and metrics first, so that a crash in between leaves only what Log removes."""
-        train_loss, train_accuracy, _ = evaluate(state.averaged(), images[some], labels[some], settings, network)
-        test_loss, test_accuracy, probs = evaluate(state.averaged(), test_images, test_labels, settings, network)
-        if not math.isfinite(train_loss + test_loss):
-            raise UserError(diverged(epoch, steps))
-        seconds = time.perf_counter() - started
-        state.history.append([epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy])
-        metrics.append([*state.history[-1], seconds, images_seen / seconds])
-        left = seconds * (settings.epochs_max - epoch) if epoch else 0
-        log(log_line(metrics[-1], left) if epoch else log_line(metrics[-1], 0)[: -len("  0 s")])
-        write_metrics(folder / "metrics.csv", metrics)
-        save_arrays(folder / "predictions.npz", labels=to_host(test_labels),
-                    predictions=to_host(probs.argmax(axis=1)), probabilities=to_host(probs))  # fmt: skip
-        if test_accuracy > max((row[-1] for row in state.history[:-1]), default=-1):
-            save_checkpoint(folder / "checkpoint_best.npz", state, settings)
-        save_checkpoint(last, state, settings)
-
-    def diverged(epoch, step):
-        return (f"the loss is no longer finite at epoch {epoch}, step {step}: the learning rate {settings.learning_rate:g} "
-                f"is probably too high; the checkpoints in {folder} are those from before; try a lower one with another --tag")  # fmt: skip
-
-    with StopSignal() as stop:
+    def train(self):
+        """Trains until epochs_max or a stop signal. Returns the exit status."""
+        settings, state, steps, B = self.settings, self.state, self.steps, self.settings.batch_size
         if not state.history:
-            end_epoch(0, 0.0, time.perf_counter(), 0)
-        estimate_at = state.step + min(20, steps)
-        run_started = time.perf_counter()
-        while len(state.history) <= settings.epochs_max and not stop:
-            epoch, started = len(state.history), time.perf_counter()
-            order = random_stream(settings.seed, ORDER, epoch).permutation(N)
-            first = state.step - (epoch - 1) * steps  # 0, or where the epoch was interrupted
-            bar = tqdm(range(first, steps), desc=f"epoch {epoch}", initial=first, total=steps, unit="step", leave=False,
+            self.end_epoch(0, time.perf_counter(), 0)
+        first_step, first_time = state.step, time.perf_counter()
+        while len(state.history) <= settings.epochs_max and not self.stop:
+            epoch, start = len(state.history), time.perf_counter()
+            order = random_stream(settings.seed, ORDER, epoch).permutation(len(self.images))
+            done = state.step - (epoch - 1) * steps  # 0, or where this epoch was interrupted
+            bar = tqdm(range(done, steps), f"epoch {epoch}", initial=done, total=steps, unit="step", leave=False,
                        disable=None, dynamic_ncols=True)  # fmt: skip
             for step in bar:
                 batch = xp.asarray(order[step * B : (step + 1) * B])
                 rng = random_stream(settings.seed, STEP, epoch, step)
+                images, labels = self.images[batch], self.labels[batch]
                 rate = learning_rate(state.step, steps * settings.epochs_max, settings)
-                loss, gradients = loss_and_gradients(state.params, images[batch], labels[batch], settings, rng, network)
+                loss, gradients = loss_and_gradients(state.params, images, labels, settings, rng, self.network)
                 update(state, gradients, settings, rate)
-                if xp is np or step % 50 == 0:  # reading a number from the GPU waits for all that it has to do
-                    if not math.isfinite(loss):
-                        raise UserError(diverged(epoch, step))
+                if xp is np or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
+                    self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
                     bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-                if state.step == estimate_at:
-                    a_step = (time.perf_counter() - run_started) / min(20, steps)
-                    evaluation = (len(test_labels) + len(labels[some])) / B / 3  # forward is a third of a step
-                    seconds = a_step * (steps + evaluation) * (settings.epochs_max - epoch + 1 - step / steps)
-                    log(f"About {duration(seconds)} to epoch {settings.epochs_max} on this machine. "
-                        "Ctrl-C is safe: the same command continues.")  # fmt: skip
-                if stop:
+                if state.step == first_step + min(20, steps):
+                    self.say_how_long((time.perf_counter() - first_time) / min(20, steps))
+                if self.stop:
                     break
             bar.close()
-            if stop and state.step < epoch * steps:
-                break
-            end_epoch(epoch, rate if steps > first else metrics[-1][1], started, N - first * B)
-        if stop:
-            save_checkpoint(last, state, settings)
-            log(f"Stopped after step {state.step:,}; everything is saved. To continue: {same_command()}")
-            return 128 + stop.number
-    log(f"Finished: test accuracy {state.history[-1][-1]:.2%} at the last epoch, "
-        f"{max(row[-1] for row in state.history):.2%} at the best. Figures: python plot_figs.py {settings.tag}")  # fmt: skip
-    return 0
+            if state.step == epoch * steps:
+                self.end_epoch(epoch, start, len(self.images) - done * B)
+        if self.stop:
+            save_checkpoint(self.last, state, settings)
+            self.log(f"Stopped after step {state.step:,}; everything is saved. To continue: {same_command()}")
+            return 128 + self.stop
+        self.log(f"Finished. {self.result()} Figures: python plot_figs.py {settings.tag}")
+        return 0
 
+    def end_epoch(self, epoch, start, images_seen):
+        """Evaluates, logs and saves; the checkpoint last, so that a crash before it leaves only what Log removes."""
+        settings, state, network, part = self.settings, self.state, self.network, TRAIN_EVALUATION_IMAGES
+        params = state.averaged()
+        train_loss, train_accuracy, _ = evaluate(params, self.images[:part], self.labels[:part], settings, network)
+        test_loss, test_accuracy, probs = evaluate(params, self.test_images, self.test_labels, settings, network)
+        self.check_finite(train_loss + test_loss, f"epoch {epoch}")
+        seconds = time.perf_counter() - start
+        rate = learning_rate(max(0, state.step - 1), self.steps * settings.epochs_max, settings)
+        best = test_accuracy > max((row[-1] for row in state.history), default=-1)
+        state.history.append([epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy])
+        self.metrics.append([*state.history[-1], seconds, images_seen / seconds])
+        whole = seconds * len(self.images) / max(1, images_seen)  # of an epoch that was not interrupted
+        self.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
+        write_metrics(self.folder / "metrics.csv", self.metrics)
+        save_arrays(self.folder / "predictions.npz", labels=to_host(self.test_labels),
+                    predictions=to_host(probs.argmax(axis=1)), probabilities=to_host(probs))  # fmt: skip
+        if best:
+            save_checkpoint(self.folder / "checkpoint_best.npz", state, settings)
+        save_checkpoint(self.last, state, settings)
+
+    def check_finite(self, loss, where):
+        if not math.isfinite(loss):
+            rate = self.settings.learning_rate
+            raise UserError(f"the loss is {float(loss)} at {where}: learning rate {rate:g} is probably too high; "
+                            f"the checkpoints in {self.folder} are those from before; try a lower one, with another --tag")  # fmt: skip
+
+    def say_how_long(self, step_seconds):
+        state, settings = self.state, self.settings
+        evaluation = (len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)) / settings.batch_size / 3
+        left = settings.epochs_max - state.step / self.steps  # in epochs; a forward pass is a third of a step
+        self.log(f"About {duration(step_seconds * (self.steps + evaluation) * left)} to epoch {settings.epochs_max} on this "
+                 "machine. Ctrl-C is safe: the same command continues.")  # fmt: skip
+
+    def result(self):
+        last, best = self.state.history[-1], max(self.state.history, key=lambda row: row[-1])
+        return f"Test accuracy {last[-1]:.2%} at the last epoch ({last[0]:.0f}), {best[-1]:.2%} at the best ({best[0]:.0f})."
+
+def same_command():
+    return " ".join(["python", *sys.argv])
+
+def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "plot_figs.py")):
+    """Starts or continues the run that settings define. Returns the exit status."""
+    device = use_device(settings.device)
+    data = load_mnist(settings.data_dir)
+    run = Run(settings, network, data, device, scripts)
+    if len(run.state.history) > settings.epochs_max:
+        print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
+        return 0
+    for note in data.notes:
+        run.log(f"*** {note}")
+    threads = f", {thread_count(settings)} threads" if xp is np else ""
+    run.log(f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch")
+    run.log(f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {run.folder}")
+    if run.resumed:
+        run.log(f"Continuing after step {run.state.step:,} of {run.steps * settings.epochs_max:,}.")
+    run.log(LOG_HEADER)
+
+    def ask_to_stop(number, _frame):
+        run.stop = number
+
+    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return run.train()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 def main(arguments=None):
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and the like show in the loss, which is checked
@@ -1226,7 +1125,6 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("Stopped before the first step; nothing to save.", file=sys.stderr)
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main())

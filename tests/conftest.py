@@ -1,0 +1,34 @@
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+
+# No deadline: a machine with two busy cores is slow now and then. In CI the examples are always the same ones.
+settings.register_profile("dev", deadline=None, max_examples=25)
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
+settings.load_profile("ci" if "CI" in os.environ else "dev")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20240229)
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """Real digits; the sample is in git, so they are there on every machine."""
+    return m.load_mnist("data/sample")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Calling it makes every convolution take the way that explains, im2col, until the test ends."""
+    return lambda: monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**9)
