@@ -127,18 +127,16 @@ def test_import_does_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("others", [1, 3])
-def test_runs_side_by_side(save, capsys, others):
-    tags = [f"tag-{i}" for i in range(1 + others)]
-    for tag, epochs in zip(tags, (1, 200, 3, 20)):
+def test_runs_side_by_side(save, capsys):
+    tags = ["a", "b", "c"]
+    for tag, epochs in zip(tags, (1, 200, 3)):
         add_run(save, tag, epochs, without=("*.npz",))
     assert draw(save, *tags, tags[0]) == 0  # a tag given twice counts once
-    joint, alone = save / tags[0] / f"curves_{'_'.join(tags)}.png", save / tags[0] / "curves.png"
-    assert str(joint) in capsys.readouterr().out.splitlines()
-    if others == 3:
-        assert picture(joint).shape[1] > picture(alone).shape[1]
-    assert picture(joint).shape[0] == picture(alone).shape[0]
-    assert sorted(save.glob("*/*.png")) == sorted([joint, *(save / tag / "curves.png" for tag in tags)])
+    joint, alone = save / "a" / "curves_a_b_c.png", [save / tag / "curves.png" for tag in tags]
+    assert capsys.readouterr().out.splitlines()[0] == str(joint)
+    assert picture(joint).shape[1] > picture(alone[0]).shape[1]
+    assert picture(joint).shape[0] == picture(alone[0]).shape[0]
+    assert sorted(save.glob("*/*.png")) == sorted([joint, *alone])
 
 
 def test_curves_have_equal_axes_and_mark_best_and_last(save):
@@ -189,7 +187,7 @@ def test_a_long_tag_is_wrapped(save):
 # ── Images ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 60, 200, 1500])
+@pytest.mark.parametrize("count", [0, 1, 5, 60, 1500])
 def test_failures_stay_readable(run, sample, tmp_path, count, monkeypatch):
     monkeypatch.setattr(plot_figs, "FAILURES_SHOWN", 200)
     answers = answers_with(sample, count)
@@ -286,7 +284,8 @@ def test_a_run_in_progress(save, capsys, without, figures, lines):
 
 def test_a_run_that_has_not_begun_stands_beside_nothing(save):
     add_run(save, "young", without=("*.npz", "metrics.csv"))
-    assert draw(save, "young", "real") == 0
+    add_run(save, "old", without=("*.npz",))
+    assert draw(save, "young", "old") == 0
     assert not list(save.glob("*/curves_*.png"))
 
 
@@ -324,8 +323,7 @@ def test_an_unknown_flag(capsys):
     ("metrics.csv", ",".join(m.METRICS).encode() + b"\n0,0,nan,0.5,1,0.5,1,1\n"),
     ("metrics.csv", ",".join(m.METRICS).encode() + b"\n0,0,1,0.5,1,1.5,1,1\n"),
     ("metrics.csv", ",".join(m.METRICS).encode() + b"\n7,0,1,0.5,1,0.5,1,1\n"),
-    ("predictions.npz", b""), ("predictions.npz", b"PK\x03\x04 and then nothing"), ("predictions.npz", b"\x80\x04N."),
-    ("checkpoint_last.npz", b""), ("checkpoint_last.npz", b"PK\x03\x04 and then nothing"),
+    ("predictions.npz", b""), ("checkpoint_last.npz", b"PK\x03\x04 and then nothing"),
 ])  # fmt: skip
 def test_damaged_files(save, capsys, name, contents):
     (save / "real" / name).write_bytes(contents)
@@ -338,11 +336,20 @@ def test_damaged_files(save, capsys, name, contents):
     {"probabilities": np.full((1000, 10), np.nan)}, {"labels": np.zeros(1000, np.uint8)}, {"labels": np.zeros(7, np.uint8)},
     {"predictions": np.full(1000, "three")}, {"predictions": np.full(1000, None)},
 ])  # fmt: skip
-def test_predictions_of_another_kind(save, capsys, change):
-    with np.load(save / "real" / "predictions.npz") as arrays:
-        m.save_arrays(save / "real" / "predictions.npz", **dict(arrays) | change)
-    assert draw(save, "real") == 2
-    assert "predictions.npz is damaged" in error_of(capsys)
+def test_predictions_of_another_kind(save, sample, change):
+    path = save / "real" / "predictions.npz"
+    with np.load(path) as arrays:
+        m.save_arrays(path, **dict(arrays) | change)
+    with pytest.raises(m.UserError, match="predictions.npz is damaged"):
+        plot_figs.read_predictions(path, sample.test_labels)
+
+
+@pytest.mark.parametrize("part", [slice(0, 100), slice(1000, None), slice(0, -30)])
+def test_predictions_that_are_cut_off(save, sample, part):
+    path = save / "real" / "predictions.npz"
+    path.write_bytes(path.read_bytes()[part])
+    with pytest.raises(m.UserError, match="predictions.npz is damaged"):
+        plot_figs.read_predictions(path, sample.test_labels)
 
 
 def test_another_data_set(save, capsys):
@@ -354,14 +361,13 @@ def test_another_data_set(save, capsys):
 
 
 def test_a_half_written_figure_replaces_nothing(save, monkeypatch, capsys):
-    assert draw(save, "real") == 0
-    before = (save / "real" / "curves.png").read_bytes()
+    before = b"a whole figure"
+    (save / "real" / "curves.png").write_bytes(before)
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    capsys.readouterr()
     assert draw(save, "real") == 2
     assert "No space left" in error_of(capsys)
     assert (save / "real" / "curves.png").read_bytes() == before
