@@ -43,7 +43,6 @@ import sys
 import time
 import urllib.request
 import warnings
-import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -350,7 +349,7 @@ def name_dataset(folder, hashes):
         if len(wrong) < len(FILES) or (name == "MNIST" and folder.resolve() == HERE / "data"):
             raise UserError(f"{folder}: {', '.join(wrong)} should have {name}'s contents but has not (SHA-256 differs); "
                             "delete and start again to download anew, or keep another data set in another --data-dir")  # fmt: skip
-    return folder.name
+    return f"{folder.name} (not MNIST)" if "mnist" == folder.name.lower()[:5] else folder.name
 
 def download(file, folder):
     """Puts one of MNIST's files into folder, from the first mirror that sends the right bytes. OSError if none does."""
@@ -518,7 +517,7 @@ def max_pool2d(x, size=2):
     """
     v = windows(x, size)
     y = functools.reduce(xp.maximum, (v[:, i, :, j] for i in range(size) for j in range(size)))
-    rounding = 8 * xp.finfo(x.dtype).eps
+    rounding = 1e-6 if x.dtype == xp.float32 else 1e-12
     mask = v >= (y - rounding * (1 + abs(y)))[:, None, :, None]
     return y, (mask, x.shape)
 
@@ -903,7 +902,7 @@ def load_checkpoint(path, settings, network=RESNET9):
             state.moments[...] = xp.asarray(arrays["moments"])
             state.step = int(arrays["step"])
             state.history = [[int(epoch), *row] for epoch, *row in arrays["history"].tolist()]
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
         raise UserError(f"{path} is damaged or of another network ({error})") from None
     return state
 
@@ -959,11 +958,11 @@ def open_run(settings, data, device, scripts):
         "versions": {"python": platform.python_version(), "numpy": np.__version__, xp.__name__: xp.__version__},
     }
     try:
-        (folder / "code").mkdir(parents=True, exist_ok=True)
         if (folder / "config.json").exists():
             check_same_experiment(folder, config)
-        elif list(folder.iterdir()) != [folder / "code"]:
+        elif folder.exists() and {path.name for path in folder.iterdir()} - {"code", "config.json.part"}:
             raise UserError(f"{folder} holds something else than a run; choose another --tag")
+        (folder / "code").mkdir(parents=True, exist_ok=True)
         for script in scripts:
             if not (folder / "code" / script.name).exists():
                 shutil.copy(script, folder / "code")
@@ -1077,8 +1076,9 @@ class Run:
     def say_how_long(self, step_seconds):
         state, settings = self.state, self.settings
         evaluation = (len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)) / settings.batch_size / 3
-        left = settings.epochs_max - state.step / self.steps  # in epochs; a forward pass is a third of a step
-        self.log(f"About {duration(step_seconds * (self.steps + evaluation) * left)} to epoch {settings.epochs_max} on this "
+        steps = self.steps * settings.epochs_max - state.step  # a forward pass is a third of a step
+        steps += evaluation * (settings.epochs_max + 1 - len(state.history))
+        self.log(f"About {duration(step_seconds * steps)} to epoch {settings.epochs_max} on this "
                  "machine. Ctrl-C is safe: the same command continues.")  # fmt: skip
 
     def result(self):

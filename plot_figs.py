@@ -37,6 +37,7 @@ STYLE = {
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": GREY,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#E4E4E4", "axes.axisbelow": True,
     "legend.frameon": False, "legend.fontsize": 8, "figure.max_open_warning": 0,
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
 }  # fmt: skip
 FAILURES_SHOWN = 200  # nobody looks at more, and a bad run has thousands
 
@@ -138,8 +139,8 @@ def draw_curves(runs):
 
 def mark_accuracies(ax, epochs, accuracies):
     """Marks the last and the best accuracy. The legend stands above the panel, where no line can be."""
-    for name, i, style in (("last", -1, dict(marker="o", ms=5, mfc=ORANGE)),
-                           ("best", accuracies.argmax(), dict(marker="D", ms=8, mfc="none"))):  # fmt: skip
+    for name, i, style in (("last", -1, {"marker": "o", "ms": 5, "mfc": ORANGE}),
+                           ("best", accuracies.argmax(), {"marker": "D", "ms": 8, "mfc": "none"})):  # fmt: skip
         ax.plot(epochs[i], accuracies[i], ls="", mec=INK, clip_on=False, zorder=3, **style,
                 label=f"{name}: {accuracies[i]:.2%}\nepoch {epochs[i]:.0f}")  # fmt: skip
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, handletextpad=0.2, borderaxespad=0.3)

@@ -1,0 +1,181 @@
+"""The whole network: its gradient, the fast path against the plain one, shards and threads, optimizers, schedule."""
+
+import math
+
+import numpy as np
+import pytest
+
+import mnist_resnet9 as m
+
+SMALL = m.Settings(channels=(2, 3, 3, 4), dropout=0.5, threads=1)
+
+
+def noise(rng, N):
+    """Images without two equal pixels side by side, so that no two pixels tie in a pooling window."""
+    return rng.integers(0, 256, (N, 28, 28)).astype(np.uint8), rng.integers(0, 10, N)
+
+
+def relative(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+# Not max with few channels: where all of them are dead, neighbours tie, and a tie's gradient is defined, not derived.
+@pytest.mark.parametrize("pool, channels", [("avg", (2, 3, 3, 4)), ("avg", (2, 16, 16, 16)), ("max", (2, 16, 16, 16))])
+def test_gradient_agrees_with_central_differences(rng, pool, channels):
+    settings = m.Settings(channels=channels, pool=pool, dropout=0.5, threads=1)
+    images, labels = noise(rng, 3)
+    params = m.init_params(settings, np.float64)
+    params.flat += 0.01 * rng.standard_normal(params.flat.size)  # biases too
+
+    def loss_and_gradients():
+        return m.loss_and_gradients(params, images, labels, settings, np.random.default_rng(7))
+
+    loss, gradients = loss_and_gradients()
+    for name in params:
+        direction = rng.standard_normal(params[name].shape)
+        step = 1e-6 / np.linalg.norm(direction) * direction
+        params[name] += step
+        above = loss_and_gradients()[0]
+        params[name] -= 2 * step
+        below = loss_and_gradients()[0]
+        params[name] += step
+        assert (above - below) / 2 == pytest.approx((gradients[name] * step).sum(), rel=1e-4, abs=1e-11), name
+
+
+@pytest.mark.parametrize("N", [1, 15, 17, 33])
+def test_gradient_is_the_mean_of_the_images_gradients(rng, N):
+    images, labels = noise(rng, N)
+    params = m.init_params(SMALL, np.float64)
+    loss, gradients = m.loss_and_gradients(params, images, labels, SMALL)
+    each = [m.loss_and_gradients(params, images[i : i + 1], labels[i : i + 1], SMALL) for i in range(N)]
+    assert loss == pytest.approx(np.mean([one for one, _ in each]))
+    np.testing.assert_allclose(gradients.flat, np.mean([one.flat for _, one in each], axis=0), rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("images_of", ["noise", "digits"])
+def test_fast_path_agrees_with_the_plain_one(rng, sample, monkeypatch, images_of):
+    settings = m.Settings(threads=1)
+    images, labels = noise(rng, 16) if images_of == "noise" else (sample.train_images[:16], sample.train_labels[:16])
+
+    def gradients(dtype):
+        return m.loss_and_gradients(m.init_params(settings, dtype), images, labels, settings)[1].flat
+
+    fast, fast32 = gradients(np.float64), gradients(np.float32)
+    monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**6)
+    plain = gradients(np.float64)
+    assert relative(fast, plain) < 1e-10
+    assert relative(fast32, plain) < 1e-3
+    assert fast32.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-9), (np.float32, 1e-3)])
+def test_fast_and_plain_path_share_ten_steps(rng, monkeypatch, dtype, tolerance):
+    settings = m.Settings(threads=1)
+    images, labels = noise(rng, 16)
+
+    def losses():
+        state = m.init_state(settings)
+        state.params = m.init_params(settings, dtype)
+        state.moments = state.moments.astype(dtype)
+        out = []
+        for step in range(10):
+            rng = m.random_stream(0, m.STEP, 1, step)
+            loss, gradients = m.loss_and_gradients(state.params, images, labels, settings, rng)
+            m.update(state, gradients, settings, settings.learning_rate)
+            out.append(float(loss))
+        return np.array(out)
+
+    fast = losses()
+    monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**6)
+    np.testing.assert_allclose(fast, losses(), rtol=tolerance)
+
+
+def test_number_of_threads_changes_no_bit(sample):
+    results = []
+    for threads in (1, 2):
+        settings = m.Settings(threads=threads, augment=1.0)
+        params = m.init_params(settings)
+        rng = m.random_stream(3, m.STEP, 1, 2)
+        loss, gradients = m.loss_and_gradients(params, sample.train_images[:40], sample.train_labels[:40], settings, rng)
+        results.append((loss, gradients.flat, m.predict(params, sample.test_images[:40], settings)))
+    for one, two in zip(*results):
+        assert np.array_equal(one, two)
+
+
+def test_without_rng_there_is_no_dropout_and_no_augmentation(rng):
+    images, labels = noise(rng, 5)
+    params = m.init_params(SMALL, np.float64)
+    plain = m.loss_and_gradients(params, images, labels, m.Settings(channels=(2, 3, 3, 4), dropout=0.0))[1]
+    noisy = m.Settings(channels=(2, 3, 3, 4), dropout=0.9, augment=1.0)
+    assert np.array_equal(m.loss_and_gradients(params, images, labels, noisy)[1].flat, plain.flat)
+    assert not np.allclose(m.loss_and_gradients(params, images, labels, noisy, rng)[1].flat, plain.flat)
+
+
+def test_a_plain_dict_of_parameters_serves(rng):
+    images, labels = noise(rng, 2)
+    params = m.init_params(SMALL)
+    one, two = (m.loss_and_gradients(p, images, labels, SMALL)[1] for p in (params, dict(params)))
+    assert list(one) == list(params) and np.array_equal(one.flat, two.flat)
+
+
+@pytest.mark.parametrize("N", [1, 16, 37])
+def test_predict_is_forward(sample, N):
+    params, settings = m.init_params(m.Settings()), m.Settings()
+    logits = m.predict(params, sample.test_images[:N])
+    expected = m.forward(params, m.to_input(sample.test_images[:N], np.float32), settings)[0]
+    assert logits.shape == (N, 10) and logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_initialisation(sample):
+    params = m.init_params(m.Settings())
+    assert params.flat.size == 133_634 and len(params) == 18
+    assert params["conv7.weight"].std() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
+    assert np.array_equal(params.flat, m.init_params(m.Settings()).flat)
+    assert not np.array_equal(params.flat, m.init_params(m.Settings(seed=1)).flat)
+    loss, _, _ = m.evaluate(params, sample.test_images[:200], sample.test_labels[:200], m.Settings())
+    assert loss == pytest.approx(math.log(10), abs=0.5)
+
+
+def test_parameters_are_views_of_one_vector():
+    params = m.init_params(SMALL)
+    params.flat[:] = 1
+    params["fc9.bias"][...] = 2
+    assert (params["conv1.weight"] == 1).all() and (params.flat[-10:] == 2).all()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_optimizers_agree_with_their_formulas(rng, optimizer):
+    settings = m.Settings(channels=(2, 3, 3, 4), optimizer=optimizer, weight_decay=0.1, ema=0.9)
+    state = m.init_state(settings)
+    w = {name: a.astype(float) for name, a in state.params.items()}
+    ema, first, second = dict(w), dict.fromkeys(w, 0.0), dict.fromkeys(w, 0.0)
+    for t in range(1, 6):
+        gradients = m.Parameters({name: rng.standard_normal(a.shape).astype(np.float32) for name, a in w.items()})
+        m.update(state, gradients, settings, 0.01)
+        for name, g in gradients.items():
+            if name.endswith("weight"):
+                w[name] = w[name] * (1 - 0.01 * 0.1)
+            if optimizer == "sgd":
+                first[name] = 0.9 * first[name] + g
+                w[name] = w[name] - 0.01 * first[name]
+            else:
+                first[name] = 0.9 * first[name] + 0.1 * g
+                second[name] = 0.999 * second[name] + 0.001 * g**2
+                m_hat, v_hat = first[name] / (1 - 0.9**t), second[name] / (1 - 0.999**t)
+                w[name] = w[name] - 0.01 * m_hat / (np.sqrt(v_hat) + 1e-8)
+            keep = min(0.9, t / (9 + t))
+            ema[name] = keep * ema[name] + (1 - keep) * w[name]
+    for name in w:
+        np.testing.assert_allclose(state.params[name], w[name], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.ema[name], ema[name], rtol=1e-4, atol=1e-5)
+    assert state.step == 5 and state.averaged() is state.ema
+
+
+def test_one_cycle_rises_to_the_peak_and_falls_to_zero():
+    settings = m.Settings(schedule="one_cycle", learning_rate=0.002)
+    rates = [m.learning_rate(step, 1000, settings) for step in range(1000)]
+    assert max(rates) == pytest.approx(0.002, rel=0.01) and 250 < np.argmax(rates) < 350
+    assert (np.diff(rates[:300]) > 0).all() and (np.diff(rates[301:]) < 0).all()
+    assert 0 < rates[-1] < 1e-6 and rates[0] < 1e-5
+    assert m.learning_rate(7, 1000, m.Settings()) == 1e-4

@@ -1,0 +1,218 @@
+"""The program as its user meets it: a run, its files, stopping and continuing, and what it says to bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import mnist_resnet9 as m
+
+SMALL = ("--data-dir", "data/sample", "--channels", "4,16,16,16", "--train-images", "640", "--batch-size", "32")
+
+
+def train(save, *flags):
+    command = [sys.executable, "mnist_resnet9.py", *SMALL, "--device", "cpu", "--save-dir", str(save), *flags]
+    return subprocess.run(command, cwd=m.HERE, capture_output=True, text=True, timeout=120)
+
+
+def arrays(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files if name != "settings"}
+
+
+def assert_same_run(a, b):
+    one, two = arrays(a / "checkpoint_last.npz"), arrays(b / "checkpoint_last.npz")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert np.array_equal(one[name], two[name]), name
+    rows = [np.array(m.read_metrics(folder / "metrics.csv"))[:, :6] for folder in (a, b)]
+    assert np.array_equal(*rows)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of three epochs that nothing disturbed."""
+    save = tmp_path_factory.mktemp("whole")
+    result = train(save, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
+    assert result.returncode == 0, result.stderr
+    return save / "resnet9", result.stdout
+
+
+def test_a_run_leaves_the_files_that_it_promises(whole):
+    folder, out = whole
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["augment"] == 1 and config["data"]["name"] == "MNIST sample"
+    assert (folder / "code" / "mnist_resnet9.py").is_file() and (folder / "code" / "plot_figs.py").is_file()
+    rows = m.read_metrics(folder / "metrics.csv")
+    assert [row[0] for row in rows] == [0, 1, 2, 3] and rows[0][2] == pytest.approx(math.log(10), abs=0.6)
+    predictions = arrays(folder / "predictions.npz")
+    np.testing.assert_allclose(predictions["probabilities"].sum(axis=1), 1, rtol=1e-5)
+    assert (predictions["predictions"] == predictions["labels"]).mean() == pytest.approx(rows[-1][5])
+    assert (folder / "log.txt").read_text() == out
+    assert "MNIST sample" in out and "Ctrl-C is safe" in out
+    assert not list(folder.glob("*.part*"))
+
+
+def test_checkpoint_holds_the_weights_that_were_evaluated(whole, sample):
+    folder, _ = whole
+    settings = m.Settings(channels=(4, 16, 16, 16), ema=0.9)
+    state = m.load_checkpoint(folder / "checkpoint_last.npz", settings)
+    accuracy = m.evaluate(state.averaged(), sample.test_images, sample.test_labels, settings)[1]
+    assert accuracy == pytest.approx(m.read_metrics(folder / "metrics.csv")[-1][5])
+
+
+def test_the_same_command_on_a_finished_run_says_so(whole):
+    folder, _ = whole
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    result = train(folder.parent, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
+    assert result.returncode == 0 and "is finished" in result.stdout and "--epochs-max" in result.stdout
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_another_experiment_under_the_same_tag_is_refused(whole):
+    folder, _ = whole
+    before = (folder / "config.json").read_bytes()
+    result = train(folder.parent, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--dropout", "0.5")
+    assert result.returncode == 2 and "dropout 0.9, not 0.5" in result.stderr and not result.stdout
+    assert result.stderr.count("\n") == 1 and (folder / "config.json").read_bytes() == before
+
+
+def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(whole, tmp_path):
+    folder, _ = whole
+    assert train(tmp_path, "--epochs-max", "1", "--augment", "1", "--ema", "0.9").returncode == 0
+    assert train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--threads", "1").returncode == 0
+    assert_same_run(folder, tmp_path / "resnet9")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_stopped_within_an_epoch_it_continues_bit_for_bit(whole, tmp_path, monkeypatch, capsys):
+    folder, _ = whole
+    flags = [*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
+    monkeypatch.chdir(m.HERE)
+    update, calls = m.update, []
+
+    def update_and_interrupt(state, *rest):
+        update(state, *rest)
+        calls.append(state.step)
+        if state.step in (7, 33):  # in the first and in the second epoch
+            os.kill(os.getpid(), signal.SIGINT if state.step == 7 else signal.SIGTERM)
+
+    monkeypatch.setattr(m, "update", update_and_interrupt)
+    assert m.main(flags) == 130 and calls == list(range(1, 8))
+    assert "To continue" in capsys.readouterr().out
+    assert m.main(flags) == 143 and calls[-1] == 33
+    assert m.main(flags) == 0 and calls == list(range(1, 61))
+    assert_same_run(folder, tmp_path / "resnet9")
+    epochs = [line[:5].strip() for line in (tmp_path / "resnet9" / "log.txt").read_text().splitlines()]
+    assert [e for e in epochs if e.isdigit()] == ["0", "1", "2", "3"]
+
+
+def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
+    folder, _ = whole
+    flags = [*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
+    monkeypatch.chdir(m.HERE)
+    save = m.save_checkpoint
+
+    def die_instead_of_saving(path, state, settings):
+        if state.step == 40 and path.name == "checkpoint_last.npz":
+            raise SystemExit("killed after log and metrics, before the checkpoint")
+        save(path, state, settings)
+
+    monkeypatch.setattr(m, "save_checkpoint", die_instead_of_saving)
+    with pytest.raises(SystemExit):
+        m.main(flags)
+    monkeypatch.setattr(m, "save_checkpoint", save)
+    assert m.main(flags) == 0
+    assert_same_run(folder, tmp_path / "resnet9")
+    epochs = [line[:5].strip() for line in (tmp_path / "resnet9" / "log.txt").read_text().splitlines()]
+    assert [e for e in epochs if e.isdigit()] == ["0", "1", "2", "3"]
+
+
+def test_the_sample_is_learnt_in_seconds(tmp_path):
+    result = train(tmp_path, "--train-images", "0", "--channels", "4,16,32,64", "--epochs-max", "3", "--dropout", "0.5",
+                   "--learning-rate", "3e-3", "--schedule", "one_cycle")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert m.read_metrics(tmp_path / "resnet9" / "metrics.csv")[-1][5] > 0.95
+
+
+def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    result = train(tmp_path, "--learning-rate", "1000", "--optimizer", "sgd")
+    assert result.returncode == 2 and "learning rate 1000" in result.stderr and result.stderr.count("\n") == 1
+    assert all(np.isfinite(a).all() for a in arrays(tmp_path / "resnet9" / "checkpoint_last.npz").values())
+
+
+BAD = {
+    "--foo 1": "--learning-rate",
+    "stray": "unrecognized",
+    "--batch-size 0": "batch_size is 0",
+    "--batch-size 1.5": "invalid int",
+    "--dropout 1": "dropout is 1.0",
+    "--learning-rate -1": "learning_rate is -1.0",
+    "--learning-rate nan": "learning_rate is nan",
+    "--threads 10000": "from 0 to 256",
+    "--seed x": "invalid int",
+    "--pool mean": "max",
+    "--channels 1,2": "4,16,32,64",
+    "--channels a": "invalid",
+    "--recipe nonsense": "reference",
+    "--tag ../up": "no folder name",
+    "--tag a/b": "no folder name",
+    "--tag ..": "no folder name",
+    "--train-images 70000": "the data set has",
+    "--save-dir requirements.txt": "cannot be written",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(m.HERE)
+    given = flags.split()
+    where = [] if "--save-dir" in given else ["--save-dir", str(tmp_path / "save")]
+    assert m.main(["--data-dir", "data/sample", "--device", "cpu", *where, *given]) == 2
+    out, err = capsys.readouterr()
+    assert BAD[flags] in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "save").exists()
+
+
+def test_device_gpu_without_a_gpu_says_why(capsys):
+    try:
+        import cupy
+
+        if cupy.is_available():
+            pytest.skip("there is a GPU")
+    except ImportError:
+        pass
+    assert m.main(["--device", "gpu"]) == 2
+    assert "device gpu cannot be used: " in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
+    (tmp_path / "resnet9").mkdir()
+    (tmp_path / "resnet9" / "thesis.tex").write_text("years of work")
+    assert m.main(["--data-dir", str(m.HERE / "data/sample"), "--device", "cpu", "--save-dir", str(tmp_path)]) == 2
+    assert "something else than a run" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "resnet9").iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_checkpoint_is_reported_and_not_overwritten(whole, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(whole[0], tmp_path / "resnet9")
+    path = tmp_path / "resnet9" / "checkpoint_last.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(bytes(content))
+    result = train(tmp_path, "--epochs-max", "4", "--augment", "1", "--ema", "0.9")
+    assert result.returncode == 2 and "is damaged" in result.stderr and result.stderr.count("\n") == 1
+    assert path.read_bytes() == bytes(content)
+
+
+def test_help_explains_every_setting():
+    out = subprocess.run([sys.executable, "mnist_resnet9.py", "--help"], cwd=m.HERE, capture_output=True, text=True).stdout
+    for f in m.fields(m.Settings):
+        assert f"--{f.name.replace('_', '-')} " in out
