@@ -1100,7 +1100,7 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
         run.log(f"*** {note}")
     threads = f", {thread_count(settings)} threads" if xp is np else ""
     run.log(f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch")
-    run.log(f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {run.folder}")
+    run.log(f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {os.path.relpath(run.folder)}")
     if run.resumed:
         run.log(f"Continuing after step {run.state.step:,} of {run.steps * settings.epochs_max:,}.")
     run.log(LOG_HEADER)
