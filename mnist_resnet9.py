@@ -696,7 +696,8 @@ def init_params(settings, dtype=np.float32):
     """He initialisation: normal with variance 2 / (inputs of one output), so relu keeps the size of the signal.
 
     A residual block adds its branch to its input, so the branch starts small (its second convolution at half size);
-    fc9 starts small too, so the first probabilities are near 1/10 and the first loss is near ln 10.
+    fc9 starts small too, so the first probabilities are near 1/10 and the first loss is near ln 10. Biases start a
+    little above 0: where a background has switched off all inputs of a relu, 0 would be its kink, without a slope.
     """
     rng = random_stream(settings.seed, INIT)
     c1, c2, c3, c4 = settings.channels
@@ -705,7 +706,7 @@ def init_params(settings, dtype=np.float32):
     for i, (C, K) in enumerate(shapes, start=1):
         scale = 0.5 if i in (4, 8) else 1
         arrays[f"conv{i}.weight"] = rng.standard_normal((3, 3, C, K)) * scale * math.sqrt(2 / (9 * C))
-        arrays[f"conv{i}.bias"] = np.zeros(K)
+        arrays[f"conv{i}.bias"] = np.full(K, 0.01)
     arrays["fc9.weight"] = rng.standard_normal((49 * c4, 10)) * 0.1 * math.sqrt(2 / (49 * c4))
     arrays["fc9.bias"] = np.zeros(10)
     return Parameters({name: xp.asarray(a, dtype) for name, a in arrays.items()})
@@ -1027,8 +1028,7 @@ class Run:
                 rng = random_stream(settings.seed, STEP, epoch, step)
                 images, labels = self.images[batch], self.labels[batch]
                 rate = learning_rate(state.step, steps * settings.epochs_max, settings)
-                loss, gradients = loss_and_gradients(state.params, images, labels, settings, rng, self.network)
-                update(state, gradients, settings, rate)
+                loss = self.step(images, labels, rng, rate)
                 if xp is np or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
                     self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
                     bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
@@ -1046,12 +1046,20 @@ class Run:
         self.log(f"Finished. {self.result()} Figures: python plot_figs.py {settings.tag}")
         return 0
 
+    def step(self, images, labels, rng, rate):
+        """Learns from one batch. Returns its loss."""
+        loss, gradients = loss_and_gradients(self.state.params, images, labels, self.settings, rng, self.network)
+        update(self.state, gradients, self.settings, rate)
+        return loss
+
+    def evaluate(self, images, labels):
+        return evaluate(self.state.averaged(), images, labels, self.settings, self.network)
+
     def end_epoch(self, epoch, start, images_seen):
         """Evaluates, logs and saves; the checkpoint last, so that a crash before it leaves only what Log removes."""
-        settings, state, network, part = self.settings, self.state, self.network, TRAIN_EVALUATION_IMAGES
-        params = state.averaged()
-        train_loss, train_accuracy, _ = evaluate(params, self.images[:part], self.labels[:part], settings, network)
-        test_loss, test_accuracy, probs = evaluate(params, self.test_images, self.test_labels, settings, network)
+        settings, state, part = self.settings, self.state, TRAIN_EVALUATION_IMAGES
+        train_loss, train_accuracy, _ = self.evaluate(self.images[:part], self.labels[:part])
+        test_loss, test_accuracy, probs = self.evaluate(self.test_images, self.test_labels)
         self.check_finite(train_loss + test_loss, f"epoch {epoch}")
         seconds = time.perf_counter() - start
         rate = learning_rate(max(0, state.step - 1), self.steps * settings.epochs_max, settings)

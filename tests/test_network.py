@@ -58,11 +58,7 @@ def test_fast_path_agrees_with_the_plain_one(rng, sample, monkeypatch, images_of
     images, labels = noise(rng, 16) if images_of == "noise" else (sample.train_images[:16], sample.train_labels[:16])
 
     def gradients(dtype):
-        params = m.init_params(settings, dtype)
-        for name in params:  # away from 0: where all inputs are 0, a bias of 0 leaves relu at its kink, without a slope
-            if name.endswith("bias"):
-                params[name] += 0.01
-        return m.loss_and_gradients(params, images, labels, settings)[1].flat
+        return m.loss_and_gradients(m.init_params(settings, dtype), images, labels, settings)[1].flat
 
     fast, fast32 = gradients(np.float64), gradients(np.float32)
     monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**6)
