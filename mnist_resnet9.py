@@ -575,32 +575,24 @@ def conv2d_im2col_backward(dy, cache):
 
 # The fast way (Winograd; Lavin and Gray 2016, arXiv:1509.09308). Take the pixels of a row as coefficients of one
 # polynomial and the kernel's three taps as those of another. Convolution is multiplying polynomials, and a product
-# of polynomials is known when its values at enough points are known: evaluate both at m+2 points, multiply the
-# values, interpolate. That costs m+2 multiplications for m outputs instead of 3m; in two dimensions (m+2)² for m²
-# instead of 9m², with m = 5 a quarter to a fifth. Evaluating and interpolating are linear, so they are three
-# constant matrices: y = A (B x ⊙ G w), where x is a tile of (m+2)² pixels, y one of m² pixels, w the 3×3 kernel.
-# Being linear in x and in w, its backward pass is the same with transposed matrices.
-
-def contiguous(view):
-    """A copy of view in C order. Multiplying by 1 does it faster than copying where memcpy is slow at page offsets."""
-    return xp.multiply(view, 1, out=xp.empty(view.shape, view.dtype))
+# of polynomials is known when its values at enough points are known: evaluate both at n = m+2 points, multiply the
+# values, interpolate. That costs n multiplications for m outputs instead of 3m; in two dimensions n² for m² instead
+# of 9m², with m = 5 a quarter to a fifth. So a row is cut into T tiles of m outputs, each made from n pixels (tiles
+# overlap by 2). Cutting, evaluating and interpolating are linear in the row, so they are matrices: y = Q (P x ⊙ G w).
+# An image has rows and columns, so each matrix is applied from both sides: P x Pᵀ, G w Gᵀ, Q (…) Qᵀ. Being linear in
+# x and in w, the backward pass is the same with transposed matrices.
 
 WINOGRAD_POINTS = (0, 1, -1, 1 / 2, -2, 2)  # small and simple, which keeps the rounding errors small
-WINOGRAD_TILES = (4, 5)  # outputs a side, m; the larger, the fewer multiplications and the more rounding
+WINOGRAD_OUTPUTS = (4, 5)  # m; the larger, the fewer multiplications and the more rounding
 WINOGRAD_MIN_CHANNELS = 16  # with fewer, the transforms cost more than the multiplications that they save
 
 @functools.lru_cache(maxsize=None)
-def winograd_tiles(H, W):
-    """m, T, S: T×S tiles of m×m outputs cover the image, with the fewest multiplications."""
-    m = min(WINOGRAD_TILES, key=lambda m: -(-H // m) * -(-W // m) * (m + 2) ** 2)
-    return m, -(-H // m), -(-W // m)
-
-@functools.lru_cache(maxsize=None)
-def winograd_matrices(m, dtype, _xp):
-    """A (m², n²), B (n², n²), G (n², 9) for m×m outputs from n×n pixels, n = m + 2 (Cook and Toom's construction)."""
+def winograd_matrices(H, W, dtype, _xp):
+    """n, P (n·T, H), Q (H, n·T), the same two for W, and G (n, 3). Rows of P go by point, then by tile."""
+    m = min(WINOGRAD_OUTPUTS, key=lambda m: -(-H // m) * -(-W // m) * (m + 2) ** 2)  # the fewest multiplications
     n = m + 2
     points = np.array(WINOGRAD_POINTS[: n - 1], float)  # the n-th point is infinity: it reads the highest coefficient
-    A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))
+    A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))  # of one tile: y = A (B x ⊙ G w), Cook and Toom
     for j, p in enumerate(points):
         others = np.delete(points, j)
         A[:, j] = p ** np.arange(m)
@@ -608,47 +600,66 @@ def winograd_matrices(m, dtype, _xp):
         G[j] = p ** np.arange(3) / np.prod(p - others)
     A[m - 1, n - 1] = G[n - 1, 2] = 1
     B[n - 1] = np.poly(points)[::-1]
-    return tuple(xp.asarray(np.kron(M, M), dtype) for M in (A, B, G))  # rows and columns at once
+
+    def whole(L):
+        T = -(-L // m)
+        P, Q = np.zeros((n, T, T * m + 2)), np.zeros((T * m, n, T))
+        for t in range(T):
+            P[:, t, t * m : t * m + n] = B  # tile t reads the pixels from t·m − 1 on; the padding's are cut off below
+            Q[t * m : (t + 1) * m, :, t] = A
+        return P[:, :, 1 : L + 1].reshape(n * T, L), Q[:L].reshape(L, n * T)
+
+    return n, *(xp.asarray(M, dtype) for M in (*whole(H), *whole(W), G))
+
+def spaced(*shape, dtype):
+    """An empty array whose last axis has a gap of 64 bytes after it.
+
+    Lengths are often powers of two, and addresses a multiple of 4,096 bytes apart compete for the same few places in
+    the cache: without the gaps, a matrix product over such rows takes up to half as long again.
+    """
+    *outer, last = shape
+    return xp.empty((*outer, last + 64 // dtype.itemsize), dtype)[..., :last]
+
+def to_points(P, x, P2, n):
+    """P x P2ᵀ: (H, W, N, C) → (n, n, T·S·N, C), for each pair of points a matrix of T·S tiles, N images by C channels."""
+    (H, W, N, C), S = x.shape, len(P2) // n
+    R = spaced(H, len(P2), N * C, dtype=x.dtype)
+    xp.matmul(P2, x.reshape(H, W, N * C), out=R)  # along the rows, for each h
+    X = xp.empty((n, len(P), S, N * C), x.dtype)
+    R = R.reshape(H, n, S, N * C)
+    xp.matmul(P, R.transpose(1, 2, 0, 3), out=X.transpose(0, 2, 1, 3))  # along the columns, for each point and tile
+    return X.reshape(n, n, -1, C)
+
+def from_points(Q, M, Q2, N):
+    """Q M Q2ᵀ: (n, n, T·S·N, K) → (H, W, N, K)."""
+    n, K, (H, W) = len(M), M.shape[3], (len(Q), len(Q2))
+    S = Q2.shape[1] // n
+    M = M.reshape(n, -1, S, N * K)
+    R = spaced(H, n, S, N * K, dtype=M.dtype)
+    xp.matmul(Q, M.transpose(0, 2, 1, 3), out=R.transpose(1, 2, 0, 3))
+    y = spaced(H, W, N * K, dtype=M.dtype)
+    xp.matmul(Q2, R.reshape(H, n * S, N * K), out=y)
+    return y.reshape(H, W, N, K)
 
 def conv2d_winograd(x, w, b):
     """The same convolution for k = 3, with (m+2)² instead of 9m² multiplications for every m×m outputs."""
-    (H, W, N, C), K = x.shape, w.shape[3]
-    m, T, S = winograd_tiles(H, W)
-    n = m + 2
-    A, B, G = winograd_matrices(m, x.dtype, xp)
-    padded = xp.zeros((T * m + 2, S * m + 2, N, C), x.dtype)
-    padded[1 : H + 1, 1 : W + 1] = x
-    row, col, *inner = padded.strides  # a tile begins every m pixels and is n wide, so neighbours overlap by 2
-    tiles = xp.lib.stride_tricks.as_strided(padded, (n, n, T, S, N, C), (row, col, m * row, m * col, *inner))
-    X = (B @ contiguous(tiles).reshape(n * n, T * S * N * C)).reshape(n * n, T * S * N, C)
-    U = (G @ w.reshape(9, C * K)).reshape(n * n, C, K)
-    M = X @ U  # (n², T·S·N, K): at each of the n² points, a matrix product over the channels
-    M[n + 1] += b  # the value at the points (1, 1) enters every output with the factor 1
-    Y = (A @ M.reshape(n * n, T * S * N * K)).reshape(m, m, T, S, N, K)
-    y = contiguous(Y.transpose(2, 0, 3, 1, 4, 5)).reshape(T * m, S * m, N, K)[:H, :W]
-    return y, (X, U, x.shape)  # cache: what was multiplied, as everywhere
+    H, W, N, C = x.shape
+    n, P, Q, P2, Q2, G = winograd_matrices(H, W, x.dtype, xp)
+    X = to_points(P, x, P2, n)  # (n, n, T·S·N, C)
+    U = xp.tensordot(G, xp.tensordot(G, w, (1, 0)), (1, 1))  # (n, n, C, K)
+    M = X @ U  # (n, n, T·S·N, K): at each pair of points, a matrix product over the channels
+    M[1, 1] += b  # the value at the points (1, 1) enters every output with the factor 1
+    return from_points(Q, M, Q2, N), (X, U, x.shape)  # cache: what was multiplied, as everywhere
 
 def conv2d_winograd_backward(dy, cache):
     X, U, (H, W, N, C) = cache
-    m, T, S = winograd_tiles(H, W)
-    n, K = m + 2, U.shape[2]
-    A, B, G = winograd_matrices(m, dy.dtype, xp)
-    if dy.shape[:2] != (T * m, S * m):
-        dy, cut = xp.zeros((T * m, S * m, N, K), dy.dtype), dy
-        dy[:H, :W] = cut
-    dY = contiguous(dy.reshape(T, m, S, m, N, K).transpose(1, 3, 0, 2, 4, 5))
-    dM = (A.T @ dY.reshape(m * m, T * S * N * K)).reshape(n * n, T * S * N, K)
-    db = dM[n + 1].sum(axis=0)
-    dU = X.transpose(0, 2, 1) @ dM  # (n², C, K)
-    dw = (G.T @ dU.reshape(n * n, C * K)).reshape(3, 3, C, K)
-    dX = dM @ U.transpose(0, 2, 1)  # (n², T·S·N, C)
-    tiles = (B.T @ dX.reshape(n * n, T * S * N * C)).reshape(n, n, T, S, N, C).transpose(2, 0, 3, 1, 4, 5)
-    dpadded = xp.zeros((T + 1, m, S + 1, m, N, C), dy.dtype)
-    dpadded[:T, :, :S] += tiles[:, :m, :, :m]  # where tiles overlap, a pixel was in several: their gradients add
-    dpadded[1:, :2, :S] += tiles[:, m:, :, :m]
-    dpadded[:T, :, 1:, :2] += tiles[:, :m, :, m:]
-    dpadded[1:, :2, 1:, :2] += tiles[:, m:, :, m:]
-    return dpadded.reshape((T + 1) * m, (S + 1) * m, N, C)[1 : H + 1, 1 : W + 1], dw, db
+    n, P, Q, P2, Q2, G = winograd_matrices(H, W, dy.dtype, xp)
+    dM = to_points(Q.T, dy, Q2.T, n)  # y = Q M Q2ᵀ
+    db = dM[1, 1].sum(axis=0)
+    dU = X.swapaxes(2, 3) @ dM  # (n, n, C, K), from M = X @ U
+    dw = xp.tensordot(G, xp.tensordot(G, dU, (0, 0)), (0, 1))  # (3, 3, C, K)
+    dX = dM @ U.swapaxes(2, 3)  # (n, n, T·S·N, C)
+    return from_points(P.T, dX, P2.T, N), dw, db
 
 
 # ── Blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
