@@ -531,7 +531,7 @@ def max_pool2d_backward(dy, cache):
 
 def conv2d(x, w, b):
     """y = x * w + b, (H, W, N, C) → (H, W, N, K), any odd k, stride 1. It takes the faster of the two ways."""
-    if w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS:
+    if is_fast(w):
         y, cache = conv2d_winograd(x, w, b)
         return y, (conv2d_winograd_backward, cache)
     y, cache = conv2d_im2col(x, w, b)
@@ -582,34 +582,30 @@ def conv2d_im2col_backward(dy, cache):
 # An image has rows and columns, so each matrix is applied from both sides: P x Pᵀ, G w Gᵀ, Q (…) Qᵀ. Being linear in
 # x and in w, the backward pass is the same with transposed matrices.
 
-WINOGRAD_POINTS = (0, 1, -1, 1 / 2, -2, 2)  # small and simple, which keeps the rounding errors small
-WINOGRAD_OUTPUTS = (4, 5)  # m; the larger, the fewer multiplications and the more rounding
+WINOGRAD_POINTS = (0, 1, -1, 1 / 2, -2, 2)  # small and simple, which keeps the rounding errors small; and infinity
 WINOGRAD_MIN_CHANNELS = 16  # with fewer, the transforms cost more than the multiplications that they save
 
 @functools.lru_cache(maxsize=None)
-def winograd_matrices(H, W, dtype, _xp):
-    """n, P (n·T, H), Q (H, n·T), the same two for W, and G (n, 3). Rows of P go by point, then by tile."""
-    m = min(WINOGRAD_OUTPUTS, key=lambda m: -(-H // m) * -(-W // m) * (m + 2) ** 2)  # the fewest multiplications
-    n = m + 2
-    points = np.array(WINOGRAD_POINTS[: n - 1], float)  # the n-th point is infinity: it reads the highest coefficient
-    A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))  # of one tile: y = A (B x ⊙ G w), Cook and Toom
+def winograd_matrices(L, dtype, _xp):
+    """P (n·T, L) and Q (L, n·T) for rows of L pixels, and GG (n², 9), which is G from both sides. By point, then tile."""
+    n = len(WINOGRAD_POINTS) + 1
+    m = n - 2
+    points = np.array(WINOGRAD_POINTS)
+    A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))  # for one tile: y = A (B x ⊙ G w), Cook and Toom
     for j, p in enumerate(points):
         others = np.delete(points, j)
         A[:, j] = p ** np.arange(m)
         B[j, : n - 1] = np.poly(others)[::-1]  # the polynomial that is 0 at all other points
         G[j] = p ** np.arange(3) / np.prod(p - others)
-    A[m - 1, n - 1] = G[n - 1, 2] = 1
+    A[m - 1, n - 1] = G[n - 1, 2] = 1  # infinity reads the highest coefficient
     B[n - 1] = np.poly(points)[::-1]
-
-    def whole(L):
-        T = -(-L // m)
-        P, Q = np.zeros((n, T, T * m + 2)), np.zeros((T * m, n, T))
-        for t in range(T):
-            P[:, t, t * m : t * m + n] = B  # tile t reads the pixels from t·m − 1 on; the padding's are cut off below
-            Q[t * m : (t + 1) * m, :, t] = A
-        return P[:, :, 1 : L + 1].reshape(n * T, L), Q[:L].reshape(L, n * T)
-
-    return n, *(xp.asarray(M, dtype) for M in (*whole(H), *whole(W), G))
+    T = -(-L // m)
+    P, Q = np.zeros((n, T, T * m + 2)), np.zeros((T * m, n, T))
+    for t in range(T):
+        P[:, t, t * m : t * m + n] = B  # tile t reads the pixels from t·m − 1 on; the padding's columns are cut off below
+        Q[t * m : (t + 1) * m, :, t] = A
+    P, Q, GG = P[:, :, 1 : L + 1].reshape(n * T, L), Q[:L].reshape(L, n * T), np.einsum("ia,jb->jiab", G, G)
+    return xp.asarray(P, dtype), xp.asarray(Q, dtype), xp.asarray(GG.reshape(n * n, 9), dtype)
 
 def spaced(*shape, dtype):
     """An empty array whose last axis has a gap of 64 bytes after it.
@@ -620,10 +616,11 @@ def spaced(*shape, dtype):
     *outer, last = shape
     return xp.empty((*outer, last + 64 // dtype.itemsize), dtype)[..., :last]
 
-def to_points(P, x, P2, n):
+def to_points(P, x, P2):
     """P x P2ᵀ: (H, W, N, C) → (n, n, T·S·N, C), for each pair of points a matrix of T·S tiles, N images by C channels."""
-    (H, W, N, C), S = x.shape, len(P2) // n
-    R = spaced(H, len(P2), N * C, dtype=x.dtype)
+    (H, W, N, C), n = x.shape, len(WINOGRAD_POINTS) + 1
+    S = len(P2) // n
+    R = spaced(H, n * S, N * C, dtype=x.dtype)
     xp.matmul(P2, x.reshape(H, W, N * C), out=R)  # along the rows, for each h
     X = xp.empty((n, len(P), S, N * C), x.dtype)
     R = R.reshape(H, n, S, N * C)
@@ -641,24 +638,37 @@ def from_points(Q, M, Q2, N):
     xp.matmul(Q2, R.reshape(H, n * S, N * K), out=y)
     return y.reshape(H, W, N, K)
 
+def is_fast(w):
+    return len(w.shape) == 4 and w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS
+
+class WinogradKernel:
+    """The values U of a kernel w (3, 3, C, K) at the points. Needed as often as there are shards, but computed once."""
+
+    def __init__(self, w):
+        (_, _, C, K), n = w.shape, len(WINOGRAD_POINTS) + 1
+        GG = winograd_matrices(1, w.dtype, xp)[2]
+        self.shape, U, UT = w.shape, spaced(n * n, C * K, dtype=w.dtype), spaced(n * n, K * C, dtype=w.dtype)
+        self.U = xp.matmul(GG, w.reshape(9, C * K), out=U).reshape(n, n, C, K)
+        self.UT = xp.matmul(GG, w.swapaxes(2, 3).reshape(9, K * C), out=UT).reshape(n, n, K, C)  # for the backward pass
+
 def conv2d_winograd(x, w, b):
     """The same convolution for k = 3, with (m+2)² instead of 9m² multiplications for every m×m outputs."""
     H, W, N, C = x.shape
-    n, P, Q, P2, Q2, G = winograd_matrices(H, W, x.dtype, xp)
-    X = to_points(P, x, P2, n)  # (n, n, T·S·N, C)
-    U = xp.tensordot(G, xp.tensordot(G, w, (1, 0)), (1, 1))  # (n, n, C, K)
-    M = X @ U  # (n, n, T·S·N, K): at each pair of points, a matrix product over the channels
+    (P, Q, _), (P2, Q2, _) = winograd_matrices(H, x.dtype, xp), winograd_matrices(W, x.dtype, xp)
+    w = w if isinstance(w, WinogradKernel) else WinogradKernel(w)
+    X = to_points(P, x, P2)  # (n, n, T·S·N, C)
+    M = X @ w.U  # (n, n, T·S·N, K): at each pair of points, a matrix product over the channels
     M[1, 1] += b  # the value at the points (1, 1) enters every output with the factor 1
-    return from_points(Q, M, Q2, N), (X, U, x.shape)  # cache: what was multiplied, as everywhere
+    return from_points(Q, M, Q2, N), (X, w, x.shape)  # cache: what was multiplied, as everywhere
 
 def conv2d_winograd_backward(dy, cache):
-    X, U, (H, W, N, C) = cache
-    n, P, Q, P2, Q2, G = winograd_matrices(H, W, dy.dtype, xp)
-    dM = to_points(Q.T, dy, Q2.T, n)  # y = Q M Q2ᵀ
+    X, w, (H, W, N, C) = cache
+    (P, Q, GG), (P2, Q2, _) = winograd_matrices(H, dy.dtype, xp), winograd_matrices(W, dy.dtype, xp)
+    dM = to_points(Q.T, dy, Q2.T)  # y = Q M Q2ᵀ
     db = dM[1, 1].sum(axis=0)
-    dU = X.swapaxes(2, 3) @ dM  # (n, n, C, K), from M = X @ U
-    dw = xp.tensordot(G, xp.tensordot(G, dU, (0, 0)), (0, 1))  # (3, 3, C, K)
-    dX = dM @ U.swapaxes(2, 3)  # (n, n, T·S·N, C)
+    dU = xp.matmul(X.swapaxes(2, 3), dM)  # (n, n, C, K), from M = X @ U
+    dw = (GG.T @ dU.reshape(len(GG), -1)).reshape(w.shape)
+    dX = dM @ w.UT  # (n, n, T·S·N, C)
     return from_points(P.T, dX, P2.T, N), dw, db
 
 
@@ -769,6 +779,10 @@ class Network(NamedTuple):
 
 RESNET9 = Network(init_params, forward, backward)
 
+def transformed(params):
+    """params, with what every shard would otherwise compute of them again."""
+    return {name: WinogradKernel(p) if is_fast(p) else p for name, p in params.items()}
+
 def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
     """(mean loss, {name: gradient}) of a batch: images (N, 28, 28) pixels 0…255, labels (N,) digits.
 
@@ -776,12 +790,13 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
     """
     N, dtype = len(images), params["fc9.bias"].dtype
     streams = [None] * N if rng is None else shard_streams(rng, -(-N // SHARD_IMAGES))
+    kernels = transformed(params)
 
     def work(shard, i):
         x = images[shard]
         if rng is not None and settings.augment:
             x = augment(x, settings.augment, streams[i])
-        logits, caches = network.forward(params, to_input(x, dtype), settings, streams[i])
+        logits, caches = network.forward(kernels, to_input(x, dtype), settings, streams[i])
         loss, cache = cross_entropy_loss(logits, labels[shard])
         share = len(x) / N  # the batch's mean is the mean of the shards' means, weighted by their sizes
         gradients = network.backward(cross_entropy_loss_backward(share, cache), caches, settings)
@@ -795,9 +810,10 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
 
 def predict(params, images, settings=Settings(), network=RESNET9):
     """images (N, 28, 28), pixels 0…255 → logits (N, 10)."""
+    kernels = transformed(params)
 
     def work(shard, _):
-        return network.forward(params, to_input(images[shard], params["fc9.bias"].dtype), settings)[0]
+        return network.forward(kernels, to_input(images[shard], params["fc9.bias"].dtype), settings)[0]
 
     return xp.concatenate(over_shards(work, len(images), SHARD_IMAGES, thread_count(settings)))
 
