@@ -537,9 +537,10 @@ def conv2d(x, w, b):
     y, cache = conv2d_im2col(x, w, b)
     return y, (conv2d_im2col_backward, cache)
 
-def conv2d_backward(dy, cache):
+def conv2d_backward(dy, cache, need_dx=True):
+    """dx, dw, db; the first layer of a network does without dx, since images are not learnt."""
     backward, cache = cache
-    return backward(dy, cache)
+    return backward(dy, cache, need_dx)
 
 def conv2d_im2col(x, w, b):
     """The convolution as one matrix product: every pixel's k×k surroundings become a column ("image to columns").
@@ -559,13 +560,15 @@ def conv2d_im2col(x, w, b):
     y = cols.T @ wb  # (H·W·N, K)
     return y.reshape(H, W, N, K), (cols, w, x.shape)  # cache: as in linear, each factor is the other one's slope
 
-def conv2d_im2col_backward(dy, cache):
+def conv2d_im2col_backward(dy, cache, need_dx=True):
     cols, w, (H, W, N, C) = cache
     k, K = w.shape[0], w.shape[3]
     r = k // 2
     dy = dy.reshape(H * W * N, K)
     dwb = cols @ dy  # (k·k·C + 1, K), from y = colsᵀ @ wb
     dw, db = dwb[:-1].reshape(w.shape), dwb[-1]
+    if not need_dx:
+        return None, dw, db
     dcols = (w.reshape(k * k * C, K) @ dy.T).reshape(k, k, C, H, W, N)
     dpadded = xp.zeros((C, H + 2 * r, W + 2 * r, N), dy.dtype)
     for i in range(k):
@@ -582,16 +585,17 @@ def conv2d_im2col_backward(dy, cache):
 # An image has rows and columns, so each matrix is applied from both sides: P x Pᵀ, G w Gᵀ, Q (…) Qᵀ. Being linear in
 # x and in w, the backward pass is the same with transposed matrices.
 
-WINOGRAD_POINTS = (0, 1, -1, 1 / 2, -2, 2)  # small and simple, which keeps the rounding errors small; and infinity
+POINTS = (0, 1, -1, 1 / 2, -2, 2)  # small and simple, which keeps the rounding errors small; the 7th is infinity
+n = len(POINTS) + 1  # values for each tile
+m = n - 2  # outputs of each tile; with more, fewer multiplications but larger rounding errors
+STRIP_TILES = 3  # P is mostly 0 between distant tiles and pixels: rows are cut into strips of so many tiles
 WINOGRAD_MIN_CHANNELS = 16  # with fewer, the transforms cost more than the multiplications that they save
 
 @functools.lru_cache(maxsize=None)
-def winograd_matrices(L, dtype, _xp):
-    """P (n·T, L) and Q (L, n·T) for rows of L pixels, and GG (n², 9), which is G from both sides. By point, then tile."""
-    n = len(WINOGRAD_POINTS) + 1
-    m = n - 2
-    points = np.array(WINOGRAD_POINTS)
-    A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))  # for one tile: y = A (B x ⊙ G w), Cook and Toom
+def winograd_tile(dtype, _xp):
+    """A (m, n), B (n, n) and G (n, 3) for one tile: y = A (B x ⊙ G w), Cook and Toom's construction."""
+    points = np.array(POINTS)
+    A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))
     for j, p in enumerate(points):
         others = np.delete(points, j)
         A[:, j] = p ** np.arange(m)
@@ -599,13 +603,27 @@ def winograd_matrices(L, dtype, _xp):
         G[j] = p ** np.arange(3) / np.prod(p - others)
     A[m - 1, n - 1] = G[n - 1, 2] = 1  # infinity reads the highest coefficient
     B[n - 1] = np.poly(points)[::-1]
-    T = -(-L // m)
+    return A, B, xp.asarray(np.einsum("ia,jb->jiab", G, G).reshape(n * n, 9), dtype)  # G from both sides
+
+@functools.lru_cache(maxsize=None)
+def winograd_strips(L, dtype, _xp):
+    """For a row of L pixels: [(pixels that a strip reads, P)], [(pixels that it makes, Q)]. P's rows: point, tile."""
+    A, B, _ = winograd_tile(dtype, xp)
+    T = min(STRIP_TILES, -(-L // m))
     P, Q = np.zeros((n, T, T * m + 2)), np.zeros((T * m, n, T))
     for t in range(T):
-        P[:, t, t * m : t * m + n] = B  # tile t reads the pixels from t·m − 1 on; the padding's columns are cut off below
+        P[:, t, t * m : t * m + n] = B
         Q[t * m : (t + 1) * m, :, t] = A
-    P, Q, GG = P[:, :, 1 : L + 1].reshape(n * T, L), Q[:L].reshape(L, n * T), np.einsum("ia,jb->jiab", G, G)
-    return xp.asarray(P, dtype), xp.asarray(Q, dtype), xp.asarray(GG.reshape(n * n, 9), dtype)
+    P, Q = P.reshape(n * T, -1), Q.reshape(-1, n * T)
+    reads, makes = [], []
+    for start in range(0, L, T * m):
+        first, stop, end = max(start - 1, 0), min(start + T * m + 1, L), min(start + T * m, L)  # without the padding
+        reads.append((slice(first, stop), xp.asarray(P[:, first - start + 1 : stop - start + 1], dtype)))
+        makes.append((slice(start, end), xp.asarray(Q[: end - start], dtype)))
+    return reads, makes
+
+def transposed(strips):
+    return [(pixels, M.T) for pixels, M in strips]
 
 def spaced(*shape, dtype):
     """An empty array whose last axis has a gap of 64 bytes after it.
@@ -616,27 +634,39 @@ def spaced(*shape, dtype):
     *outer, last = shape
     return xp.empty((*outer, last + 64 // dtype.itemsize), dtype)[..., :last]
 
-def to_points(P, x, P2):
-    """P x P2ᵀ: (H, W, N, C) → (n, n, T·S·N, C), for each pair of points a matrix of T·S tiles, N images by C channels."""
-    (H, W, N, C), n = x.shape, len(WINOGRAD_POINTS) + 1
-    S = len(P2) // n
-    R = spaced(H, n * S, N * C, dtype=x.dtype)
-    xp.matmul(P2, x.reshape(H, W, N * C), out=R)  # along the rows, for each h
-    X = xp.empty((n, len(P), S, N * C), x.dtype)
-    R = R.reshape(H, n, S, N * C)
-    xp.matmul(P, R.transpose(1, 2, 0, 3), out=X.transpose(0, 2, 1, 3))  # along the columns, for each point and tile
-    return X.reshape(n, n, -1, C)
+def to_points(rows, x, cols):
+    """P x Pᵀ, strip by strip: (H, W, N, C) → (strips, strips, n, n, T·S·N, C) with T·S tiles of N images."""
+    H, W, N, C = x.shape
+    nT, nS = len(rows[0][1]), len(cols[0][1])
+    X = xp.empty((len(rows), len(cols), n, nT, nS // n, N * C), x.dtype)
+    for c, (pixels, P) in enumerate(cols):
+        R = spaced(H, nS, N * C, dtype=x.dtype)
+        xp.matmul(P, x.reshape(H, W, N * C)[:, pixels], out=R)  # along the rows
+        R = R.reshape(H, n, nS // n, N * C).transpose(1, 2, 0, 3)
+        for r, (pixels, P) in enumerate(rows):
+            xp.matmul(P, R[:, :, pixels], out=X[r, c].swapaxes(1, 2))  # along the columns
+    return X.reshape(len(rows), len(cols), n, n, -1, C)
 
-def from_points(Q, M, Q2, N):
-    """Q M Q2ᵀ: (n, n, T·S·N, K) → (H, W, N, K)."""
-    n, K, (H, W) = len(M), M.shape[3], (len(Q), len(Q2))
-    S = Q2.shape[1] // n
-    M = M.reshape(n, -1, S, N * K)
-    R = spaced(H, n, S, N * K, dtype=M.dtype)
-    xp.matmul(Q, M.transpose(0, 2, 1, 3), out=R.transpose(1, 2, 0, 3))
-    y = spaced(H, W, N * K, dtype=M.dtype)
-    xp.matmul(Q2, R.reshape(H, n * S, N * K), out=y)
+def from_points(rows, M, cols, N):
+    """Q M Qᵀ, strip by strip: (strips, strips, n, n, T·S·N, K) → (H, W, N, K)."""
+    H, W, K, nS = rows[-1][0].stop, cols[-1][0].stop, M.shape[-1], cols[0][1].shape[1]
+    M = M.reshape(len(rows), len(cols), n, -1, nS // n, N * K).swapaxes(3, 4)
+    y, R = xp.empty((H, W, N * K), M.dtype), []
+    for c in range(len(cols)):
+        R.append(spaced(H, nS, N * K, dtype=M.dtype))
+        join(rows, M[:, c], R[c].reshape(H, n, nS // n, N * K).transpose(1, 2, 0, 3))
+    join(cols, R, y)
     return y.reshape(H, W, N, K)
+
+def join(strips, xs, y):
+    """Q @ x of each strip into its rows of y; where strips overlap, their values add."""
+    done = 0
+    for (rows, Q), x in zip(strips, xs):
+        new = max(done, rows.start)
+        xp.matmul(Q[new - rows.start :], x, out=y[..., new : rows.stop, :])
+        if new > rows.start:
+            y[..., rows.start : new, :] += Q[: new - rows.start] @ x
+        done = rows.stop
 
 def is_fast(w):
     return len(w.shape) == 4 and w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS
@@ -645,8 +675,7 @@ class WinogradKernel:
     """The values U of a kernel w (3, 3, C, K) at the points. Needed as often as there are shards, but computed once."""
 
     def __init__(self, w):
-        (_, _, C, K), n = w.shape, len(WINOGRAD_POINTS) + 1
-        GG = winograd_matrices(1, w.dtype, xp)[2]
+        (_, _, C, K), GG = w.shape, winograd_tile(w.dtype, xp)[2]
         self.shape, U, UT = w.shape, spaced(n * n, C * K, dtype=w.dtype), spaced(n * n, K * C, dtype=w.dtype)
         self.U = xp.matmul(GG, w.reshape(9, C * K), out=U).reshape(n, n, C, K)
         self.UT = xp.matmul(GG, w.swapaxes(2, 3).reshape(9, K * C), out=UT).reshape(n, n, K, C)  # for the backward pass
@@ -654,22 +683,24 @@ class WinogradKernel:
 def conv2d_winograd(x, w, b):
     """The same convolution for k = 3, with (m+2)² instead of 9m² multiplications for every m×m outputs."""
     H, W, N, C = x.shape
-    (P, Q, _), (P2, Q2, _) = winograd_matrices(H, x.dtype, xp), winograd_matrices(W, x.dtype, xp)
+    (P, Q), (P2, Q2) = winograd_strips(H, x.dtype, xp), winograd_strips(W, x.dtype, xp)
     w = w if isinstance(w, WinogradKernel) else WinogradKernel(w)
-    X = to_points(P, x, P2)  # (n, n, T·S·N, C)
-    M = X @ w.U  # (n, n, T·S·N, K): at each pair of points, a matrix product over the channels
-    M[1, 1] += b  # the value at the points (1, 1) enters every output with the factor 1
+    X = to_points(P, x, P2)  # (strips, strips, n, n, T·S·N, C)
+    M = X @ w.U  # (strips, strips, n, n, T·S·N, K): at each pair of points, a matrix product over the channels
+    M[:, :, 1, 1] += b  # the value at the points (1, 1) enters every output with the factor 1
     return from_points(Q, M, Q2, N), (X, w, x.shape)  # cache: what was multiplied, as everywhere
 
-def conv2d_winograd_backward(dy, cache):
+def conv2d_winograd_backward(dy, cache, need_dx=True):
     X, w, (H, W, N, C) = cache
-    (P, Q, GG), (P2, Q2, _) = winograd_matrices(H, dy.dtype, xp), winograd_matrices(W, dy.dtype, xp)
-    dM = to_points(Q.T, dy, Q2.T)  # y = Q M Q2ᵀ
-    db = dM[1, 1].sum(axis=0)
-    dU = xp.matmul(X.swapaxes(2, 3), dM)  # (n, n, C, K), from M = X @ U
-    dw = (GG.T @ dU.reshape(len(GG), -1)).reshape(w.shape)
-    dX = dM @ w.UT  # (n, n, T·S·N, C)
-    return from_points(P.T, dX, P2.T, N), dw, db
+    (P, Q), (P2, Q2) = winograd_strips(H, dy.dtype, xp), winograd_strips(W, dy.dtype, xp)
+    dM = to_points(transposed(Q), dy, transposed(Q2))
+    db = dM[:, :, 1, 1].sum(axis=(0, 1, 2))
+    dU = (X.swapaxes(-1, -2) @ dM).sum(axis=(0, 1))  # (n, n, C, K), from M = X @ U
+    dw = (winograd_tile(dy.dtype, xp)[2].T @ dU.reshape(n * n, -1)).reshape(w.shape)
+    if not need_dx:
+        return None, dw, db
+    dX = dM @ w.UT  # (strips, strips, n, n, T·S·N, C)
+    return from_points(transposed(P), dX, transposed(P2), N), dw, db
 
 
 # ── Blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -680,10 +711,10 @@ def conv_block(x, w, b):
     y, act = relu(h)
     return y, (conv, act)
 
-def conv_block_backward(dy, cache):
+def conv_block_backward(dy, cache, need_dx=True):
     conv, act = cache
     dh = relu_backward(dy, act)
-    return conv2d_backward(dh, conv)  # dx, dw, db
+    return conv2d_backward(dh, conv, need_dx)  # dx, dw, db
 
 def residual_block(x, w1, b1, w2, b2):
     """relu(x + conv(relu(conv(x)))): two convolutions learn what to add to x. He et al. 2015, arXiv:1512.03385."""
@@ -767,7 +798,7 @@ def backward(dlogits, caches, settings):
     dh, *d34 = residual_block_backward(dh, res34)
     d["conv3.weight"], d["conv3.bias"], d["conv4.weight"], d["conv4.bias"] = d34
     dh, d["conv2.weight"], d["conv2.bias"] = conv_block_backward(dh, conv2)
-    _, d["conv1.weight"], d["conv1.bias"] = conv_block_backward(dh, conv1)
+    _, d["conv1.weight"], d["conv1.bias"] = conv_block_backward(dh, conv1, need_dx=False)
     return d
 
 class Network(NamedTuple):
