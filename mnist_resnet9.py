@@ -121,21 +121,21 @@ def whole_numbers(text):
     """'4,16,32,64' → (4, 16, 32, 64)."""
     return tuple(int(part) for part in text.split(","))
 
-def parse_settings(arguments=None, **preset):
+def parse_settings(arguments=None, kind=Settings, **preset):
     """The settings of a command line: defaults, then preset, then the recipe, then the flags. UserError if wrong."""
-    parser = Parser(prog="mnist_resnet9.py", description="Train ResNet9 on MNIST.", allow_abbrev=False)
+    parser = Parser(description="Train ResNet9 on MNIST.", allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES, default="reference", help="a tried set of settings; flags come on top")
-    for f in fields(Settings):
-        kind, choices = whole_numbers if f.type is tuple else f.type, f.metadata["choices"]
+    for f in fields(kind):
+        read, choices = whole_numbers if f.type is tuple else f.type, f.metadata["choices"]
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, choices=choices, default=argparse.SUPPRESS,
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=read, choices=choices, default=argparse.SUPPRESS,
                             metavar=None if choices else f.type.__name__.upper().replace("TUPLE", "K,K,K,K"),
                             help=f"{f.metadata['help']} (default: {default})")  # fmt: skip
     given = vars(parser.parse_args(arguments))
     recipe = RECIPES[given.pop("recipe")]
     for name in given.keys() & {"data_dir", "save_dir"}:  # a path on the command line starts where the user is
         given[name] = str(Path(given[name]).absolute())
-    return Settings(**{**preset, **recipe, **given})
+    return kind(**{**preset, **recipe, **given})
 
 
 # ── Array module ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1123,10 +1123,10 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-def main(arguments=None):
+def main(arguments=None, start=lambda arguments: run(parse_settings(arguments))):
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and the like show in the loss, which is checked
     try:
-        return run(parse_settings(arguments))
+        return start(arguments)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
