@@ -992,6 +992,8 @@ def check_same_experiment(folder, config):
 class Run:
     """One training run: its data, its folder and its state, as new or as the last checkpoint left it."""
 
+    use_device = staticmethod(use_device)
+
     def __init__(self, settings, network, data, device, scripts):
         count = settings.train_images or len(data.train_images)
         if count > len(data.train_images):
@@ -1009,6 +1011,7 @@ class Run:
         self.images, self.labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
         self.test_images, self.test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
         self.steps = -(-count // settings.batch_size)  # an epoch; its last batch may be smaller
+        self.on_gpu = xp is not np
         self.stop = 0  # the number of the signal that asked for an end, or 0
 
     def train(self):
@@ -1029,7 +1032,7 @@ class Run:
                 images, labels = self.images[batch], self.labels[batch]
                 rate = learning_rate(state.step, steps * settings.epochs_max, settings)
                 loss = self.step(images, labels, rng, rate)
-                if xp is np or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
+                if not self.on_gpu or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
                     self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
                     bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
                 if state.step == first_step + min(20, steps):
@@ -1040,7 +1043,7 @@ class Run:
             if state.step == epoch * steps:
                 self.end_epoch(epoch, start, len(self.images) - done * B)
         if self.stop:
-            save_checkpoint(self.last, state, settings)
+            self.save(self.last)
             self.log(f"Stopped after step {state.step:,}; everything is saved. To continue: {same_command()}")
             return 128 + self.stop
         self.log(f"Finished. {self.result()} Figures: python plot_figs.py {settings.tag}")
@@ -1072,8 +1075,11 @@ class Run:
         save_arrays(self.folder / "predictions.npz", labels=to_host(self.test_labels),
                     predictions=to_host(probs.argmax(axis=1)), probabilities=to_host(probs))  # fmt: skip
         if best:
-            save_checkpoint(self.folder / "checkpoint_best.npz", state, settings)
-        save_checkpoint(self.last, state, settings)
+            self.save(self.folder / "checkpoint_best.npz")
+        self.save(self.last)
+
+    def save(self, path):
+        save_checkpoint(path, self.state, self.settings)
 
     def check_finite(self, loss, where):
         if not math.isfinite(loss):
@@ -1096,17 +1102,17 @@ class Run:
 def same_command():
     return " ".join(["python", *sys.argv])
 
-def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "plot_figs.py")):
+def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "plot_figs.py"), kind=Run):
     """Starts or continues the run that settings define. Returns the exit status."""
-    device = use_device(settings.device)
+    device = kind.use_device(settings.device)
     data = load_mnist(settings.data_dir)
-    run = Run(settings, network, data, device, scripts)
+    run = kind(settings, network, data, device, scripts)
     if len(run.state.history) > settings.epochs_max:
         print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
         return 0
     for note in data.notes:
         run.log(f"*** {note}")
-    threads = f", {thread_count(settings)} threads" if xp is np else ""
+    threads = f", {thread_count(settings)} threads" if not run.on_gpu else ""
     run.log(f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch")
     run.log(f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {os.path.relpath(run.folder)}")
     if run.resumed:
