@@ -1022,12 +1022,12 @@ class Run:
         first_step, first_time = state.step, time.perf_counter()
         while len(state.history) <= settings.epochs_max and not self.stop:
             epoch, start = len(state.history), time.perf_counter()
-            order = random_stream(settings.seed, ORDER, epoch).permutation(len(self.images))
+            order = xp.asarray(random_stream(settings.seed, ORDER, epoch).permutation(len(self.images)))
             done = state.step - (epoch - 1) * steps  # 0, or where this epoch was interrupted
             bar = tqdm(range(done, steps), f"epoch {epoch}", initial=done, total=steps, unit="step", leave=False,
                        disable=None, dynamic_ncols=True)  # fmt: skip
             for step in bar:
-                batch = xp.asarray(order[step * B : (step + 1) * B])
+                batch = order[step * B : (step + 1) * B]
                 rng = random_stream(settings.seed, STEP, epoch, step)
                 images, labels = self.images[batch], self.labels[batch]
                 rate = learning_rate(state.step, steps * settings.epochs_max, settings)

@@ -176,7 +176,10 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     monkeypatch.setattr(m, "load_mnist", lambda _: small)
     given = dict(save_dir=str(tmp_path), train_images=64, batch_size=32, dropout=0.0, channels=(4, 8, 8, 8), ema=0.9)
 
+    uploads = []
+
     def step(run, images, labels, rng, rate):
+        uploads.append(device.uploads)
         with monkeypatch.context() as c:
             c.setattr(Array, "readable", False)
             return m.Run.step(run, images, labels, rng, rate)
@@ -188,6 +191,7 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     for epochs in (1, 2):
         settings = m.Settings(tag="device", epochs_max=epochs, **given)
         assert m.run(settings, kind=DeviceRun) == 0
+    assert len(uploads) == 4 and uploads[2] == uploads[3]  # within an epoch nothing is sent
     monkeypatch.setattr(m, "xp", np)
     assert m.run(m.Settings(tag="cpu", epochs_max=2, device="cpu", **given)) == 0
     one, two = (np.array(m.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("device", "cpu"))
