@@ -1046,7 +1046,8 @@ class Run:
             self.save(self.last)
             self.log(f"Stopped after step {state.step:,}; everything is saved. To continue: {same_command()}")
             return 128 + self.stop
-        self.log(f"Finished. {self.result()} Figures: python plot_figs.py {settings.tag}")
+        plot_figs = os.path.relpath(HERE / "plot_figs.py")
+        self.log(f"Finished. {self.result()} Figures: python {plot_figs} {settings.tag}")
         return 0
 
     def step(self, images, labels, rng, rate):
