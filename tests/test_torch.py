@@ -4,6 +4,7 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -322,6 +323,12 @@ def test_weights_of_another_network_are_refused(tmp_path, capsys):
 def test_device_auto_says_what_it_took():
     said = t.use_device("auto")
     assert said.startswith("GPU, " if torch.cuda.is_available() else "CPU (no GPU: ") and torch.__version__ in said
+
+
+def test_the_script_starts_from_its_own_folder():
+    command = [sys.executable, "resnet9_torch.py", "--help"]
+    result = subprocess.run(command, cwd=m.HERE / "torch_version", capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "--weights " in result.stdout and "--augment " in result.stdout
 
 
 def test_without_pytorch_a_line_says_how_to_get_it(monkeypatch, capsys):
