@@ -121,21 +121,21 @@ def whole_numbers(text):
     """'4,16,32,64' → (4, 16, 32, 64)."""
     return tuple(int(part) for part in text.split(","))
 
-def parse_settings(arguments=None, **preset):
+def parse_settings(arguments=None, kind=Settings, **preset):
     """The settings of a command line: defaults, then preset, then the recipe, then the flags. UserError if wrong."""
-    parser = Parser(prog="mnist_resnet9.py", description="Train ResNet9 on MNIST.", allow_abbrev=False)
+    parser = Parser(description="Train ResNet9 on MNIST.", allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES, default="reference", help="a tried set of settings; flags come on top")
-    for f in fields(Settings):
-        kind, choices = whole_numbers if f.type is tuple else f.type, f.metadata["choices"]
+    for f in fields(kind):
+        read, choices = whole_numbers if f.type is tuple else f.type, f.metadata["choices"]
         default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=kind, choices=choices, default=argparse.SUPPRESS,
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=read, choices=choices, default=argparse.SUPPRESS,
                             metavar=None if choices else f.type.__name__.upper().replace("TUPLE", "K,K,K,K"),
                             help=f"{f.metadata['help']} (default: {default})")  # fmt: skip
     given = vars(parser.parse_args(arguments))
     recipe = RECIPES[given.pop("recipe")]
     for name in given.keys() & {"data_dir", "save_dir"}:  # a path on the command line starts where the user is
         given[name] = str(Path(given[name]).absolute())
-    return Settings(**{**preset, **recipe, **given})
+    return kind(**{**preset, **recipe, **given})
 
 
 # ── Array module ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1050,6 +1050,8 @@ def check_same_experiment(folder, config):
 class Run:
     """One training run: its data, its folder and its state, as new or as the last checkpoint left it."""
 
+    use_device = staticmethod(use_device)
+
     def __init__(self, settings, network, data, device, scripts):
         count = settings.train_images or len(data.train_images)
         if count > len(data.train_images):
@@ -1067,6 +1069,7 @@ class Run:
         self.images, self.labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
         self.test_images, self.test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
         self.steps = -(-count // settings.batch_size)  # an epoch; its last batch may be smaller
+        self.on_gpu = xp is not np
         self.stop = 0  # the number of the signal that asked for an end, or 0
 
     def train(self):
@@ -1077,17 +1080,17 @@ class Run:
         first_step, first_time = state.step, time.perf_counter()
         while len(state.history) <= settings.epochs_max and not self.stop:
             epoch, start = len(state.history), time.perf_counter()
-            order = random_stream(settings.seed, ORDER, epoch).permutation(len(self.images))
+            order = xp.asarray(random_stream(settings.seed, ORDER, epoch).permutation(len(self.images)))
             done = state.step - (epoch - 1) * steps  # 0, or where this epoch was interrupted
             bar = tqdm(range(done, steps), f"epoch {epoch}", initial=done, total=steps, unit="step", leave=False,
                        disable=None, dynamic_ncols=True)  # fmt: skip
             for step in bar:
-                batch = xp.asarray(order[step * B : (step + 1) * B])
+                batch = order[step * B : (step + 1) * B]
                 rng = random_stream(settings.seed, STEP, epoch, step)
                 images, labels = self.images[batch], self.labels[batch]
                 rate = learning_rate(state.step, steps * settings.epochs_max, settings)
                 loss = self.step(images, labels, rng, rate)
-                if xp is np or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
+                if not self.on_gpu or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
                     self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
                     bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
                 if state.step == first_step + min(20, steps):
@@ -1098,10 +1101,11 @@ class Run:
             if state.step == epoch * steps:
                 self.end_epoch(epoch, start, len(self.images) - done * B)
         if self.stop:
-            save_checkpoint(self.last, state, settings)
+            self.save(self.last)
             self.log(f"Stopped after step {state.step:,}; everything is saved. To continue: {same_command()}")
             return 128 + self.stop
-        self.log(f"Finished. {self.result()} Figures: python plot_figs.py {settings.tag}")
+        plot_figs = os.path.relpath(HERE / "plot_figs.py")
+        self.log(f"Finished. {self.result()} Figures: python {plot_figs} {settings.tag}")
         return 0
 
     def step(self, images, labels, rng, rate):
@@ -1130,8 +1134,11 @@ class Run:
         save_arrays(self.folder / "predictions.npz", labels=to_host(self.test_labels),
                     predictions=to_host(probs.argmax(axis=1)), probabilities=to_host(probs))  # fmt: skip
         if best:
-            save_checkpoint(self.folder / "checkpoint_best.npz", state, settings)
-        save_checkpoint(self.last, state, settings)
+            self.save(self.folder / "checkpoint_best.npz")
+        self.save(self.last)
+
+    def save(self, path):
+        save_checkpoint(path, self.state, self.settings)
 
     def check_finite(self, loss, where):
         if not math.isfinite(loss):
@@ -1154,17 +1161,17 @@ class Run:
 def same_command():
     return " ".join(["python", *sys.argv])
 
-def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "plot_figs.py")):
+def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "plot_figs.py"), kind=Run):
     """Starts or continues the run that settings define. Returns the exit status."""
-    device = use_device(settings.device)
+    device = kind.use_device(settings.device)
     data = load_mnist(settings.data_dir)
-    run = Run(settings, network, data, device, scripts)
+    run = kind(settings, network, data, device, scripts)
     if len(run.state.history) > settings.epochs_max:
         print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
         return 0
     for note in data.notes:
         run.log(f"*** {note}")
-    threads = f", {thread_count(settings)} threads" if xp is np else ""
+    threads = f", {thread_count(settings)} threads" if not run.on_gpu else ""
     run.log(f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch")
     run.log(f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {os.path.relpath(run.folder)}")
     if run.resumed:
@@ -1181,10 +1188,10 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-def main(arguments=None):
+def main(arguments=None, start=lambda arguments: run(parse_settings(arguments))):
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and the like show in the loss, which is checked
     try:
-        return run(parse_settings(arguments))
+        return start(arguments)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

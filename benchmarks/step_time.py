@@ -1,6 +1,6 @@
 """Our training step against PyTorch's, in one run.
 
-    pip install torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+    pip install -r requirements-torch.txt --extra-index-url https://download.pytorch.org/whl/cpu
     python benchmarks/step_time.py                      batch 64, every core, 40 steps a side
     python benchmarks/step_time.py --evaluate --batch 500
 

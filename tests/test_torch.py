@@ -1,12 +1,25 @@
 """The network against the same one in PyTorch, with autograd and its optimizers."""
 
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import mnist_resnet9 as m
+import plot_figs
+from test_run import SMALL, arrays, assert_same_run
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
+
+sys.path.insert(0, str(m.HERE / "torch_version"))
+import resnet9_torch as t  # noqa: E402  (it lies in the folder that was just added)
 
 
 def tensors(params):
@@ -101,3 +114,226 @@ def test_a_tie_in_max_pooling_sends_the_gradient_to_all_of_ours_and_one_of_their
     _, cache = m.max_pool2d(np.full((2, 2, 1, 1), 3.0))
     dx = m.max_pool2d_backward(np.full((1, 1, 1, 1), 5.0), cache)
     assert sorted(x.grad.numpy().ravel()) == [0, 0, 0, 5] and (dx == 5).all()
+
+
+# torch_version/resnet9_torch.py: a run of each kind, step by step.
+
+
+@pytest.fixture
+def pair(tmp_path, sample):
+    """Makes the same run in both versions: (ours, PyTorch's)."""
+
+    def make(dtype=np.float64, **given):
+        network = m.RESNET9._replace(init_params=lambda settings: m.init_params(settings, dtype))
+        kinds = {"ours": m.Run, "torch": t.TorchRun}
+        return [kind(t.TorchSettings(tag=tag, save_dir=str(tmp_path), threads=1, **given), network, sample, "CPU", ())
+                for tag, kind in kinds.items()]  # fmt: skip
+
+    return make
+
+
+def step_both(runs, steps, rate=1e-3, seed=7):
+    """Each run learns from the same batches of random images (no two pixels of which tie)."""
+    for step in steps:
+        images, labels = batch(np.random.default_rng([seed, step]), 20)  # two shards, one of them smaller
+        losses = [run.step(images, labels, m.random_stream(0, m.STEP, 1, step), rate) for run in runs]
+        assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-9)
+
+
+def assert_together(runs, tolerance=1e-8):
+    ours, theirs = (run.state for run in runs)
+    assert ours.step == theirs.step
+    np.testing.assert_allclose(ours.params.flat, theirs.params.flat, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(ours.moments, theirs.moments, rtol=tolerance, atol=tolerance)
+    if ours.ema is not None:
+        np.testing.assert_allclose(ours.ema.flat, theirs.ema.flat, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("given", [{}, {"pool": "avg", "augment": 1.0, "dropout": 0.5}, {"dropout": 0.0}])
+def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, rng, given):
+    run, theirs = pair(**given)
+    images, labels = batch(rng, 20)
+    params = run.state.params
+    expected = m.predict(params, images, run.settings)
+    found = theirs.net(theirs.to_input(images)).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    loss, gradients = m.loss_and_gradients(params, images, labels, run.settings, m.random_stream(0, m.STEP, 1, 0))
+    assert theirs.step(images, labels, m.random_stream(0, m.STEP, 1, 0), 0.0).item() == pytest.approx(loss, rel=1e-9)
+    assert np.array_equal(theirs.state.params.flat, params.flat)  # at rate 0
+    named = dict(theirs.net.named_parameters())
+    assert list(named) == list(params) and len(named) == 18
+    for name, w in named.items():
+        assert np.linalg.norm(ours(w.grad) - gradients[name]) < 1e-9 * np.linalg.norm(gradients[name]), name
+
+
+OPTIMIZERS = [
+    {"optimizer": "sgd"},
+    {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.1, "ema": 0.99},
+    {"optimizer": "adam"},
+    {"optimizer": "adam", "weight_decay": 0.1, "ema": 0.9},
+]
+
+
+@pytest.mark.parametrize("given", OPTIMIZERS)
+def test_ten_steps_of_the_pytorch_version_stay_with_ours(pair, given):
+    runs = pair(channels=(4, 16, 16, 16), dropout=0.5, **given)
+    step_both(runs, range(10))
+    if given.get("momentum") == 0:  # without momentum PyTorch does not write down the last gradient
+        runs[0].state.moments[...] = runs[1].state.moments
+    assert_together(runs)
+
+
+def test_each_version_continues_the_others_checkpoint(pair):
+    given = dict(channels=(4, 16, 16, 16), dropout=0.5, ema=0.9)
+    runs = pair(**given)
+    step_both(runs, range(5))
+    for run, other in zip(runs, reversed(runs)):
+        run.save(other.last)
+    swapped = pair(**given)
+    assert all(run.resumed and run.state.step == 5 for run in swapped)
+    step_both(swapped, range(5, 10))
+    step_both(runs, range(5, 10))
+    assert_together((runs[0], swapped[0]))
+    assert_together((runs[1], swapped[1]))
+
+
+def test_both_evaluate_alike(pair, sample):
+    runs = pair(np.float32, ema=0.9)
+    for run in runs:
+        run.state.ema.flat += 0.01 * np.random.default_rng(3).standard_normal(run.state.ema.flat.size)
+    (loss, accuracy, probs), theirs = [run.evaluate(sample.test_images[:250], sample.test_labels[:250]) for run in runs]
+    assert theirs[:2] == (pytest.approx(loss, rel=1e-5), accuracy) and type(theirs[1]) is float
+    np.testing.assert_allclose(theirs[2], probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_on_a_blank_image_max_pooling_ties_and_the_two_differ_on_purpose(pair, pool):
+    run, theirs = pair(dropout=0.0, pool=pool)
+    images, labels = np.zeros((4, 28, 28), np.uint8), np.arange(4)
+    loss, gradients = m.loss_and_gradients(run.state.params, images, labels, run.settings)
+    assert theirs.step(images, labels, m.random_stream(0, m.STEP), 0.0).item() == pytest.approx(loss, rel=1e-9)
+    w = dict(theirs.net.named_parameters())
+    np.testing.assert_allclose(ours(w["fc9.weight"].grad), gradients["fc9.weight"], rtol=1e-9, atol=1e-12)
+    for name in ("conv1.weight", "conv8.weight"):
+        ratio = np.linalg.norm(gradients[name]) / w[name].grad.norm().item()
+        assert ratio > 1.2 if pool == "max" else ratio == pytest.approx(1, rel=1e-9), name
+
+
+# The program as its user meets it.
+
+
+TINY = (*SMALL, "--device", "cpu", "--threads", "1", "--learning-rate", "1e-3", "--train-images", "96")  # 3 steps
+
+
+@pytest.fixture(autouse=True)
+def few_test_images(monkeypatch, sample):
+    few = replace(sample, test_images=sample.test_images[:200], test_labels=sample.test_labels[:200])
+    monkeypatch.setattr(m, "load_mnist", lambda _: few)
+
+
+def torch_main(*flags):
+    return m.main([*TINY, *map(str, flags)], t.start)
+
+
+@pytest.mark.parametrize("flags", ["--augment 1 --ema 0.9 --weight-decay 0.1", "--optimizer sgd --schedule one_cycle"])
+def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsys):
+    flags = ("--epochs-max", "3", *flags.split())
+    assert torch_main("--save-dir", tmp_path / "whole", *flags) == 0
+    step = t.TorchRun.step
+
+    def step_and_interrupt(run, *rest):
+        loss = step(run, *rest)
+        if run.state.step in (2, 7):  # in the first and in the last epoch
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    monkeypatch.setattr(t.TorchRun, "step", step_and_interrupt)
+    parts = ("--save-dir", tmp_path / "parts", *flags)
+    assert [torch_main(*parts), torch_main(*parts), torch_main(*parts)] == [130, 130, 0]
+    assert_same_run(tmp_path / "whole" / "torch_resnet9", tmp_path / "parts" / "torch_resnet9")
+
+
+@pytest.mark.parametrize("pool, tolerance", [("max", 0.1), ("avg", 0.01)])
+def test_a_tiny_training_ends_alike_on_both_sides(pool, tolerance, tmp_path):
+    flags = ("--save-dir", str(tmp_path), "--pool", pool, "--train-images", "320", "--epochs-max", "3", "--tag", "x")
+    assert m.main([*TINY, *flags]) == 0 and torch_main(*flags) == 0
+    one, two = (np.array(m.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("x", "torch_x"))
+    np.testing.assert_allclose(one[0, :6], two[0, :6], rtol=1e-5)  # the network before training
+    np.testing.assert_allclose(one[:, [2, 4]], two[:, [2, 4]], atol=tolerance)
+    assert two[-1, 2] < two[0, 2] - 0.1
+
+
+def test_weights_go_both_ways_and_the_run_has_its_files(tmp_path, capsys, monkeypatch):
+    flags = ("--save-dir", str(tmp_path), "--epochs-max", "1")
+    assert m.main([*TINY, *flags, "--ema", "0.5"]) == 0
+    assert torch_main(*flags, "--weights", tmp_path / "resnet9" / "checkpoint_last.npz") == 0
+    folder = tmp_path / "torch_resnet9"
+    code = {path.name for path in (folder / "code").iterdir()}
+    assert code == {"resnet9_torch.py", "mnist_resnet9.py", "plot_figs.py"}
+    assert "PyTorch" in (folder / "log.txt").read_text()
+    ours, theirs = (m.read_metrics(path / "metrics.csv") for path in (tmp_path / "resnet9", folder))
+    assert theirs[0][2:6] == pytest.approx(ours[1][2:6], rel=1e-5)  # it starts where ours ended
+
+    settings, data = m.Settings(channels=(4, 16, 16, 16)), m.load_mnist("")
+    params = m.load_checkpoint(folder / "checkpoint_last.npz", settings).params
+    probs = m.softmax(m.predict(params, data.test_images, settings))[0]
+    np.testing.assert_allclose(probs, arrays(folder / "predictions.npz")["probabilities"], atol=1e-5)
+
+    monkeypatch.setattr(plot_figs, "draw_run", lambda *_: ())  # only the curves that stand side by side
+    assert plot_figs.main(["resnet9", "torch_resnet9", "--save-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "resnet9" / "curves_resnet9_torch_resnet9.png").exists()
+
+
+def test_a_run_that_started_from_weights_continues_without_their_file(tmp_path):
+    flags = ("--save-dir", tmp_path, "--weights", tmp_path / "start.npz")
+    assert torch_main("--save-dir", tmp_path, "--tag", "start", "--epochs-max", "1") == 0
+    shutil.move(tmp_path / "torch_start" / "checkpoint_last.npz", tmp_path / "start.npz")
+    assert torch_main(*flags, "--epochs-max", "1") == 0
+    (tmp_path / "start.npz").unlink()
+    assert torch_main(*flags, "--epochs-max", "2") == 0
+
+
+BAD = {
+    "--weights missing.npz": "missing.npz is no checkpoint of this network",
+    "--weights README.md": "README.md is no checkpoint of this network",
+    "--foo 1": "--weights",
+    "--batch-size 0": "batch_size is 0",
+    "--device gpu": "device gpu cannot be used: ",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monkeypatch):
+    if "gpu" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(m.HERE)
+    assert torch_main("--save-dir", tmp_path / "save", *flags.split()) == 2
+    out, err = capsys.readouterr()
+    assert BAD[flags] in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "save").exists()
+
+
+def test_weights_of_another_network_are_refused(tmp_path, capsys):
+    params = m.init_params(m.Settings(channels=(1, 16, 16, 16)))  # NumPy would stretch one channel to four
+    m.save_arrays(tmp_path / "other.npz", **params)
+    assert torch_main("--save-dir", tmp_path / "save", "--weights", tmp_path / "other.npz") == 2
+    assert "conv1.weight has the shape (3, 3, 1, 1)" in capsys.readouterr().err
+
+
+def test_device_auto_says_what_it_took():
+    said = t.use_device("auto")
+    assert said.startswith("GPU, " if torch.cuda.is_available() else "CPU (no GPU: ") and torch.__version__ in said
+
+
+def test_the_script_starts_from_its_own_folder():
+    command = [sys.executable, "resnet9_torch.py", "--help"]
+    result = subprocess.run(command, cwd=m.HERE / "torch_version", capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "--weights " in result.stdout and "--augment " in result.stdout
+
+
+def test_without_pytorch_a_line_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(t.__file__, run_name="__main__")
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "requirements-torch.txt" in err and err.count("\n") == 1
