@@ -819,7 +819,7 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
 
     rng (any NumPy generator) turns dropout and augmentation on. Computed in the dtype of params.
     """
-    N, dtype = len(images), params["fc9.bias"].dtype
+    N, dtype = len(images), next(iter(params.values())).dtype
     streams = [None] * N if rng is None else shard_streams(rng, -(-N // SHARD_IMAGES))
     kernels = transformed(params)
 
@@ -844,7 +844,7 @@ def predict(params, images, settings=Settings(), network=RESNET9):
     kernels = transformed(params)
 
     def work(shard, _):
-        return network.forward(kernels, to_input(images[shard], params["fc9.bias"].dtype), settings)[0]
+        return network.forward(kernels, to_input(images[shard], next(iter(params.values())).dtype), settings)[0]
 
     return xp.concatenate(over_shards(work, len(images), SHARD_IMAGES, thread_count(settings)))
 
