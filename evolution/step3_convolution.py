@@ -57,4 +57,4 @@ def backward(dlogits, caches, settings):
 NETWORK = Network(init_params, forward, backward)
 
 if __name__ == "__main__":
-    sys.exit(run_step(3, ADDS, NETWORK))
+    sys.exit(run_step(3, ADDS, NETWORK, pool="avg"))

@@ -62,4 +62,4 @@ def backward(dlogits, caches, settings):
 NETWORK = Network(init_params, forward, backward)
 
 if __name__ == "__main__":
-    sys.exit(run_step(4, ADDS, NETWORK))
+    sys.exit(run_step(4, ADDS, NETWORK, pool="avg"))

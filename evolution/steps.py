@@ -24,11 +24,14 @@ def flatten_backward(dfeatures, shape):
     return dfeatures.reshape(N, H, W, C).transpose(1, 2, 0, 3)
 
 
-def run_step(number, adds, network, arguments=None):
-    """Trains the network of a step as mnist_resnet9.py trains ResNet9, with the same flags. Returns the exit status."""
+def run_step(number, adds, network, arguments=None, **preset):
+    """Trains the network of a step as mnist_resnet9.py trains ResNet9, with the same flags. Returns the exit status.
+
+    preset holds settings that describe the network, where it differs from ResNet9.
+    """
 
     def start(arguments):
-        settings = m.parse_settings(arguments, tag=f"evolution_{number}", dropout=0.0)
+        settings = m.parse_settings(arguments, tag=f"evolution_{number}", dropout=0.0, **preset)
         print(f"Step {number} adds: {adds}")
         scripts = (m.HERE / "mnist_resnet9.py", m.HERE / "plot_figs.py", *sorted(HERE.glob("*.py")))
         status = m.run(settings, network, scripts)
