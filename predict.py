@@ -51,7 +51,8 @@ def read_picture(path):
             picture = ImageOps.exif_transpose(file)  # cameras note which side is up
             picture.load()
     except Image.DecompressionBombError as error:
-        raise m.UserError(f"{path} is too large ({error}); make it {MAX_PIXELS // 10**6} million pixels at most") from None
+        limit = f"{MAX_PIXELS // 10**6} million pixels"
+        raise m.UserError(f"{path} is too large ({error}); make it {limit} at most") from None
     except FileNotFoundError:
         raise m.UserError(f"there is no picture {path}") from None
     except Exception as error:  # Pillow raises a dozen kinds for a file that is damaged or no picture
@@ -100,6 +101,8 @@ def ink_of(picture):
 
 def threshold(ink):
     """The value that splits the pixels best into dark and bright: Otsu 1979, the most variance between the two."""
+    if not np.ptp(ink):
+        return ink.max()
     count, edges = np.histogram(ink, 256)
     value = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(count)
@@ -107,7 +110,7 @@ def threshold(ink):
     sums = np.cumsum(count * value)
     with np.errstate(all="ignore"):
         between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return edges[1 + np.nanargmax(between[:-1])]
+    return edges[1 + np.nan_to_num(between).argmax()]  # nan: all pixels are on one side
 
 
 def label_components(mask):
@@ -144,7 +147,7 @@ def label_components(mask):
 
 
 def find_digits(picture):
-    """The digits of a picture (H, W, 3), in lines from top to bottom, in a line from left to right. [] if it is blank."""
+    """The digits of a picture (H, W, 3), line by line, in a line from left to right. [] if it is blank."""
     ink = ink_of(picture)
     cut = threshold(ink)
     mask = ink > cut
@@ -154,7 +157,7 @@ def find_digits(picture):
     digits = []
     for members in group(labels):
         own = np.isin(labels, members)
-        rows, cols = np.flatnonzero(own.any(axis=1)), np.flatnonzero(own.any(axis=0))
+        rows, cols = np.flatnonzero(own.any(axis=1)).tolist(), np.flatnonzero(own.any(axis=0)).tolist()
         box = (cols[0], rows[0], cols[-1] + 1, rows[-1] + 1)
         around = np.asarray(Image.fromarray(own).convert("L").filter(ImageFilter.MaxFilter(3))) > 0  # with soft edges
         crop = slice(box[1], box[3]), slice(box[0], box[2])
@@ -199,7 +202,8 @@ def to_mnist(ink, own):
     """The ink of one digit, and the pixels that are its own, both (h, w), as an MNIST image: (28, 28) uint8."""
     ink = np.clip(ink / np.percentile(ink[own], 90), 0, 1)  # MNIST's ink is full white, its edges are grey
     side = max(ink.shape)
-    outline = abs(np.diff(np.pad(own, 1).astype(int), axis=0)).sum() + abs(np.diff(np.pad(own, 1).astype(int), axis=1)).sum()
+    framed = np.pad(own, 1)
+    outline = (framed[1:] != framed[:-1]).sum() + (framed[:, 1:] != framed[:, :-1]).sum()
     stroke = 2 * own.sum() / outline * 20 / side  # two outlines a stroke: its width, when the digit is 20 high
     grow = round((THIN_STROKE - stroke) * side / 20 / 2)
     if grow > 0:
@@ -218,7 +222,7 @@ def to_mnist(ink, own):
 
 
 def reading_order(digits):
-    """Line by line, each from left to right: a digit belongs to the line whose middle lies between its top and bottom."""
+    """Line by line, each from left to right: a digit is of the line above if it begins above that line's middle."""
     lines = []
     for digit in sorted(digits, key=lambda d: d.box[1] + d.box[3]):
         if lines and digit.box[1] < np.mean([(d.box[1] + d.box[3]) / 2 for d in lines[-1]]):
@@ -240,7 +244,8 @@ class Answer(NamedTuple):
 
     def text(self):
         best = self.probabilities.argmax()
-        return f"{best} ({self.probabilities[best]:.1%})" if self.is_digit else f"does not look like a digit; if it is one, {best}"
+        sure = f"{best} ({self.probabilities[best]:.1%})"
+        return sure if self.is_digit else f"does not look like a digit; if it is one, {sure}"
 
 
 def find_weights(save_dir, tag=None):
@@ -256,7 +261,8 @@ def find_weights(save_dir, tag=None):
     paths = sorted(save_dir.glob("*/checkpoint_last.npz"), key=lambda path: path.stat().st_mtime)
     ours = [path.parent for path in paths if is_resnet9(path)]
     if not ours:
-        raise m.UserError(f"{save_dir} has no run with weights yet; train one: python mnist_resnet9.py --epochs-max 2 --dropout 0.5")
+        command = "python mnist_resnet9.py --epochs-max 2 --learning-rate 1e-3 --dropout 0.5 --augment 1 --tag mine"
+        raise m.UserError(f"{save_dir} has no run with weights yet; this trains one in minutes: {command}")
     return next((folder for folder in ours if folder.name == REFERENCE), ours[-1])
 
 

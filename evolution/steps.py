@@ -1,4 +1,4 @@
-"""What all steps share: their settings, the training loop of mnist_resnet9.py, and a comparison with the step before."""
+"""What all steps share: settings, the training loop of mnist_resnet9.py, and a comparison with the step before."""
 
 import sys
 from pathlib import Path
