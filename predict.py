@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 import mnist_resnet9 as m
-from plot_figs import BLUE, GREY, ORANGE, STYLE, find_runs, plt, read_run
+from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
 
 REFERENCE = "record"  # the run in git, whose weights are the default
 MAX_PIXELS = 10**8  # a larger picture is refused before it is unpacked
@@ -239,8 +239,7 @@ class Answer(NamedTuple):
     """What the network says to one digit."""
 
     probabilities: Any  # (10,)
-    energy: float  # log Σ exp(logits): how much the network found of any digit at all
-    is_digit: bool
+    is_digit: bool  # whether it looks like one at all
 
     def text(self):
         best = self.probabilities.argmax()
@@ -276,25 +275,43 @@ def is_resnet9(path):
 
 
 class Reader:
-    """The network of a run, and how it answers to digits."""
+    """The network of a run, and how it answers to digits.
 
-    FOREIGN = 0.02  # an energy below that of this share of real digits is called no digit
+    Softmax always names a digit, so two other numbers tell whether there is one: the energy, which is how much of a
+    digit the network finds, and the likeness to the nearest of 4,000 real digits. What is below all but a share of
+    FOREIGN of real digits in either does not look like a digit. Both bounds are measured on the sample in git, and the
+    energy's with the network in use, since each has its own.
+    """
+
+    FOREIGN = 0.01
 
     def __init__(self, folder):
         m.use_device("cpu")
         self.settings = read_run(folder).settings
         self.params = m.load_checkpoint(folder / "checkpoint_last.npz", self.settings).averaged()
-        real = m.load_mnist("data/sample").train_images[:1000]  # in git, so that they are there on every machine
-        self.least_energy = np.quantile(energy(self.logits(real)), self.FOREIGN)
+        sample = m.load_mnist("data/sample")
+        self.known = unit_rows(sample.train_images)  # (4000, 784)
+        self.least_energy = np.quantile(energy(self.logits(sample.test_images)), self.FOREIGN)
+        self.least_likeness = np.quantile(self.likeness(sample.test_images), self.FOREIGN)
 
     def logits(self, images):
         return m.predict(self.params, np.asarray(images), self.settings)
 
+    def likeness(self, images):
+        """The cosine of the angle between each image and the known digit that is nearest: (N,), 1 = the same."""
+        return (unit_rows(images) @ self.known.T).max(axis=1)
+
     def answers(self, images):
         """images (N, 28, 28) uint8 → N Answers."""
         logits = self.logits(images)
-        rows = zip(m.softmax(logits)[0], energy(logits))
-        return [Answer(probs, float(e), bool(e >= self.least_energy)) for probs, e in rows]
+        real = (energy(logits) >= self.least_energy) & (self.likeness(images) >= self.least_likeness)
+        return [Answer(probs, bool(is_digit)) for probs, is_digit in zip(m.softmax(logits)[0], real)]
+
+
+def unit_rows(images):
+    """Each image as a vector of length 1: (N, 28, 28) → (N, 784) float32."""
+    rows = np.asarray(images, np.float32).reshape(len(images), -1)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def energy(logits):
@@ -324,30 +341,35 @@ def in_terminal(image, answer, width=24):
     return "\n".join(f"  |{a}|   {b}".rstrip() for a, b in zip(left, ["", "", *right, "", ""]))
 
 
-def draw(pictures):
+def draw(pictures, columns=3):
     """A figure: each picture with its digits framed, and for each digit what the network saw and its probabilities."""
-    rows = sum(1 + len(digits) for _, _, digits, _ in pictures)
-    fig = plt.figure(figsize=(6.4, 0.3 + 1.5 * rows), layout="constrained")
-    grid = iter(fig.add_gridspec(rows, 1))
-    for path, picture, digits, answers in pictures:
+    lines = [-(-len(digits) // columns) for _, _, digits, _ in pictures]
+    heights = [height for n in lines for height in (2.0, *[1.4] * n)]  # inches
+    fig = plt.figure(figsize=(4 * columns, 0.2 + sum(heights)), layout="constrained")
+    grid = iter(fig.add_gridspec(len(heights), 1, height_ratios=heights))
+    for (path, picture, digits, answers), n in zip(pictures, lines):
         ax = fig.add_subplot(next(grid))
         ax.imshow(picture.astype(np.uint8))
         ax.set_title(f"{path.name}: {' '.join(reading(answers))}")
         ax.axis("off")
-        for n, (left, top, right, bottom) in enumerate((digit.box for digit in digits), start=1):
+        for i, (left, top, right, bottom) in enumerate((digit.box for digit in digits), start=1):
             ax.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec=ORANGE, lw=1))
-            ax.text(left, top, str(n), color=ORANGE, size=7, ha="right", va="bottom")
-        for n, (digit, answer) in enumerate(zip(digits, answers), start=1):
-            cells = next(grid).subgridspec(1, 2, width_ratios=(1, 3))
-            ax = fig.add_subplot(cells[0])
-            ax.imshow(digit.image, cmap="gray", vmin=0, vmax=255)
-            ax.set(xticks=(), yticks=(), ylabel=n)
-            ax = fig.add_subplot(cells[1])
-            colours = [BLUE if i == answer.probabilities.argmax() else GREY for i in range(10)]
-            ax.bar(range(10), answer.probabilities, color=colours)
-            ax.set(xticks=range(10), yticks=(0, 0.5, 1), yticklabels=("0%", "50%", "100%"), ylim=(0, 1))
-            ax.set_title(answer.text(), color="black" if answer.is_digit else ORANGE, size=8)
+            ax.text(left, top, str(i), color=ORANGE, size=7, ha="right", va="bottom")
+        cells = [cell for _ in range(n) for cell in next(grid).subgridspec(1, columns)]
+        for i, (digit, answer, cell) in enumerate(zip(digits, answers, cells), start=1):
+            draw_digit(fig, cell.subgridspec(1, 2, width_ratios=(1, 2)), i, digit, answer)
     return fig
+
+
+def draw_digit(fig, cells, number, digit, answer):
+    ax = fig.add_subplot(cells[0])
+    ax.imshow(digit.image, cmap="gray", vmin=0, vmax=255)
+    ax.set(xticks=(), yticks=(), ylabel=number)
+    ax = fig.add_subplot(cells[1])
+    best = answer.probabilities.argmax()
+    ax.bar(range(10), answer.probabilities, color=[BLUE if i == best else GREY for i in range(10)])
+    ax.set(xticks=range(10), yticks=(0, 0.5, 1), yticklabels=("0%", "50%", "100%"), ylim=(0, 1))
+    ax.set_title(answer.text().replace("; ", "\n"), color=INK if answer.is_digit else ORANGE, size=8)
 
 
 def reading(answers):
@@ -382,7 +404,8 @@ def predict_pictures(paths, save_dir, tag, figure):
 def write_figure(path, shown):
     with plt.rc_context(STYLE):
         stream = io.BytesIO()
-        draw(shown).savefig(stream, format="png")
+        figure = draw(shown)
+        figure.savefig(stream, format="png", dpi=min(150, 2**15 / figure.get_figheight()))  # Matplotlib's limit is 2¹⁶
     try:
         m.write_file(path, stream.getvalue())
     except OSError as error:
