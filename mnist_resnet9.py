@@ -3,6 +3,7 @@
     python mnist_resnet9.py              train; the same command again continues a run that was stopped
     python mnist_resnet9.py --help       every setting; each can also be edited below, under "Settings"
     python plot_figs.py                  curves and failures of the run, afterwards or while it is going on
+    python predict.py my_digit.png       what the network takes your own digit for
 
 The network has nine layers with weights. Letters: H, W rows and columns of the image, N images, C channels
 coming in, K channels going out, F features of one image.
@@ -817,7 +818,7 @@ def transformed(params):
 def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
     """(mean loss, {name: gradient}) of a batch: images (N, 28, 28) pixels 0…255, labels (N,) digits.
 
-    rng (any NumPy generator) turns dropout and augmentation on. Computed in the dtype of params.
+    rng (any NumPy generator) turns dropout and augmentation on. All is in the dtype of params.
     """
     N, dtype = len(images), next(iter(params.values())).dtype
     streams = [None] * N if rng is None else shard_streams(rng, -(-N // SHARD_IMAGES))
@@ -840,7 +841,7 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
     return loss, gradients
 
 def predict(params, images, settings=Settings(), network=RESNET9):
-    """images (N, 28, 28), pixels 0…255 → logits (N, 10)."""
+    """images (N, 28, 28), pixels 0…255 → logits (N, 10), without dropout, in the dtype of params."""
     kernels = transformed(params)
 
     def work(shard, _):
@@ -894,12 +895,13 @@ class State:
 HISTORY = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 def init_state(settings, network=RESNET9):
+    """The State before the first step: fresh parameters, moments 0."""
     params = network.init_params(settings)
     moments = xp.zeros((2 if settings.optimizer == "adam" else 1, params.flat.size), params.flat.dtype)
     return State(params, moments, Parameters(params) if settings.ema else None)
 
 def update(state, gradients, settings, rate):
-    """One step of the optimizer, in place; state.step counts it."""
+    """One step of the optimizer, in place; state.step counts it. gradients are Parameters, rate is the step size."""
     w = state.params.flat
     if settings.weight_decay:  # decoupled from the gradient: Loshchilov and Hutter 2019, arXiv:1711.05101
         for name, weight in state.params.items():
@@ -920,7 +922,7 @@ def update(state, gradients, settings, rate):
 TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first so many, without dropout
 
 def evaluate(params, images, labels, settings, network=RESNET9):
-    """(mean loss, accuracy 0…1, probabilities (N, 10)), without dropout."""
+    """(mean loss, accuracy 0…1, probabilities (N, 10)) of images (N, 28, 28) with labels (N,), without dropout."""
     logits = predict(params, images, settings, network)
     accuracy = float((logits.argmax(axis=1) == labels).mean())
     return float(cross_entropy_loss(logits, labels)[0]), accuracy, softmax(logits)[0]
@@ -1189,6 +1191,7 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
             signal.signal(number, handler)
 
 def main(arguments=None, start=lambda arguments: run(parse_settings(arguments))):
+    """Runs a command line. Returns the exit status: 0, 2 after a UserError (one line says it), 128 + a stop signal."""
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and the like show in the loss, which is checked
     try:
         return start(arguments)
