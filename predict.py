@@ -58,19 +58,18 @@ def read_picture(path):
     except Exception as error:  # Pillow raises a dozen kinds for a file that is damaged or no picture
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise m.UserError(f"{path} cannot be read as a picture ({reason}); PNG or JPEG would do") from None
-    width = picture.width
-    picture = without_transparency(picture)
-    picture.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
-    return np.asarray(picture, np.float32), picture.width / width
+    small = in_rgb(picture)
+    return np.asarray(small, np.float32), small.width / picture.width
 
 
-def without_transparency(picture):
-    """The picture in RGB. Where it is transparent it becomes white, or black if what is painted on it is bright."""
+def in_rgb(picture):
+    """The picture in RGB and of working size. What is transparent becomes white, or black if the ink is bright."""
     if picture.mode[0] in "IF":  # 16 bits or more, where Pillow would cut off all above 255
         values = np.asarray(picture, float)
         values = 255 * (values - values.min()) / (np.ptp(values) or 1)
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+        picture = Image.fromarray(values.astype(np.uint8))
     rgba = picture.convert("RGBA")
+    rgba.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
     grey, alpha = np.asarray(rgba.convert("L"), float), np.asarray(rgba.getchannel("A"), float)
     bright = alpha.min() < 255 and (grey * alpha).sum() > 127 * alpha.sum()
     background = Image.new("RGBA", rgba.size, "black" if bright else "white")
