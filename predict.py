@@ -7,11 +7,11 @@
 Photographs and drawings of any size and colours will do: dark on light, light on dark, transparent. Each digit is
 made into an image as MNIST's were: fitted into 20×20 pixels by its longer side, and moved so that its centre of mass is
 the centre of 28×28. What the network saw is shown beside its answer: if that is no digit, the answer is none either.
+Plain paper is best: ruled lines that run through the digits join them.
 """
 
 import io
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +44,7 @@ def read_picture(path):
     UserError names a file that is no picture, is damaged, or is too large.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as file:
-            warnings.simplefilter("ignore")  # Pillow's on large pictures: the next line is stricter
+        with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{file.width:,} × {file.height:,} pixels")
             picture = ImageOps.exif_transpose(file)  # cameras note which side is up

@@ -296,6 +296,7 @@ def bad(tmp_path):
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:3000])
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    Image.new("1", (10_000, 11_000)).save(tmp_path / "large.png")
     Image.new("RGB", (200, 100), "#aabbcc").save(tmp_path / "blank.png")
     Image.new("L", (1, 1)).save(tmp_path / "dot.png")
     return tmp_path
@@ -304,7 +305,7 @@ def bad(tmp_path):
 @pytest.mark.parametrize("name, said", [
     ("missing.png", "there is no picture"), ("folder.png", "cannot be read"), ("text.png", "cannot be read"),
     ("empty.png", "cannot be read"), ("cut.png", "cannot be read"), ("cut.jpg", "cannot be read"),
-    ("huge.png", "too large"), ("blank.png", "blank"), ("dot.png", "blank"),
+    ("huge.png", "too large"), ("large.png", "too large"), ("blank.png", "blank"), ("dot.png", "blank"),
 ])  # fmt: skip
 def test_a_bad_picture_gets_one_line_and_exit_status_2(name, said, bad, save, capsys):
     assert predict.main([str(bad / "good.png"), str(bad / name), "--save-dir", str(save)]) == 2
