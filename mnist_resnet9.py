@@ -589,7 +589,7 @@ POINTS = (1, -1, 1 / 4, -1 / 4, 2 / 3, -2 / 3, 2, -2)  # in pairs around 1: the 
 n = len(POINTS) + 1  # values for each tile; the last point is infinity
 m = n - 2  # outputs of each tile: 7, since 28 and 14 are multiples of it
 STRIP_TILES = 2  # P is mostly 0 between distant tiles and pixels: rows are cut into strips of so many tiles
-WINOGRAD_MIN_CHANNELS = 16  # with fewer, the transforms cost more than the multiplications that they save
+WINOGRAD_MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multiplications that they save
 
 @functools.lru_cache(maxsize=None)
 def winograd_tile(dtype, _xp):
@@ -695,7 +695,7 @@ def conv2d_winograd_backward(dy, cache, need_dx=True):
     (P, Q), (P2, Q2) = winograd_strips(H, dy.dtype, xp), winograd_strips(W, dy.dtype, xp)
     dM = to_points(transposed(Q), dy, transposed(Q2))
     db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
-    dU = (X.swapaxes(-1, -2) @ dM).sum(axis=(0, 1))  # (n, n, C, K), from M = X @ U
+    dU = functools.reduce(xp.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, n, n, *w.shape[2:]))  # (n, n, C, K), from M = X @ U
     dw = (winograd_tile(dy.dtype, xp)[2].T @ dU.reshape(n * n, -1)).reshape(w.shape)
     if not need_dx:
         return None, dw, db
