@@ -6,8 +6,8 @@
 Same network, images, dropout and Adam on all sides; the whole data set and all random numbers are on the device. The
 sides take turns of a few steps; each turn is timed between two synchronisations, and the figure is the median turn.
 All compute in full float32; with --tf32 all may round the factors of a product to TF32. For each side one further
-step runs under PyTorch's profiler, which sees every kernel of the process, CuPy's too: launches a step, and where the
-time goes.
+step runs under PyTorch's profiler, which sees every kernel of the process, CuPy's too: how many a step has (each a
+launch, but for CUDA graphs, where a step is one), and where the time goes.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def torch_step(m, data, settings, device, way="eager"):
     params, N, rate = m.init_params(settings), settings.batch_size, settings.dropout
     net = t.build(settings, torch.from_numpy(m.to_host(params.flat).copy()).to(device), params)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, fused=True, capturable=way == "graph")
-    model = torch.compile(net) if way == "compile" else net
+    model = torch.compile(net, dynamic=False) if way == "compile" else net
     batch, done = order[:N].clone(), 0
 
     def work():
@@ -69,9 +69,11 @@ def torch_step(m, data, settings, device, way="eager"):
     replay = work
     if way == "graph":
         side = torch.cuda.Stream()  # what PyTorch's documentation asks for: some steps on another stream, then capture
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 work()
+            optimizer.zero_grad()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -107,7 +109,7 @@ def seconds_a_step(sides, turns, synchronize):
 
 
 def kernels(step, synchronize):
-    """[(name, launches, microseconds)] of one step, the longest first: kernels, copies and fills of the device."""
+    """[(name, how often, microseconds)] of one step, the longest first: kernels, copies and fills of the device."""
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
@@ -115,9 +117,9 @@ def kernels(step, synchronize):
         synchronize()
     found = {}
     for event in seen.events():
-        if event.device_type == DeviceType.CUDA:
-            launches, time_us = found.get(event.name, (0, 0))
-            found[event.name] = launches + 1, time_us + event.time_range.elapsed_us()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            count, time_us = found.get(event.name, (0, 0))
+            found[event.name] = count + 1, time_us + event.time_range.elapsed_us()
     return sorted(((name, *both) for name, both in found.items()), key=lambda row: -row[2])
 
 
@@ -154,15 +156,15 @@ def main(arguments=None):
         sides = {"ours, CuPy": our_step(m, data, settings)}
         sides |= {f"PyTorch {way}": torch_step(m, data, settings, "cuda", way) for way in ways}
         times = seconds_a_step(sides, o.turns, torch.cuda.synchronize)
-        print(f"\nbatch {N}, median of {o.turns} turns of {TURN} steps   ms a step   images/s   of eager's time   launches")
+        print(f"\nbatch {N}, median of {o.turns} turns of {TURN} steps   ms a step   images/s   of eager's time    kernels")
         for name, seconds in times.items():
-            launches = sum(row[1] for row in kernels(sides[name], torch.cuda.synchronize)) or "not seen"
+            count = sum(row[1] for row in kernels(sides[name], torch.cuda.synchronize)) or "not seen"
             ratio = seconds / times["PyTorch eager"]
-            print(f"  {name:38s}  {1000 * seconds:9.3f}  {N / seconds:9.0f}  {ratio:16.2f}   {launches:>8}")
+            print(f"  {name:38s}  {1000 * seconds:9.3f}  {N / seconds:9.0f}  {ratio:16.2f}   {count:>8}")
         where = kernels(sides["ours, CuPy"], torch.cuda.synchronize)
         print(f"  our {sum(row[2] for row in where) / 1000:.2f} ms in kernels, of {1000 * times['ours, CuPy']:.2f}:")
-        for name, launches, time_us in where[:KERNELS_SHOWN]:
-            print(f"    {time_us / 1000:7.3f} ms  {launches:4d} ×  {name[:90]}")
+        for name, count, time_us in where[:KERNELS_SHOWN]:
+            print(f"    {time_us / 1000:7.3f} ms  {count:4d} ×  {name[:90]}")
     return 0
 
 
