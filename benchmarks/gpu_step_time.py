@@ -162,7 +162,8 @@ def main(arguments=None):
             ratio = seconds / times["PyTorch eager"]
             print(f"  {name:38s}  {1000 * seconds:9.3f}  {N / seconds:9.0f}  {ratio:16.2f}   {count:>8}")
         where = kernels(sides["ours, CuPy"], torch.cuda.synchronize)
-        print(f"  our {sum(row[2] for row in where) / 1000:.2f} ms in kernels, of {1000 * times['ours, CuPy']:.2f}:")
+        if where:
+            print(f"  our {sum(row[2] for row in where) / 1000:.2f} ms in kernels, of {1000 * times['ours, CuPy']:.2f}:")
         for name, count, time_us in where[:KERNELS_SHOWN]:
             print(f"    {time_us / 1000:7.3f} ms  {count:4d} ×  {name[:90]}")
     return 0
