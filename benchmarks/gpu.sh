@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in one command; about ten minutes, most of them the CPU's run to compare with:
+# All that only a GPU can show, in one command:
 #     pip install -r requirements-dev.txt -r requirements-torch.txt
 #     benchmarks/gpu.sh
-# Tests (those on CuPy are in tests/test_gpu.py: every operation, logits and gradients agree with the CPU's), step times and launches against PyTorch, then two epochs of MNIST by CuPy, PyTorch and the CPU, from one seed.
+# Tests (those on CuPy are in tests/test_gpu.py: every operation, logits and gradients agree with the CPU's), step times
+# and kernels against PyTorch, then two epochs of MNIST by CuPy, PyTorch and the CPU, from one seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
