@@ -229,10 +229,10 @@ def random_stream(seed, purpose, epoch=0, step=0):
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
 
 def shard_streams(rng, count):
-    """One generator for each shard, on the device that xp computes on."""
+    """One generator for each shard, on the device that xp computes on; for a GPU a batch is one shard."""
     keys = rng.integers(2**63, size=count)
     if xp is not np:
-        return [xp.random.Generator(xp.random.Philox4x3210(int(key))) for key in keys]
+        return [xp.random.Generator(xp.random.Philox4x3210(int(keys[0])))]
     return [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
 
@@ -920,10 +920,12 @@ def update(state, gradients, settings, rate):
 # ── Evaluation, log, checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
 TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first so many, without dropout
+PREDICT_IMAGES = 1024  # at once: whole shards, and all 10,000 would fill 10 GB of a GPU with what backward needs
 
 def evaluate(params, images, labels, settings, network=RESNET9):
     """(mean loss, accuracy 0…1, probabilities (N, 10)), without dropout."""
-    logits = predict(params, images, settings, network)
+    starts = range(0, len(images), PREDICT_IMAGES)
+    logits = xp.concatenate([predict(params, images[i : i + PREDICT_IMAGES], settings, network) for i in starts])
     accuracy = float((logits.argmax(axis=1) == labels).mean())
     return float(cross_entropy_loss(logits, labels)[0]), accuracy, softmax(logits)[0]
 
