@@ -3,6 +3,7 @@
     python mnist_resnet9.py              train; the same command again continues a run that was stopped
     python mnist_resnet9.py --help       every setting; each can also be edited below, under "Settings"
     python plot_figs.py                  curves and failures of the run, afterwards or while it is going on
+    python predict.py my_digit.png       what the network takes your own digit for
 
 The network has nine layers with weights. Letters: H, W rows and columns of the image, N images, C channels
 coming in, K channels going out, F features of one image.
@@ -819,9 +820,9 @@ def transformed(params):
 def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
     """(mean loss, {name: gradient}) of a batch: images (N, 28, 28) pixels 0…255, labels (N,) digits.
 
-    rng (any NumPy generator) turns dropout and augmentation on. Computed in the dtype of params.
+    rng (any NumPy generator) turns dropout and augmentation on. All is in the dtype of params.
     """
-    N, dtype = len(images), params["fc9.bias"].dtype
+    N, dtype = len(images), next(iter(params.values())).dtype
     streams = [None] * N if rng is None else shard_streams(rng, -(-N // SHARD_IMAGES))
     kernels = transformed(params)
 
@@ -842,11 +843,11 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
     return loss, gradients
 
 def predict(params, images, settings=Settings(), network=RESNET9):
-    """images (N, 28, 28), pixels 0…255 → logits (N, 10)."""
+    """images (N, 28, 28), pixels 0…255 → logits (N, 10), without dropout, in the dtype of params."""
     kernels = transformed(params)
 
     def work(shard, _):
-        return network.forward(kernels, to_input(images[shard], params["fc9.bias"].dtype), settings)[0]
+        return network.forward(kernels, to_input(images[shard], next(iter(params.values())).dtype), settings)[0]
 
     return xp.concatenate(over_shards(work, len(images), SHARD_IMAGES, thread_count(settings)))
 
@@ -896,12 +897,13 @@ class State:
 HISTORY = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 def init_state(settings, network=RESNET9):
+    """The State before the first step: fresh parameters, moments 0."""
     params = network.init_params(settings)
     moments = xp.zeros((2 if settings.optimizer == "adam" else 1, params.flat.size), params.flat.dtype)
     return State(params, moments, Parameters(params) if settings.ema else None)
 
 def update(state, gradients, settings, rate):
-    """One step of the optimizer, in place; state.step counts it."""
+    """One step of the optimizer, in place; state.step counts it. gradients are Parameters, rate is the step size."""
     w = state.params.flat
     if settings.weight_decay:  # decoupled from the gradient: Loshchilov and Hutter 2019, arXiv:1711.05101
         for name, weight in state.params.items():
@@ -923,7 +925,7 @@ TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the 
 PREDICT_IMAGES = 1024  # at once: whole shards, and all 10,000 would fill 10 GB of a GPU with what backward needs
 
 def evaluate(params, images, labels, settings, network=RESNET9):
-    """(mean loss, accuracy 0…1, probabilities (N, 10)), without dropout."""
+    """(mean loss, accuracy 0…1, probabilities (N, 10)) of images (N, 28, 28) with labels (N,), without dropout."""
     starts = range(0, len(images), PREDICT_IMAGES)
     logits = xp.concatenate([predict(params, images[i : i + PREDICT_IMAGES], settings, network) for i in starts])
     accuracy = float((logits.argmax(axis=1) == labels).mean())
@@ -1193,6 +1195,7 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
             signal.signal(number, handler)
 
 def main(arguments=None, start=lambda arguments: run(parse_settings(arguments))):
+    """Runs a command line. Returns the exit status: 0, 2 after a UserError (one line says it), 128 + a stop signal."""
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and the like show in the loss, which is checked
     try:
         return start(arguments)

@@ -2,6 +2,8 @@
 
     python plot_figs.py              the run with the tag set in mnist_resnet9.py, afterwards or while it is going on
     python plot_figs.py TAG TAG …    several runs; their curves are also drawn side by side
+    python plot_figs.py --overlay TAG TAG …  only their test accuracies, all in one panel
+    python plot_figs.py --watch      draws again after each epoch, until the run is finished
     python plot_figs.py --help       every setting
 
 The figures go to save/<tag>/, and to the screen where there is one:
@@ -10,6 +12,8 @@ The figures go to save/<tag>/, and to the screen where there is one:
     confusion.png   which digit is taken for which
     failures.png    the test images that the network gets wrong, the surest mistakes first
     filters.png     the filters of conv1, and what they make of one digit
+
+A figure of several runs goes to the folder of the first. With --watch nothing is put on the screen.
 """
 
 import functools
@@ -18,6 +22,7 @@ import math
 import os
 import sys
 import textwrap
+import time
 from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
@@ -28,8 +33,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mnist_resnet9 import (HERE, METRICS, Parser, Settings, UserError, conv2d, load_checkpoint, load_mnist,
-                           read_metrics, relu, to_input, write_file)  # fmt: skip
+from mnist_resnet9 import (HERE, METRICS, Parser, Settings, UserError, conv2d, load_mnist, read_metrics,
+                           relu, to_input, write_file)  # fmt: skip
 
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#707070"  # colour-blind readers tell these apart
 STYLE = {
@@ -39,6 +44,8 @@ STYLE = {
     "legend.frameon": False, "legend.fontsize": 8, "figure.max_open_warning": 0,
     "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
 }  # fmt: skip
+LINES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)  # one a run, where runs share a panel
+WATCH_SECONDS = 2.0  # between two looks at a run in progress
 FAILURES_SHOWN = 200  # nobody looks at more, and a bad run has thousands
 
 
@@ -109,6 +116,21 @@ def read_predictions(path, labels):
         raise UserError(f"{path} is damaged ({error})") from None
 
 
+def read_conv1(path):
+    """The parameters of the first convolution in a checkpoint of any network; {} if that has none."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            mean = "ema." if "ema.conv1.weight" in arrays.files else ""
+            names = ("conv1.weight", "conv1.bias") if "conv1.weight" in arrays.files else ()
+            params = {name: arrays[mean + name] for name in names}
+        if params and params["conv1.weight"].shape[2:] != (1, *params["conv1.bias"].shape):
+            raise ValueError("its conv1 has other shapes")
+        return params
+    except Exception as error:  # as above
+        raise UserError(f"{path} is damaged ({error})") from None
+
+
+
 # ── Curves ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -134,6 +156,23 @@ def draw_curves(runs):
     axes[0, 0].set_xlim(0, max(1, *(run.metrics["epoch"][-1] for run in runs)))
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     fig.align_ylabels()
+    return fig
+
+
+def draw_overlay(runs):
+    """The test accuracy of each epoch: a line a run, all in one panel."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for i, run in enumerate(runs):
+        epochs, accuracies = run.metrics["epoch"], run.metrics["test_accuracy"]
+        ax.plot(epochs, accuracies, color=LINES[i % len(LINES)], ls=("-", "--", ":")[i // len(LINES) % 3], lw=1.2,
+                marker="." if len(epochs) <= 20 else None, clip_on=False,
+                label=f"{textwrap.shorten(run.title(), 60)}: {accuracies[-1]:.2%}")  # fmt: skip
+    every = np.concatenate([run.metrics["test_accuracy"] for run in runs])
+    scale_accuracy(ax, every.min(), every.max())
+    ax.set(xlabel="epoch", ylabel="test accuracy", xlim=(0, max(1, *(run.metrics["epoch"][-1] for run in runs))))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.grid(True)
+    ax.legend(loc="lower right", title="test accuracy at the last epoch")
     return fig
 
 
@@ -279,15 +318,19 @@ def draw_run(run, load_data):
         yield "confusion.png", draw_confusion(run, data.test_labels, predictions)
         yield "failures.png", draw_failures(run, data.test_images, data.test_labels, predictions, probabilities)
     if path["checkpoint_last.npz"].exists():
-        data, params = load_data(run), load_checkpoint(path["checkpoint_last.npz"], run.settings).averaged()
-        yield "filters.png", draw_filters(run, params, data.test_images[0], data.test_labels[0])
+        params = read_conv1(path["checkpoint_last.npz"])
+        if params:
+            data = load_data(run)
+            yield "filters.png", draw_filters(run, params, data.test_images[0], data.test_labels[0])
+        else:
+            print(f"{run.folder.name} is a network without convolutions, so no filters.png")
 
 
-def plot(tags, save_dir, data_dir):
-    runs = [read_run(folder) for folder in find_runs(save_dir, tags)]
+def plot(tags, save_dir, data_dir, overlay=False, watch=False):
+    folders = find_runs(save_dir, tags)
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         matplotlib.use("Agg")
-    on_screen = plt.get_backend().lower() != "agg"
+    on_screen = plt.get_backend().lower() != "agg" and not watch
     read_data = functools.cache(load_mnist)
 
     def load_data(run):
@@ -305,14 +348,32 @@ def plot(tags, save_dir, data_dir):
         if not on_screen:
             plt.close(figure)
 
-    with plt.rc_context(STYLE):
+    def draw_all():
+        """Draws everything there is so far. Returns whether all runs have come to their last epoch."""
+        runs = [read_run(folder) for folder in folders]
         begun = [run for run in runs if run.metrics["epoch"].size]
-        if len(begun) > 1:
-            name = "_".join(["curves", *(run.folder.name for run in begun)])
-            write(begun[0].folder / f"{name[:200]}.png", draw_curves(begun))  # file systems allow 255 bytes
-        for run in runs:
+        if begun and (overlay or len(begun) > 1):
+            name = "_".join(["test_accuracy" if overlay else "curves", *(run.folder.name for run in begun)])
+            draw = draw_overlay if overlay else draw_curves
+            write(begun[0].folder / f"{name[:200]}.png", draw(begun))  # file systems allow 255 bytes
+        for run in () if overlay else runs:
             for name, figure in draw_run(run, load_data):
                 write(run.folder / name, figure)
+        return all(run.metrics["epoch"].size > run.settings.epochs_max for run in runs)
+
+    def files():
+        """When what the figures are drawn from was last written. The checkpoint is an epoch's last file."""
+        paths = [folder / name for folder in folders for name in ("config.json", "metrics.csv", "checkpoint_last.npz")]
+        return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
+
+    with plt.rc_context(STYLE):
+        drawn, finished = None, False
+        while not finished or drawn != files():  # it ends once the last epoch's files have stopped changing
+            if drawn != files():
+                drawn, finished = files(), draw_all()
+            if not watch:
+                break
+            time.sleep(WATCH_SECONDS)
         if on_screen:
             plt.show()
 
@@ -321,6 +382,8 @@ def main(arguments=None):
     parser = Parser(prog="plot_figs.py", description="Draw the figures of runs into save/<tag>/.", allow_abbrev=False)
     said = f"runs; of several, the curves also stand side by side (default: {Settings.tag})"
     parser.add_argument("tags", nargs="*", default=[Settings.tag], metavar="TAG", help=said)
+    parser.add_argument("--overlay", action="store_true", help="draw only the runs' test accuracies, in one panel")
+    parser.add_argument("--watch", action="store_true", help="draw again after each epoch, until the runs are finished")
     for f in fields(Settings):
         if f.name in ("save_dir", "data_dir"):  # a path on the command line starts where the user is
             flag, said = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default: {f.default})"
@@ -332,6 +395,8 @@ def main(arguments=None):
     except (UserError, OSError) as error:
         print(f"plot_figs.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the way to end --watch
+        return 130
 
 
 if __name__ == "__main__":

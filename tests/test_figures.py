@@ -141,6 +141,32 @@ def test_runs_side_by_side(save, capsys):
     assert sorted(save.glob("*/*.png")) == sorted([joint, *alone])
 
 
+def test_overlay_has_all_accuracies_in_one_panel(save, capsys):
+    for tag, epochs in (("one", 3), ("two", 30), ("not_begun", 0)):
+        add_run(save, tag, epochs, without=("*.npz",) if epochs else ("*.npz", "metrics.csv"))
+    assert draw(save, "--overlay", "real", "one", "two", "not_begun") == 0
+    path = save / "real" / "test_accuracy_real_one_two.png"
+    assert capsys.readouterr().out.splitlines() == [str(path)] and list(save.glob("*/*.png")) == [path]
+    picture(path)
+    runs = [plot_figs.read_run(save / tag) for tag in ("one", "two")]
+    figure = plot_figs.draw_overlay(runs)
+    (ax,) = figure.axes
+    for line, run in zip(ax.lines, runs, strict=True):
+        assert np.array_equal(line.get_xydata().T, [run.metrics["epoch"], run.metrics["test_accuracy"]])
+        assert run.title()[:20] in texts(figure) and f"{run.metrics['test_accuracy'][-1]:.2%}" in texts(figure)
+    plt.close(figure)
+
+
+def test_another_network_has_filters_of_another_size_or_none(save, sample, capsys):
+    folder = save / "real"
+    for names, said in ((("conv1.weight", "conv1.bias"), "filters.png"), ((), "without convolutions")):
+        arrays = {"conv1.weight": np.ones((5, 5, 1, 8), np.float32), "conv1.bias": np.zeros(8, np.float32)}
+        m.save_arrays(folder / "checkpoint_last.npz", **{name: arrays[name] for name in names}, step=np.int64(0))
+        assert draw(save, "real") == 0
+        assert said in capsys.readouterr().out.splitlines()[-1]
+    picture(folder / "filters.png")
+
+
 def test_curves_have_equal_axes_and_mark_best_and_last(save):
     add_run(save, "long", epochs=200)
     runs = [plot_figs.read_run(save / tag) for tag in ("real", "long")]
@@ -289,6 +315,46 @@ def test_a_run_that_has_not_begun_stands_beside_nothing(save):
     add_run(save, "old", without=("*.npz",))
     assert draw(save, "young", "old") == 0
     assert not list(save.glob("*/curves_*.png"))
+
+
+def test_watching_a_run_draws_after_each_epoch_and_ends_with_it(save, monkeypatch):
+    """The run goes on while plot_figs.py sleeps: an epoch later, the last epoch's metrics, then its checkpoint."""
+    folder = add_run(save, "young", epochs=0, without=("*.npz",))
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["epochs_max"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [[i, 1e-4, 2.3 / (i + 1), 0.3 * i, 2.3 / (i + 1), 0.3 * i, 1.0, 100.0] for i in range(3)]
+    happens = iter([
+        lambda: None,
+        lambda: m.write_metrics(folder / "metrics.csv", rows[:2]),
+        lambda: m.write_metrics(folder / "metrics.csv", rows),
+        lambda: shutil.copy(save / "real" / "checkpoint_last.npz", folder),
+        lambda: None,
+    ])  # fmt: skip
+    epochs, draw_curves = [], plot_figs.draw_curves
+
+    def spy(runs):
+        epochs.append(runs[0].metrics["epoch"].size - 1)
+        return draw_curves(runs)
+
+    monkeypatch.setattr(plot_figs, "draw_curves", spy)
+    monkeypatch.setattr(plot_figs.time, "sleep", lambda _: next(happens)())
+    assert draw(save, "young", "--watch") == 0
+    assert epochs == [0, 1, 2, 2] and (folder / "filters.png").exists()
+    assert next(happens, None) is None  # it looked once more, saw nothing new, and ended
+
+
+def test_watching_ends_at_once_where_all_is_finished_and_with_ctrl_c(save, monkeypatch):
+    naps = []
+    monkeypatch.setattr(plot_figs.time, "sleep", naps.append)
+    assert draw(save, "real", "--watch") == 0 and len(naps) == 1
+
+    def ctrl_c(_):
+        raise KeyboardInterrupt
+
+    add_run(save, "young", epochs=0, without=("*.npz",))
+    monkeypatch.setattr(plot_figs.time, "sleep", ctrl_c)
+    assert draw(save, "young", "--watch") == 130
 
 
 # ── What the user can put right ───────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,107 @@
+"""How well predict.py reads: MNIST's test images on larger pages, digits in print, and what is no digit.
+
+    python benchmarks/predict_accuracy.py --tag TAG
+
+The pages are of random sizes, the digit on them 28 to 120 pixels high, at a random place, dark on light or light on
+dark. What is no digit: letters and signs in the fonts that come with matplotlib (without those that look like digits:
+B, I, O, S, Z, …), random shapes, and noise.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+import predict  # noqa: E402
+
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # in every installation of matplotlib
+FONT_NAMES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
+              "DejaVuSansMono", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10")  # fmt: skip
+LETTERS = "ACDEFHKMNPQRUVWXYadefhjkmnprtuvwxy@#&?%$*+"
+
+
+def paste(image, rng, dark_on_light):
+    """An MNIST image in a random size at a random place of a page that is larger."""
+    size = int(rng.integers(28, 120))
+    digit = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC), float)
+    height, width = rng.integers(size + 10, 400, 2)
+    y, x = rng.integers(0, height - size), rng.integers(0, width - size)
+    picture = np.zeros((height, width))
+    picture[y : y + size, x : x + size] = digit
+    return Image.fromarray((255 - picture if dark_on_light else picture).astype(np.uint8))
+
+
+def written(text, font):
+    picture = Image.new("RGB", (200, 160), "white")
+    ImageDraw.Draw(picture).text((50, 30), text, font=ImageFont.truetype(str(FONTS / f"{font}.ttf"), 80), fill="black")
+    return picture
+
+
+def shape(rng, kind):
+    picture = Image.new("RGB", (200, 200), "white")
+    draw = ImageDraw.Draw(picture)
+    points = [tuple(point) for point in rng.integers(20, 180, (8, 2)).tolist()]
+    (x, y), (w, h) = points[0], rng.integers(20, 100, 2).tolist()
+    if kind == 0:
+        draw.rectangle([x, y, x + w, y + h], fill="black")
+    elif kind == 1:
+        draw.ellipse([x, y, x + w, y + h], fill="black")
+    elif kind == 2:
+        draw.polygon(points[:3], fill="black")
+    else:
+        draw.line(points, fill="black", width=6)  # a scribble
+    return picture
+
+
+def find(picture):
+    return predict.find_digits(np.asarray(picture.convert("RGB"), np.float32))
+
+
+def share(part, whole):
+    return f"{part / whole:.2%} ({part:,} of {whole:,})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tag", help="the run whose weights serve, as for predict.py")
+    parser.add_argument("--images", type=int, default=10_000, help="so many of MNIST's test images")
+    args = parser.parse_args()
+    folder = predict.find_weights(ROOT / "save", args.tag)
+    reader, data, rng = predict.Reader(folder), m.load_mnist(), np.random.default_rng(0)
+    images, labels = data.test_images[: args.images], data.test_labels[: args.images]
+    print(f"Weights of {folder.name}; the images are those of {data.name}.")
+
+    itself = (reader.logits(images).argmax(axis=1) == labels).sum()
+    found = [find(paste(image, rng, i % 2)) for i, image in enumerate(images)]
+    alone = [(digits[0].image, label) for digits, label in zip(found, labels) if len(digits) == 1]
+    answers = reader.answers([image for image, _ in alone])
+    right = sum(answer.probabilities.argmax() == label for answer, (_, label) in zip(answers, alone))
+    called = sum(not answer.is_digit for answer in answers)
+    print(f"test images themselves, right:            {share(itself, len(labels))}")
+    print(f"on larger pages, found as one digit:      {share(len(alone), len(labels))}")
+    print(f"on larger pages, found and right:         {share(right, len(labels))}")
+    print(f"on larger pages, called no digit:         {share(called, len(alone))}")
+
+    digits = [(digit, text) for font in FONT_NAMES for text in "0123456789" for digit in find(written(text, font))]
+    answers = reader.answers([digit.image for digit, _ in digits])
+    right = sum(str(answer.probabilities.argmax()) == text for answer, (_, text) in zip(answers, digits))
+    print(f"digits in {len(FONT_NAMES)} fonts, right:               {share(right, 10 * len(FONT_NAMES))}")
+    print(f"digits in {len(FONT_NAMES)} fonts, called no digit:     {share(sum(not a.is_digit for a in answers), len(answers))}")
+
+    letters = [digit.image for font in FONT_NAMES for text in LETTERS for digit in find(written(text, font))]
+    shapes = [digit.image for i in range(400) for digit in find(shape(rng, i % 4))]
+    noise = list(rng.integers(0, 256, (100, 28, 28)).astype(np.uint8))
+    for name, foreign in (("letters and signs", letters), ("shapes and scribbles", shapes), ("noise", noise)):
+        called = sum(not answer.is_digit for answer in reader.answers(foreign))
+        print(f"{name + ', called no digit:':42}{share(called, len(foreign))}")
+
+
+if __name__ == "__main__":
+    main()

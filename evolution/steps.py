@@ -1,0 +1,55 @@
+"""What all steps share: settings, the training loop of mnist_resnet9.py, and a comparison with the step before."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+
+
+def to_params(arrays, dtype):
+    """name → NumPy array becomes the Parameters that the training updates, on its device and in its dtype."""
+    return m.Parameters({name: m.xp.asarray(a, dtype) for name, a in arrays.items()})
+
+
+def flatten(x):
+    """Every image as one row of features: (H, W, N, C) → (N, H·W·C)."""
+    return x.transpose(2, 0, 1, 3).reshape(x.shape[2], -1)
+
+
+def flatten_backward(dfeatures, shape):
+    H, W, N, C = shape
+    return dfeatures.reshape(N, H, W, C).transpose(1, 2, 0, 3)
+
+
+def run_step(number, adds, network, arguments=None, **preset):
+    """Trains the network of a step as mnist_resnet9.py trains ResNet9, with the same flags. Returns the exit status.
+
+    preset holds settings that describe the network, where it differs from ResNet9.
+    """
+
+    def start(arguments):
+        settings = m.parse_settings(arguments, tag=f"evolution_{number}", dropout=0.0, **preset)
+        print(f"Step {number} adds: {adds}")
+        scripts = (m.HERE / "mnist_resnet9.py", m.HERE / "plot_figs.py", *sorted(HERE.glob("*.py")))
+        status = m.run(settings, network, scripts)
+        if status == 0:
+            save_dir = m.HERE / settings.save_dir
+            print(what_it_bought(number, save_dir / settings.tag, save_dir / f"evolution_{number - 1}"))
+        return status
+
+    return m.main(arguments, start)
+
+
+def what_it_bought(number, folder, before):
+    """A line that compares the test accuracies of two runs at the last epoch that both have."""
+    rows = m.read_metrics(folder / "metrics.csv")
+    if not (before / "metrics.csv").exists():
+        return f"Step {number}: test accuracy {rows[-1][5]:.2%} after epoch {len(rows) - 1}."
+    old = m.read_metrics(before / "metrics.csv")
+    epoch = min(len(rows), len(old)) - 1
+    now, then = rows[epoch][5], old[epoch][5]
+    gain = f"{100 * (now - then):+.2f} percentage points on step {number - 1}, which had {then:.2%}"
+    return f"Step {number}: test accuracy {now:.2%} after epoch {epoch}, {gain}."

@@ -1,0 +1,431 @@
+"""Your own digit: pictures in, predictions out.
+
+    python predict.py my_digit.png               one picture, or several; each may show several digits, well apart
+    python predict.py page.jpg --figure out.png  the probabilities as a figure too
+    python predict.py my_digit.png --tag TAG     with the weights of that run
+
+Photographs and drawings of any size and colours will do: dark on light, light on dark, transparent. Each digit is
+made into an image as MNIST's were: fitted into 20×20 pixels by its longer side, and moved so that its centre of mass is
+the centre of 28×28. What the network saw is shown beside its answer: if that is no digit, the answer is none either.
+"""
+
+import io
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+import mnist_resnet9 as m
+from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
+
+REFERENCE = "record"  # the run in git, whose weights are the default
+MAX_PIXELS = 10**8  # a larger picture is refused before it is unpacked
+WORKING_SIZE = 1000  # pixels of the longer side in which digits are looked for
+MIN_CONTRAST = 24  # of 255: a picture whose ink stands out less is blank
+THIN_STROKE = 1.6  # of 20 pixels: thinner strokes are thickened to this; three quarters of MNIST's are wider
+
+
+class Digit(NamedTuple):
+    """A digit that was found in a picture."""
+
+    box: tuple  # left, top, right, bottom in pixels of the picture
+    image: Any  # (28, 28) uint8, what the network sees
+
+
+# ── Finding the digits ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_picture(path):
+    """The picture at path as (H, W, 3) float32, values 0…255, and its scale: its pixels for one of the file's.
+
+    UserError names a file that is no picture, is damaged, or is too large.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("ignore")  # Pillow's on large pictures: the next line is stricter
+            if file.width * file.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{file.width:,} × {file.height:,} pixels")
+            picture = ImageOps.exif_transpose(file)  # cameras note which side is up
+            picture.load()
+    except Image.DecompressionBombError as error:
+        limit = f"{MAX_PIXELS // 10**6} million pixels"
+        raise m.UserError(f"{path} is too large ({error}); make it {limit} at most") from None
+    except FileNotFoundError:
+        raise m.UserError(f"there is no picture {path}") from None
+    except Exception as error:  # Pillow raises a dozen kinds for a file that is damaged or no picture
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise m.UserError(f"{path} cannot be read as a picture ({reason}); PNG or JPEG would do") from None
+    small = in_rgb(picture)
+    return np.asarray(small, np.float32), small.width / picture.width
+
+
+def in_rgb(picture):
+    """The picture in RGB and of working size. What is transparent becomes white, or black if the ink is bright."""
+    if picture.mode[0] in "IF":  # 16 bits or more, where Pillow would cut off all above 255
+        values = np.asarray(picture, float)
+        values = 255 * (values - values.min()) / (np.ptp(values) or 1)
+        picture = Image.fromarray(values.astype(np.uint8))
+    rgba = picture.convert("RGBA")
+    rgba.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
+    grey, alpha = np.asarray(rgba.convert("L"), float), np.asarray(rgba.getchannel("A"), float)
+    bright = alpha.min() < 255 and (grey * alpha).sum() > 127 * alpha.sum()
+    background = Image.new("RGBA", rgba.size, "black" if bright else "white")
+    return Image.alpha_composite(background, rgba).convert("RGB")
+
+
+def ink_of(picture):
+    """How far each pixel's colour is from the background's: (H, W, 3) → (H, W), 0 = background, at most 255.
+
+    So dark on light and light on dark are the same. The background is a smooth surface, quadratic in row and column,
+    since light falls unevenly on a page. It is fitted to the pixels along the border, then to all that are no ink.
+    """
+    H, W, _ = picture.shape
+    y, x = np.meshgrid(np.linspace(-1, 1, H), np.linspace(-1, 1, W), indexing="ij")
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)  # (H, W, 6)
+    edge = max(1, min(H, W) // 50)
+    border = np.ones((H, W), bool)
+    border[edge : H - edge, edge : W - edge] = False
+    background = np.median(picture[border], axis=0)  # one colour, to begin with
+    for _ in range(3):
+        ink = abs(picture - background).max(axis=-1)
+        paper = ink <= min(threshold(ink), np.percentile(ink, 90))
+        step = max(1, paper.sum() // 20_000)
+        fit = np.linalg.lstsq(terms[paper][::step], picture[paper][::step], rcond=1e-3)[0]  # (6, 3)
+        background = terms @ fit
+    return abs(picture - background).max(axis=-1)
+
+
+def threshold(ink):
+    """The value that splits the pixels best into dark and bright: Otsu 1979, the most variance between the two."""
+    if not np.ptp(ink):
+        return ink.max()
+    count, edges = np.histogram(ink, 256)
+    value = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(count)
+    above = below[-1] - below
+    sums = np.cumsum(count * value)
+    with np.errstate(all="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return edges[1 + np.nan_to_num(between).argmax()]  # nan: all pixels are on one side
+
+
+def label_components(mask):
+    """Numbers the connected regions of a mask, diagonal neighbours included: (H, W) bool → (H, W) int, 0 outside.
+
+    Row by row: a run of ink belongs with each run of the row above that it touches.
+    """
+    H, W = mask.shape
+    bounds = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, starts = np.nonzero(bounds == 1)
+    ends = np.nonzero(bounds == -1)[1]  # of each run, the column after its last
+    first = np.searchsorted(rows, np.arange(H + 1))  # the runs of row r are first[r] … first[r + 1] − 1
+    parent = list(range(len(rows)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for r in range(1, H):
+        i, j = first[r - 1], first[r]
+        while i < first[r] and j < first[r + 1]:
+            if starts[i] <= ends[j] and starts[j] <= ends[i]:
+                parent[root(j)] = root(i)
+            if ends[i] < ends[j]:
+                i += 1
+            else:
+                j += 1
+    names = np.unique([root(i) for i in range(len(rows))], return_inverse=True)[1] + 1 if len(rows) else []
+    labels = np.zeros((H, W), int)
+    for r, start, end, name in zip(rows, starts, ends, names):
+        labels[r, start:end] = name
+    return labels
+
+
+def find_digits(picture):
+    """The digits of a picture (H, W, 3), line by line, in a line from left to right. [] if it is blank."""
+    ink = ink_of(picture)
+    cut = threshold(ink)
+    mask = ink > cut
+    if not mask.any() or np.median(ink[mask]) < MIN_CONTRAST:
+        return []
+    labels = label_components(mask)
+    digits = []
+    for members in group(labels):
+        own = np.isin(labels, members)
+        rows, cols = np.flatnonzero(own.any(axis=1)).tolist(), np.flatnonzero(own.any(axis=0)).tolist()
+        box = (cols[0], rows[0], cols[-1] + 1, rows[-1] + 1)
+        around = np.asarray(Image.fromarray(own).convert("L").filter(ImageFilter.MaxFilter(3))) > 0  # with soft edges
+        crop = slice(box[1], box[3]), slice(box[0], box[2])
+        digits.append(Digit(box, to_mnist((ink * around)[crop], own[crop])))
+    return reading_order(digits)
+
+
+def group(labels):
+    """Which components make a digit each: lists of their numbers. Specks, and what fills the border, are left out."""
+    H, W = labels.shape
+    y, x = np.nonzero(labels)
+    low, high = np.full((labels.max() + 1, 2), max(H, W)), np.zeros((labels.max() + 1, 2), int)
+    np.minimum.at(low, labels[y, x], np.stack([y, x], axis=1))
+    np.maximum.at(high, labels[y, x], np.stack([y, x], axis=1) + 1)
+    size = (high - low).max(axis=1)  # the longer side of each component's box
+    size[0] = 0
+    contact = [np.bincount(edge, minlength=len(size)) / len(edge)  # share of that border which it covers
+               for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1])]  # fmt: skip
+    inside = np.max(contact, axis=0) < 0.5  # else the edge of the paper, or a shadow
+    if inside[1:].any():
+        size[~inside] = 0
+    groups = [[i] for i in np.argsort(-size)[:200] if size[i] >= max(0.15 * size.max(), 2)]
+
+    def one_digit(a, b):
+        """Whether b is a piece of a: close to it, and smaller or straight above or below."""
+        (low_a, high_a), (low_b, high_b) = ((low[i].min(axis=0), high[i].max(axis=0)) for i in (a, b))
+        gap = np.maximum(low_a, low_b) - np.minimum(high_a, high_b)  # in rows and in columns; negative: overlap
+        sizes = (high_a - low_a).max(), (high_b - low_b).max()
+        above = -gap[1] > 0.5 * min(high_a[1] - low_a[1], high_b[1] - low_b[1])
+        return gap.max() <= 0.2 * max(sizes) and (above or min(sizes) < 0.6 * max(sizes))
+
+    merged = True
+    while merged:
+        merged = next(((a, b) for a in groups for b in groups if a is not b and one_digit(a, b)), None)
+        if merged:
+            merged[0].extend(merged[1])
+            groups.remove(merged[1])
+    return [members for members in groups if size[members].max() >= 0.3 * size.max()]
+
+
+def to_mnist(ink, own):
+    """The ink of one digit, and the pixels that are its own, both (h, w), as an MNIST image: (28, 28) uint8."""
+    ink = np.clip(ink / np.percentile(ink[own], 90), 0, 1)  # MNIST's ink is full white, its edges are grey
+    side = max(ink.shape)
+    framed = np.pad(own, 1)
+    outline = (framed[1:] != framed[:-1]).sum() + (framed[:, 1:] != framed[:, :-1]).sum()
+    stroke = 2 * own.sum() / outline * 20 / side  # two outlines a stroke: its width, when the digit is 20 high
+    grow = round((THIN_STROKE - stroke) * side / 20 / 2)
+    if grow > 0:
+        thick = Image.fromarray(np.pad(255 * ink, grow).astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * grow + 1))
+        ink = np.asarray(thick) / 255
+    h, w = (max(1, round(20 * length / max(ink.shape))) for length in ink.shape)
+    small = Image.fromarray(ink.astype(np.float32)).resize((w, h), Image.Resampling.BICUBIC)
+    small = np.clip(np.asarray(small), 0, None)
+    small = np.clip(255 * small / np.percentile(small, 98), 0, 255)
+    mass = small.sum()
+    y, x = np.arange(h) @ small.sum(axis=1) / mass, np.arange(w) @ small.sum(axis=0) / mass
+    top, left = int(np.clip(round(14 - y), 0, 28 - h)), int(np.clip(round(14 - x), 0, 28 - w))
+    image = np.zeros((28, 28), np.uint8)
+    image[top : top + h, left : left + w] = np.rint(small)
+    return image
+
+
+def reading_order(digits):
+    """Line by line, each from left to right: a digit is of the line above if it begins above that line's middle."""
+    lines = []
+    for digit in sorted(digits, key=lambda d: d.box[1] + d.box[3]):
+        if lines and digit.box[1] < np.mean([(d.box[1] + d.box[3]) / 2 for d in lines[-1]]):
+            lines[-1].append(digit)
+        else:
+            lines.append([digit])
+    return [digit for line in lines for digit in sorted(line, key=lambda d: d.box[0])]
+
+
+# ── Predicting ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Answer(NamedTuple):
+    """What the network says to one digit."""
+
+    probabilities: Any  # (10,)
+    is_digit: bool  # whether it looks like one at all
+
+    def text(self):
+        best = self.probabilities.argmax()
+        sure = f"{best} ({self.probabilities[best]:.1%})"
+        return sure if self.is_digit else f"does not look like a digit; if it is one, {sure}"
+
+
+def find_weights(save_dir, tag=None):
+    """The folder of the run whose weights serve: tag, else the reference run, else the newest that has a checkpoint.
+
+    UserError if there is none.
+    """
+    if tag:
+        folder = find_runs(save_dir, [tag])[0]
+        if not (folder / "checkpoint_last.npz").exists():
+            raise m.UserError(f"{folder} has no checkpoint_last.npz yet")
+        return folder
+    paths = sorted(save_dir.glob("*/checkpoint_last.npz"), key=lambda path: path.stat().st_mtime)
+    ours = [path.parent for path in paths if is_resnet9(path)]
+    if not ours:
+        command = "python mnist_resnet9.py --epochs-max 2 --learning-rate 1e-3 --dropout 0.5 --augment 1 --tag mine"
+        raise m.UserError(f"{save_dir} has no run with weights yet; this trains one in minutes: {command}")
+    return next((folder for folder in ours if folder.name == REFERENCE), ours[-1])
+
+
+def is_resnet9(path):
+    """Whether a checkpoint is of this network, not of one of the evolution's first steps. A damaged one may be."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return "conv8.weight" in arrays.files
+    except Exception:  # load_checkpoint will say what is wrong
+        return True
+
+
+class Reader:
+    """The network of a run, and how it answers to digits.
+
+    Softmax always names a digit, so two other numbers tell whether there is one: the energy, which is how much of a
+    digit the network finds, and the likeness to the nearest of 4,000 real digits. What is below all but a share of
+    FOREIGN of real digits in either does not look like a digit. Both bounds are measured on the sample in git, and the
+    energy's with the network in use, since each has its own.
+    """
+
+    FOREIGN = 0.01
+
+    def __init__(self, folder):
+        m.use_device("cpu")
+        self.settings = read_run(folder).settings
+        self.params = m.load_checkpoint(folder / "checkpoint_last.npz", self.settings).averaged()
+        sample = m.load_mnist("data/sample")
+        self.known = unit_rows(sample.train_images)  # (4000, 784)
+        self.least_energy = np.quantile(energy(self.logits(sample.test_images)), self.FOREIGN)
+        self.least_likeness = np.quantile(self.likeness(sample.test_images), self.FOREIGN)
+
+    def logits(self, images):
+        return m.predict(self.params, np.asarray(images), self.settings)
+
+    def likeness(self, images):
+        """The cosine of the angle between each image and the known digit that is nearest: (N,), 1 = the same."""
+        return (unit_rows(images) @ self.known.T).max(axis=1)
+
+    def answers(self, images):
+        """images (N, 28, 28) uint8 → N Answers."""
+        logits = self.logits(images)
+        real = (energy(logits) >= self.least_energy) & (self.likeness(images) >= self.least_likeness)
+        return [Answer(probs, bool(is_digit)) for probs, is_digit in zip(m.softmax(logits)[0], real)]
+
+
+def unit_rows(images):
+    """Each image as a vector of length 1: (N, 28, 28) → (N, 784) float32."""
+    rows = np.asarray(images, np.float32).reshape(len(images), -1)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def energy(logits):
+    """log Σ exp(logits) of each row. Softmax forgets it: it tells which digit, and this how much of a digit.
+
+    Liu et al. 2020, arXiv:2010.03759. It is high where some logit is, and low for what the network never saw.
+    """
+    top = logits.max(axis=1)
+    return top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+
+
+# ── Showing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_terminal(image, answer, width=24):
+    """The image in characters (two rows of pixels a line), and beside it the probabilities as bars."""
+    try:
+        shades, full = " ░▒▓█", "█"
+        (shades + full).encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        shades, full = " .:*#", "#"
+    pairs = image.reshape(14, 2, 28).mean(axis=1)  # (14, 28): a character is about twice as high as wide
+    left = ["".join(shades[int(v / 256 * len(shades))] for v in row) for row in pairs]
+    best = answer.probabilities.argmax()
+    right = [f"{digit}  {full * round(width * p):{width}} {p:6.1%}{'  <' if digit == best else ''}"
+             for digit, p in enumerate(answer.probabilities)]  # fmt: skip
+    return "\n".join(f"  |{a}|   {b}".rstrip() for a, b in zip(left, ["", "", *right, "", ""]))
+
+
+def draw(pictures, columns=3):
+    """A figure: each picture with its digits framed, and for each digit what the network saw and its probabilities."""
+    lines = [-(-len(digits) // columns) for _, _, digits, _ in pictures]
+    heights = [height for n in lines for height in (2.0, *[1.4] * n)]  # inches
+    fig = plt.figure(figsize=(4 * columns, 0.2 + sum(heights)), layout="constrained")
+    grid = iter(fig.add_gridspec(len(heights), 1, height_ratios=heights))
+    for (path, picture, digits, answers), n in zip(pictures, lines):
+        ax = fig.add_subplot(next(grid))
+        ax.imshow(picture.astype(np.uint8))
+        ax.set_title(f"{path.name}: {' '.join(reading(answers))}")
+        ax.axis("off")
+        for i, (left, top, right, bottom) in enumerate((digit.box for digit in digits), start=1):
+            ax.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec=ORANGE, lw=1))
+            ax.text(left, top, str(i), color=ORANGE, size=7, ha="right", va="bottom")
+        cells = [cell for _ in range(n) for cell in next(grid).subgridspec(1, columns)]
+        for i, (digit, answer, cell) in enumerate(zip(digits, answers, cells), start=1):
+            draw_digit(fig, cell.subgridspec(1, 2, width_ratios=(1, 2)), i, digit, answer)
+    return fig
+
+
+def draw_digit(fig, cells, number, digit, answer):
+    ax = fig.add_subplot(cells[0])
+    ax.imshow(digit.image, cmap="gray", vmin=0, vmax=255)
+    ax.set(xticks=(), yticks=(), ylabel=number)
+    ax = fig.add_subplot(cells[1])
+    best = answer.probabilities.argmax()
+    ax.bar(range(10), answer.probabilities, color=[BLUE if i == best else GREY for i in range(10)])
+    ax.set(xticks=range(10), yticks=(0, 0.5, 1), yticklabels=("0%", "50%", "100%"), ylim=(0, 1))
+    ax.set_title(answer.text().replace("; ", "\n"), color=INK if answer.is_digit else ORANGE, size=8)
+
+
+def reading(answers):
+    return [str(answer.probabilities.argmax()) if answer.is_digit else "?" for answer in answers]
+
+
+def predict_pictures(paths, save_dir, tag, figure):
+    folder = find_weights(save_dir, tag)
+    pictures = []
+    for path in paths:  # all of them are read before the first answer: one that is bad spoils no output
+        picture, scale = read_picture(path)
+        digits = find_digits(picture)
+        if not digits:
+            raise m.UserError(f"{path} shows nothing that could be a digit: it is blank, or all specks")
+        pictures.append((path, picture, scale, digits))
+    reader = Reader(folder)
+    print(f"Weights of {folder}")
+    shown = []
+    for path, picture, scale, digits in pictures:
+        answers = reader.answers([digit.image for digit in digits])
+        print(f"{path}: {' '.join(reading(answers))}")
+        for n, (digit, answer) in enumerate(zip(digits, answers), start=1):
+            left, top, right, bottom = (round(edge / scale) for edge in digit.box)
+            print(f"\n  {n} of {len(digits)}, columns {left} to {right}, rows {top} to {bottom}: {answer.text()}")
+            print(in_terminal(digit.image, answer))
+        shown.append((path, picture, digits, answers))
+    if figure:
+        write_figure(figure, shown)
+        print(figure)
+
+
+def write_figure(path, shown):
+    with plt.rc_context(STYLE):
+        stream = io.BytesIO()
+        figure = draw(shown)
+        figure.savefig(stream, format="png", dpi=min(150, 2**15 / figure.get_figheight()))  # Matplotlib's limit is 2¹⁶
+    try:
+        m.write_file(path, stream.getvalue())
+    except OSError as error:
+        raise m.UserError(f"{path} cannot be written ({error.strerror}); choose another --figure") from None
+
+
+def start(arguments):
+    parser = m.Parser(prog="predict.py", description="Recognise the digits in pictures.", allow_abbrev=False)
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="PNG, JPEG or whatever Pillow reads")
+    parser.add_argument("--tag", help=f"the run whose weights serve (default: {REFERENCE}, else the newest)")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="write the answers there as a figure, too")
+    parser.add_argument("--save-dir", type=lambda text: Path(text).absolute(), default=m.HERE / m.Settings.save_dir,
+                        metavar="FOLDER", help=f"folder with the runs (default: {m.Settings.save_dir})")  # fmt: skip
+    given = parser.parse_args(arguments)
+    predict_pictures(given.pictures, given.save_dir, given.tag, given.figure)
+    return 0
+
+
+def main(arguments=None):
+    return m.main(arguments, start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The steps in evolution/: their gradients, and their training through the main script's loop."""
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import mnist_resnet9 as m
+
+FOLDER = m.HERE / "evolution"
+SCRIPTS = sorted(FOLDER.glob("step[0-9]_*.py"))
+FEW = ("--data-dir", "data/sample", "--train-images", "1024", "--epochs-max", "2", "--learning-rate", "3e-3",
+       "--channels", "4,8,8,8", "--device", "cpu", "--threads", "1")  # fmt: skip
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem)
+def step(request, monkeypatch):
+    """The module of a step."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module(request.param.stem)
+
+
+def test_there_are_five():
+    assert [path.name[:5] for path in SCRIPTS] == [f"step{i}" for i in range(1, 6)]
+
+
+def test_gradient_agrees_with_central_differences(step, rng):
+    # Sixteen channels, since where all of a few are dead, neighbours tie in a pooling window.
+    settings = m.Settings(channels=(2, 16, 16, 16), threads=1)
+    images, labels = rng.integers(0, 256, (3, 28, 28)).astype(np.uint8), rng.integers(0, 10, 3)
+    params = step.NETWORK.init_params(settings, np.float64)
+    params.flat += 0.01 * rng.standard_normal(params.flat.size)  # biases too, and weights that begin with 0
+
+    def loss_and_gradients():
+        return m.loss_and_gradients(params, images, labels, settings, network=step.NETWORK)
+
+    loss, gradients = loss_and_gradients()
+    assert gradients.flat.dtype == np.float64 and gradients.keys() == params.keys()
+    for name in params:
+        direction = rng.standard_normal(params[name].shape)
+        nudge = 1e-6 / np.linalg.norm(direction) * direction
+        params[name] += nudge
+        above = loss_and_gradients()[0]
+        params[name] -= 2 * nudge
+        below = loss_and_gradients()[0]
+        params[name] += nudge
+        assert (above - below) / 2 == pytest.approx((gradients[name] * nudge).sum(), rel=1e-4, abs=1e-11), name
+
+
+def test_parameters_and_activations_stay_float32(step, sample):
+    settings = m.Settings(threads=1)
+    params = step.NETWORK.init_params(settings)
+    images, labels = sample.train_images[:64], sample.train_labels[:64]
+    loss, gradients = m.loss_and_gradients(params, images, labels, settings, network=step.NETWORK)
+    assert params.flat.dtype == gradients.flat.dtype == loss.dtype == np.float32
+    assert loss == pytest.approx(math.log(10), abs=0.6)
+
+
+def test_steps_4_and_5_are_resnet9_without_dropout(rng, sample, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for script, pool in ((SCRIPTS[3], "avg"), (SCRIPTS[4], "max")):
+        network = importlib.import_module(script.stem).NETWORK
+        settings = m.Settings(pool=pool, dropout=0.0, threads=1)
+        params = network.init_params(settings, np.float64)
+        batch = sample.train_images[:2], sample.train_labels[:2]
+        loss, gradients = m.loss_and_gradients(params, *batch, settings, network=network)
+        resnet9_loss, resnet9_gradients = m.loss_and_gradients(params, *batch, settings)
+        assert loss == pytest.approx(resnet9_loss, rel=1e-12)
+        np.testing.assert_allclose(gradients.flat, resnet9_gradients.flat, rtol=1e-9, atol=1e-14)
+
+
+def test_a_step_trains_with_the_same_flags_and_can_be_continued(step, tmp_path, capsys):
+    number = int(step.__name__[4])
+    flags = [*FEW, "--save-dir", str(tmp_path)]
+    for _ in range(2):  # the second time it is finished, and says so
+        assert step.run_step(number, step.ADDS, step.NETWORK, flags) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / f"evolution_{number}"
+    rows = m.read_metrics(folder / "metrics.csv")
+    assert len(rows) == 3 and rows[-1][5] > 0.6 and rows[-1][2] < rows[0][2]
+    assert step.ADDS in out and f"test accuracy {rows[-1][5]:.2%} after epoch 2" in out and "is finished" in out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["dropout"] == 0 and config["settings"]["learning_rate"] == 3e-3
+    assert (folder / "code" / f"{step.__name__}.py").is_file() and (folder / "code" / "steps.py").is_file()
+
+
+def test_a_step_is_compared_with_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    steps = importlib.import_module("steps")
+    for number, accuracies in ((1, (0.1, 0.90, 0.91)), (2, (0.1, 0.95, 0.97, 0.98))):
+        (tmp_path / str(number)).mkdir()
+        rows = [[epoch, 1e-3, 1, 0.5, 1, accuracy, 1, 1] for epoch, accuracy in enumerate(accuracies)]
+        m.write_metrics(tmp_path / str(number) / "metrics.csv", rows)
+    line = steps.what_it_bought(2, tmp_path / "2", tmp_path / "1")
+    assert "97.00% after epoch 2" in line and "+6.00 percentage points on step 1, which had 91.00%" in line
+    assert steps.what_it_bought(1, tmp_path / "1", tmp_path / "0") == "Step 1: test accuracy 91.00% after epoch 2."
+
+
+def test_run_as_a_script_from_another_folder(tmp_path):
+    def script(*flags):
+        return subprocess.run([sys.executable, SCRIPTS[0], *FEW, "--data-dir", str(m.HERE / "data" / "sample"), *flags],
+                              cwd=tmp_path, capture_output=True, text=True, timeout=120)  # fmt: skip
+
+    result = script("--save-dir", "runs")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "evolution_1" / "metrics.csv").is_file()
+    result = script("--epochs", "3")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--epochs-max" in result.stderr

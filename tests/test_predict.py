@@ -1,0 +1,331 @@
+"""predict.py: digits as people make them, MNIST's own on larger pages, what is no digit, and bad files.
+
+The network is a small one, trained on the sample in seconds: these tests are about finding digits and preparing them.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+import mnist_resnet9 as m
+import predict
+
+sys.path.insert(0, str(m.HERE / "benchmarks"))
+from predict_accuracy import FONTS, paste  # noqa: E402  (it lies in the folder that was just added)
+
+FONT_NAMES = ("DejaVuSans", "DejaVuSans-BoldOblique", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmss10")
+
+
+@pytest.fixture(scope="module")
+def save(tmp_path_factory):
+    """A save folder with a run in it."""
+    save = tmp_path_factory.mktemp("save")
+    flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3 --schedule one_cycle --dropout 0.3
+               --channels 4,8,16,16 --augment 0.5 --batch-size 32 --device cpu""".split()
+    flags[3] = str(m.HERE / "data" / "sample")
+    assert m.main([*flags, "--save-dir", str(save)]) == 0
+    return save
+
+
+@pytest.fixture(scope="module")
+def reader(save):
+    return predict.Reader(save / "small")
+
+
+def page(text, font="DejaVuSans", size=120, ink="black", paper="white", mode="RGB", at=(60, 40), shape=None):
+    """A picture with text on it."""
+    font = ImageFont.truetype(str(FONTS / f"{font}.ttf"), size)
+    left, top, right, bottom = font.getbbox(text)
+    picture = Image.new(mode, shape or (right + 2 * at[0], bottom + 2 * at[1]), paper)
+    ImageDraw.Draw(picture).text(at, text, font=font, fill=ink)
+    return picture
+
+
+def found(picture, tmp_path, format="png", **options):
+    """The digits in a picture, after a round trip through a file."""
+    path = tmp_path / f"picture.{format}"
+    picture.save(path, **options)
+    return predict.find_digits(predict.read_picture(path)[0])
+
+
+def read(reader, digits):
+    return "".join(str(answer.probabilities.argmax()) for answer in reader.answers([digit.image for digit in digits]))
+
+
+def error_of(capsys):
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err and not captured.out, captured
+    return captured.err
+
+
+# ── Digits as people make them ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", [16, 60, 300])
+@pytest.mark.parametrize("font", FONT_NAMES)
+def test_rendered_digits_are_found_one_by_one(font, size, tmp_path, reader):
+    text = "2 0 5 3 8 4 7 6"
+    digits = found(page(text, font, size), tmp_path)
+    assert len(digits) == 8
+    answers = read(reader, digits)
+    wrong = sum(a != b for a, b in zip(answers, text.replace(" ", "")))
+    assert wrong <= 2, answers  # print is not what the network learnt, and this one learnt for seconds
+
+
+@pytest.mark.parametrize("ink, paper, mode", [
+    ("black", "white", "RGB"), ("white", "black", "RGB"), ("#202060", "#f0e0b0", "RGB"), ("yellow", "navy", "RGB"),
+    ("#d00000", "#009000", "RGB"), (60, 200, "L"), (0, 1, "1"), ("black", (0, 0, 0, 0), "RGBA"),
+    ("white", (0, 0, 0, 0), "RGBA"), ("white", (255, 255, 255, 0), "RGBA"), (30, (200, 0), "LA"), (2, 1, "P"),
+    ((0, 0, 0, 255), (0, 0, 0, 0), "CMYK"),
+])  # fmt: skip
+def test_any_colours_give_the_same_image(ink, paper, mode, tmp_path):
+    if mode == "LA":
+        picture = page("4", ink=255, paper=0, mode="L")
+        picture = Image.merge("LA", (Image.new("L", picture.size, 30), picture))
+    else:
+        picture = page("4", ink=ink, paper=paper, mode=mode)
+    if mode == "P":
+        picture.putpalette([255, 0, 0, 240, 240, 240, 0, 80, 0])
+    (digit,) = found(picture, tmp_path, "tiff" if mode == "CMYK" else "png")
+    (usual,) = found(page("4"), tmp_path)
+    difference = abs(digit.image.astype(int) - usual.image)
+    assert difference.mean() < (12 if mode in "1P" else 4)  # those two have no grey, so their edges are rough
+
+
+def test_sixteen_bits_are_not_cut_off(tmp_path):
+    values = np.asarray(page("4", mode="L", ink=0, paper=255)).astype(np.uint16) * 257
+    (digit,) = found(Image.fromarray(values), tmp_path)
+    (usual,) = found(page("4"), tmp_path)
+    assert abs(digit.image.astype(int) - usual.image).max() < 3
+
+
+def test_position_and_size_do_not_matter(tmp_path):
+    (usual,) = found(page("5", size=200), tmp_path)
+    for size, at in ((200, (3, 0)), (200, (400, 20)), (100, (10, 300)), (800, (50, 50))):
+        (digit,) = found(page("5", size=size, at=at, shape=(700, 900)), tmp_path)
+        assert abs(digit.image.astype(int) - usual.image).mean() < 6, (size, at)
+
+
+def test_digits_are_prepared_as_mnists_were(tmp_path):
+    for text in "01234567":
+        (digit,) = found(page(text), tmp_path)
+        y, x = np.nonzero(digit.image > 40)
+        assert digit.image.shape == (28, 28) and digit.image.dtype == np.uint8 and digit.image.max() == 255
+        assert max(np.ptp(y), np.ptp(x)) + 1 in (19, 20)
+        mass = digit.image.sum(dtype=float)
+        middle = np.arange(28) @ digit.image.sum(axis=1) / mass, np.arange(28) @ digit.image.sum(axis=0) / mass
+        assert middle == pytest.approx((14, 14), abs=0.7)
+
+
+def test_a_thin_line_is_thickened(tmp_path, reader):
+    picture = Image.new("RGB", (400, 600), "white")
+    ImageDraw.Draw(picture).line([(60, 60), (300, 60), (150, 520)], fill="black", width=4)
+    (digit,) = found(picture, tmp_path)
+    assert (digit.image > 100).sum() > 45 and read(reader, [digit]) == "7"
+
+
+def test_a_photograph_with_uneven_light_noise_and_the_edge_of_the_page(tmp_path, rng, reader):
+    picture = np.asarray(page("3 7 5 4", size=150, ink=(60, 60, 90), paper=(235, 225, 205)), float)
+    H, W, _ = picture.shape
+    y, x = np.mgrid[:H, :W]
+    picture = picture * (0.45 + 0.4 * x / W + 0.15 * y / H)[..., None] + rng.normal(0, 8, picture.shape)
+    picture[:, :12] = 25  # the table beside the page
+    picture = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.5))
+    digits = found(picture, tmp_path, "jpg", quality=60)
+    assert read(reader, digits) == "3754"
+
+
+def test_a_camera_held_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned to the right
+    turned = page("4").rotate(90, expand=True)
+    (digit,) = found(turned, tmp_path, "jpg", quality=95, exif=exif)
+    (usual,) = found(page("4"), tmp_path)
+    assert abs(digit.image.astype(int) - usual.image).mean() < 3
+
+
+def test_lines_are_read_like_a_text(tmp_path, reader):
+    picture = page("2 7 4", at=(50, 30), shape=(600, 480))
+    picture.paste(page("5 3", at=(0, 0), shape=(400, 160)), (120, 260))
+    assert read(reader, found(picture, tmp_path)) == "27453"
+
+
+def test_a_five_whose_bar_stands_apart_is_one_digit(tmp_path):
+    picture = page("5", size=200)
+    (whole,) = found(picture, tmp_path)
+    left, top, right, bottom = whole.box
+    ImageDraw.Draw(picture).rectangle([left + 45, top, left + 52, top + 25], fill="white")  # parts bar and stem
+    ImageDraw.Draw(picture).rectangle([left - 2, top + 22, right, top + 29], fill="white")
+    (digit,) = found(picture, tmp_path)
+    assert digit.box == whole.box
+
+
+def test_specks_are_no_digits(tmp_path, rng):
+    picture = page("7", size=200)
+    for x, y in rng.integers(0, 60, (30, 2)):
+        picture.paste("black", (int(x), int(y), int(x) + 3, int(y) + 3))
+    assert len(found(picture, tmp_path)) == 1
+
+
+def test_components_are_those_of_a_flood_fill(rng):
+    for density in (0.2, 0.5, 0.7):
+        mask = rng.random((23, 31)) < density
+        labels = predict.label_components(mask)
+        assert np.array_equal(labels > 0, mask)
+        seen = np.zeros(mask.shape, int)
+        for start in zip(*np.nonzero(mask)):
+            if seen[start]:
+                continue
+            count, todo = seen.max() + 1, [start]
+            while todo:
+                y, x = todo.pop()
+                if 0 <= y < 23 and 0 <= x < 31 and mask[y, x] and not seen[y, x]:
+                    seen[y, x] = count
+                    todo += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        pairs = set(zip(labels[mask].tolist(), seen[mask].tolist()))
+        assert len(pairs) == labels.max() == seen.max()  # one name here for each name there
+    assert not predict.label_components(np.zeros((3, 4), bool)).any()
+
+
+# ── MNIST's own images ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_mnist_on_larger_pages_is_read_as_well_as_mnist_itself(sample, reader, rng, tmp_path):
+    images, labels = sample.test_images[:200], sample.test_labels[:200]
+    itself = reader.logits(images).argmax(axis=1) == labels
+    right = 0
+    for i, (image, label) in enumerate(zip(images, labels)):
+        digits = found(paste(image, rng, i % 2), tmp_path)
+        right += len(digits) == 1 and read(reader, digits) == str(label)
+    assert itself.mean() > 0.9 and right >= itself.sum() - 6, (right, itself.sum())
+
+
+def test_an_mnist_image_comes_back_as_it_was(sample, tmp_path):
+    same = []
+    for image in sample.test_images[:40]:
+        digits = found(Image.fromarray(image), tmp_path)
+        same.append(len(digits) == 1 and abs(digits[0].image.astype(int) - image).mean() < 2)
+    assert np.mean(same) >= 0.85  # where a faint tip is below the threshold, the digit is enlarged by a pixel
+
+
+# ── What is no digit ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_most_real_digits_pass_and_no_noise_does(reader, sample, rng):
+    images = sample.test_images
+    real = [answer.is_digit for answer in reader.answers(images)]
+    assert 0.97 <= np.mean(real) < 1  # the bounds leave out one in a hundred each
+    noise = rng.integers(0, 256, (50, 28, 28)).astype(np.uint8)
+    assert not any(answer.is_digit for answer in reader.answers(noise))
+    assert reader.likeness(sample.train_images[:5]) == pytest.approx(np.ones(5))
+    assert np.allclose(reader.likeness(images // 2 + 0.0), reader.likeness(images), atol=0.01)  # whatever the contrast
+
+
+def test_the_answer_says_that_it_is_no_digit(save, tmp_path, capsys, rng):
+    picture = Image.new("RGB", (300, 300), "white")
+    ImageDraw.Draw(picture).rectangle([40, 40, 260, 260], outline="black", width=14)  # a frame
+    picture.save(tmp_path / "shape.png")
+    assert predict.main([str(tmp_path / "shape.png"), "--save-dir", str(save)]) == 0
+    out = capsys.readouterr().out
+    assert "shape.png: ?" in out and "does not look like a digit" in out
+
+
+def test_energy_is_the_logarithm_of_the_sum(rng):
+    logits = rng.standard_normal((5, 10)) * 3
+    np.testing.assert_allclose(predict.energy(logits), np.log(np.exp(logits).sum(axis=1)), rtol=1e-12)
+    assert np.isfinite(predict.energy(logits + 5000)).all()
+
+
+# ── The command ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_command_shows_image_probabilities_and_figure(save, tmp_path, capsys, sample):
+    page("2 7").save(tmp_path / "one.png")
+    page("A", size=300).save(tmp_path / "two.png")
+    paths = [str(tmp_path / name) for name in ("one.png", "two.png")]
+    figure = tmp_path / "figure.png"
+    assert predict.main([*paths, "--save-dir", str(save), "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert f"Weights of {save / 'small'}" in out and f"{paths[0]}: 2 7" in out and "1 of 2" in out
+    bars = [line.split("|")[2] for line in out.splitlines() if line.count("|") == 2 and "%" in line]
+    assert len(bars) == 30  # ten a digit
+    for ten in (bars[:10], bars[10:20], bars[20:]):
+        assert [line.split()[0] for line in ten] == list("0123456789")
+        assert sum(float(line.split("%")[0].split()[-1]) for line in ten) == pytest.approx(100, abs=0.5)
+    image = np.asarray(Image.open(figure).convert("L"))
+    assert 0.01 < (image < 200).mean() < 0.5 and min(image.shape) > 400
+
+
+def test_a_terminal_without_unicode(save, tmp_path):
+    page("2").save(tmp_path / "two.png")
+    command = [sys.executable, m.HERE / "predict.py", "two.png", "--save-dir", save]
+    environment = {"PYTHONIOENCODING": "ascii", "PATH": "", "MPLBACKEND": "Agg", "HOME": str(tmp_path)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "two.png: 2" in result.stdout and "##" in result.stdout and result.stdout.isascii()
+
+
+def test_default_weights(tmp_path, save):
+    with pytest.raises(m.UserError, match="no run with weights yet; this trains one"):
+        predict.find_weights(tmp_path)
+    for when, tag in ((3, "old"), (5, "new"), (7, "evolution_1"), (1, "record")):
+        (tmp_path / tag).mkdir()
+        path = tmp_path / tag / "checkpoint_last.npz"
+        path.write_bytes((save / "small" / "checkpoint_last.npz").read_bytes())
+        if tag == "evolution_1":
+            m.save_arrays(path, **{"fc1.weight": np.zeros(3)})
+        os.utime(path, (when, when))
+        assert predict.find_weights(tmp_path).name == {"old": "old", "record": "record"}.get(tag, "new")
+    with pytest.raises(m.UserError, match="has no run 'other'"):
+        predict.find_weights(tmp_path, "other")
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Pictures that cannot be read, and what the line about each should say."""
+    page("2").save(tmp_path / "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    page("2", size=400).save(tmp_path / "good.jpg")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "text.png").write_text("This is no picture.")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:3000])
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    Image.new("RGB", (200, 100), "#aabbcc").save(tmp_path / "blank.png")
+    Image.new("L", (1, 1)).save(tmp_path / "dot.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, said", [
+    ("missing.png", "there is no picture"), ("folder.png", "cannot be read"), ("text.png", "cannot be read"),
+    ("empty.png", "cannot be read"), ("cut.png", "cannot be read"), ("cut.jpg", "cannot be read"),
+    ("huge.png", "too large"), ("blank.png", "blank"), ("dot.png", "blank"),
+])  # fmt: skip
+def test_a_bad_picture_gets_one_line_and_exit_status_2(name, said, bad, save, capsys):
+    assert predict.main([str(bad / "good.png"), str(bad / name), "--save-dir", str(save)]) == 2
+    error = error_of(capsys)
+    assert said in error and name in error
+
+
+@pytest.mark.parametrize("flags, said", [
+    ((), "PICTURE"), (("--digit", "x.png"), "--figure"), (("good.png", "--tag", "other"), "has no run 'other'"),
+    (("good.png", "--figure", "nowhere/out.png"), "cannot be written"),
+])  # fmt: skip
+def test_a_bad_command_gets_one_line(flags, said, bad, save, capsys, monkeypatch):
+    monkeypatch.chdir(bad)
+    assert predict.main([*flags, "--save-dir", str(save)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_gets_one_line(bad, save, capsys):
+    folder = bad / "save" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes((save / "small" / "config.json").read_bytes())
+    (folder / "checkpoint_last.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    assert predict.main([str(bad / "good.png"), "--save-dir", str(bad / "save")]) == 2
+    assert "checkpoint_last.npz is damaged" in error_of(capsys)
