@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,33 @@ def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(whole, tmp_p
     assert_same_run(folder, tmp_path / "resnet9")
 
 
+def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
+    """A run on 640 images that holds 200 out is a run on the 440 others, and one more column."""
+    flags = ("--epochs-max", "2", "--save-dir", str(tmp_path))
+    assert train(tmp_path, *flags, "--tag", "fewer", "--train-images", "440").returncode == 0
+    result = train(tmp_path, *flags, "--tag", "held_out", "--validation-images", "200")
+    assert result.returncode == 0 and "440 images, 14 steps" in result.stdout and "valid acc" in result.stdout
+    assert_same_run(tmp_path / "fewer", tmp_path / "held_out")
+    settings = m.Settings(channels=(4, 16, 16, 16))
+    params = m.load_checkpoint(tmp_path / "held_out" / "checkpoint_last.npz", settings).params
+    accuracy = m.evaluate(params, sample.train_images[440:640], sample.train_labels[440:640], settings)[1]
+    path = tmp_path / "held_out" / "metrics.csv"
+    assert path.read_text().startswith(",".join((*m.METRICS, "validation_accuracy\n")))
+    assert m.read_metrics(path)[-1][-1] == pytest.approx(accuracy) and f"{accuracy:.2%}" in result.stdout
+    assert train(tmp_path, *flags, "--tag", "held_out", "--validation-images", "200", "--epochs-max", "3").returncode == 0
+    assert [len(row) for row in m.read_metrics(path)] == [9] * 4
+
+
+def test_a_run_from_before_a_setting_came_in_is_continued(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "resnet9")
+    path = tmp_path / "resnet9" / "config.json"
+    config = json.loads(path.read_text())
+    del config["settings"]["validation_images"]
+    path.write_text(json.dumps(config))
+    result = train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
+    assert result.returncode == 0 and "is finished" in result.stdout, result.stderr
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_stopped_within_an_epoch_it_continues_bit_for_bit(whole, tmp_path, monkeypatch, capsys):
     folder, _ = whole
@@ -164,6 +192,7 @@ BAD = {
     "--tag a/b": "no folder name",
     "--tag ..": "no folder name",
     "--train-images 70000": "the data set has",
+    "--train-images 600 --validation-images 600": "validation_images is 600",
     "--save-dir requirements.txt": "cannot be written",
 }
 
@@ -200,8 +229,6 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
 
 
 def test_a_damaged_checkpoint_is_reported_and_not_overwritten(whole, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(whole[0], tmp_path / "resnet9")
     path = tmp_path / "resnet9" / "checkpoint_last.npz"
     content = bytearray(path.read_bytes())
