@@ -956,11 +956,12 @@ def load_checkpoint(path, settings, network=RESNET9):
     state = init_state(settings, network)
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            weights_only = "moments" not in arrays  # a finished run, made small to be passed on: see save/README.md
             for name in state.params:
                 state.params[name][...] = xp.asarray(arrays[name])
                 if state.ema is not None:
-                    state.ema[name][...] = xp.asarray(arrays[f"ema.{name}"])
-            state.moments[...] = xp.asarray(arrays["moments"])
+                    state.ema[name][...] = xp.asarray(arrays[name if weights_only else f"ema.{name}"])
+            state.moments[...] = 0 if weights_only else xp.asarray(arrays["moments"])
             state.step = int(arrays["step"])
             state.history = [[int(epoch), *row] for epoch, *row in arrays["history"].tolist()]
     except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
