@@ -81,8 +81,10 @@ class Settings:
     learning_rate: float = setting(1e-4, "step size of the optimizer; the peak of one_cycle", between=(0, 1000))
     optimizer: str = setting("adam", "adam divides each step by the gradient's usual size", choices=("sgd", "adam"))
     momentum: float = setting(0.9, "how much of its last step sgd keeps", between=(0, 0.9999))
+    beta2: float = setting(0.999, "how much of its mean squared gradient adam keeps a step", between=(0, 0.999999))
     weight_decay: float = setting(0.0, "share taken off each weight, times the learning rate", between=(0, 1000))
     schedule: str = setting("constant", "one_cycle warms up, then cools down to 0", choices=("constant", "one_cycle"))
+    warm_up: float = setting(0.3, "share of all steps in which one_cycle warms up", between=(0, 0.9))
     dropout: float = setting(0.9, "share of the features that a training step switches off", between=(0, 0.9999))
     pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
     channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
@@ -854,10 +856,10 @@ def predict(params, images, settings=Settings(), network=RESNET9):
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────────────────────
 
 def learning_rate(step, steps, settings):
-    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly for 30 % of them, then falls to 0 as a cosine."""
+    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly at first, then falls to 0 as a cosine."""
     if settings.schedule == "constant":
         return settings.learning_rate
-    rise = 0.3 * steps
+    rise = settings.warm_up * steps
     if step < rise:
         return settings.learning_rate * (step + 1) / (rise + 1)
     return settings.learning_rate * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
@@ -868,7 +870,7 @@ def sgd(w, dw, moments, rate, momentum):
     moments[0] += dw
     w -= rate * moments[0]
 
-def adam(w, dw, moments, rate, step, beta1=0.9, beta2=0.999, eps=1e-8):
+def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
     """w ← w − rate · m / (√v + eps), where m and v are running means of dw and dw². Kingma and Ba 2015, arXiv:1412.6980.
 
     Both start at 0; dividing by 1 − beta^t makes up for that.
@@ -908,7 +910,7 @@ def update(state, gradients, settings, rate):
             if name.endswith("weight"):
                 weight *= 1 - rate * settings.weight_decay
     if settings.optimizer == "adam":
-        adam(w, gradients.flat, state.moments, rate, state.step)
+        adam(w, gradients.flat, state.moments, rate, state.step, settings.beta2)
     else:
         sgd(w, gradients.flat, state.moments, rate, settings.momentum)
     if state.ema is not None:
