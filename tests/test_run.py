@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,6 +187,14 @@ def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(tmp_pa
     result = train(tmp_path, "--learning-rate", "1000", "--optimizer", "sgd")
     assert result.returncode == 2 and "learning rate 1000" in result.stderr and result.stderr.count("\n") == 1
     assert all(np.isfinite(a).all() for a in arrays(tmp_path / "resnet9" / "checkpoint_last.npz").values())
+
+
+@pytest.mark.parametrize("recipe", m.RECIPES)
+def test_a_recipe_comes_before_the_flags(recipe):
+    settings = m.parse_settings(["--recipe", recipe])
+    assert settings == replace(m.Settings(), **m.RECIPES[recipe])
+    assert settings.batch_size == 64 and settings.validation_images == 0 and (recipe != "quick" or settings.epochs_max <= 3)
+    assert m.parse_settings(["--dropout", "0.25", "--recipe", recipe]) == replace(settings, dropout=0.25)
 
 
 BAD = {
