@@ -113,7 +113,7 @@ RECIPES = {
     "reference": {},
     "quick": dict(epochs_max=3, learning_rate=3e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.4,
                   augment=0.6, ema=0.99),
-    "record": dict(epochs_max=20, learning_rate=2e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.5,
+    "record": dict(epochs_max=12, learning_rate=2e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.5,
                    augment=1.0, ema=0.999),
 }  # fmt: skip
 
