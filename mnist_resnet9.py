@@ -75,13 +75,17 @@ class Settings:
     data_dir: str = setting("data", "folder with the four MNIST idx files; they are downloaded there if missing")
     save_dir: str = setting("save", "folder that holds one folder for each run")
     train_images: int = setting(0, "use only the first so many training images; 0 = all", between=(0, 10**9))
+    validation_images: int = setting(0, "hold out so many of these, the last ones, to choose settings with",
+                                     between=(0, 10**9))  # fmt: skip
     epochs_max: int = setting(200, "passes over the training images", between=(1, 10**6))
     batch_size: int = setting(64, "images a step: small for many updates, large for fast GEMM", between=(1, 10**6))
     learning_rate: float = setting(1e-4, "step size of the optimizer; the peak of one_cycle", between=(0, 1000))
     optimizer: str = setting("adam", "adam divides each step by the gradient's usual size", choices=("sgd", "adam"))
     momentum: float = setting(0.9, "how much of its last step sgd keeps", between=(0, 0.9999))
+    beta2: float = setting(0.999, "how much of its mean squared gradient adam keeps a step", between=(0, 0.999999))
     weight_decay: float = setting(0.0, "share taken off each weight, times the learning rate", between=(0, 1000))
     schedule: str = setting("constant", "one_cycle warms up, then cools down to 0", choices=("constant", "one_cycle"))
+    warm_up: float = setting(0.3, "share of all steps in which one_cycle warms up", between=(0, 0.9))
     dropout: float = setting(0.9, "share of the features that a training step switches off", between=(0, 0.9999))
     pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
     channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
@@ -104,8 +108,15 @@ class Settings:
         if len(self.channels) != 4 or not all(isinstance(c, int) and 1 <= c <= 1024 for c in self.channels):
             raise UserError(f"channels {self.channels} should be four whole numbers from 1 to 1024, as 4,16,32,64")
 
-# What a recipe changes in the settings; `--recipe NAME` applies it before the other flags.
-RECIPES = {"reference": {}}
+# What a recipe changes in the settings; `--recipe NAME` applies it before the other flags. Chosen on held-out
+# training images, not on the test set: benchmarks/README.md.
+RECIPES = {
+    "reference": {},
+    "quick": dict(epochs_max=3, learning_rate=3e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.4,
+                  augment=0.6, ema=0.99),
+    "record": dict(epochs_max=12, learning_rate=2e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.5,
+                   augment=1.0, ema=0.999),
+}  # fmt: skip
 
 # These say where and how a run is computed, not what is computed: they may differ when it is continued.
 NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
@@ -855,10 +866,10 @@ def predict(params, images, settings=Settings(), network=RESNET9):
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────────────────────
 
 def learning_rate(step, steps, settings):
-    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly for 30 % of them, then falls to 0 as a cosine."""
+    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly at first, then falls to 0 as a cosine."""
     if settings.schedule == "constant":
         return settings.learning_rate
-    rise = 0.3 * steps
+    rise = settings.warm_up * steps
     if step < rise:
         return settings.learning_rate * (step + 1) / (rise + 1)
     return settings.learning_rate * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
@@ -869,7 +880,7 @@ def sgd(w, dw, moments, rate, momentum):
     moments[0] += dw
     w -= rate * moments[0]
 
-def adam(w, dw, moments, rate, step, beta1=0.9, beta2=0.999, eps=1e-8):
+def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
     """w ← w − rate · m / (√v + eps), where m and v are running means of dw and dw². Kingma and Ba 2015, arXiv:1412.6980.
 
     Both start at 0; dividing by 1 − beta^t makes up for that.
@@ -910,7 +921,7 @@ def update(state, gradients, settings, rate):
             if name.endswith("weight"):
                 weight *= 1 - rate * settings.weight_decay
     if settings.optimizer == "adam":
-        adam(w, gradients.flat, state.moments, rate, state.step)
+        adam(w, gradients.flat, state.moments, rate, state.step, settings.beta2)
     else:
         sgd(w, gradients.flat, state.moments, rate, settings.momentum)
     if state.ema is not None:
@@ -960,11 +971,12 @@ def load_checkpoint(path, settings, network=RESNET9):
     state = init_state(settings, network)
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            weights_only = "moments" not in arrays  # a finished run, made small to be passed on: see save/README.md
             for name in state.params:
                 state.params[name][...] = xp.asarray(arrays[name])
                 if state.ema is not None:
-                    state.ema[name][...] = xp.asarray(arrays[f"ema.{name}"])
-            state.moments[...] = xp.asarray(arrays["moments"])
+                    state.ema[name][...] = xp.asarray(arrays[name if weights_only else f"ema.{name}"])
+            state.moments[...] = 0 if weights_only else xp.asarray(arrays["moments"])
             state.step = int(arrays["step"])
             state.history = [[int(epoch), *row] for epoch, *row in arrays["history"].tolist()]
     except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
@@ -987,11 +999,16 @@ class Log:
             file.write(f"{line}\n")
 
 METRICS = (*HISTORY, "seconds", "images_per_second")
-LOG_HEADER = "epoch  train loss  train acc  test loss  test acc  seconds  images/s  left"
+VALIDATION = ("validation_accuracy",)  # one more column where images were held out
+
+def log_header(settings):
+    valid = "  valid acc" if settings.validation_images else ""
+    return f"epoch  train loss  train acc  test loss  test acc{valid}  seconds  images/s  left"
 
 def log_line(metrics, left):
-    epoch, _, train_loss, train_accuracy, test_loss, test_accuracy, seconds, speed = metrics
-    line = f"{epoch:5d}  {train_loss:10.5f}  {train_accuracy:9.2%}  {test_loss:9.5f}  {test_accuracy:8.2%}  {seconds:7.1f}"
+    epoch, _, train_loss, train_accuracy, test_loss, test_accuracy, seconds, speed, *validation = metrics
+    line = f"{epoch:5d}  {train_loss:10.5f}  {train_accuracy:9.2%}  {test_loss:9.5f}  {test_accuracy:8.2%}"
+    line += "".join(f"  {accuracy:9.2%}" for accuracy in validation) + f"  {seconds:7.1f}"
     return f"{line}  {speed:8.0f}  {duration(left)}" if epoch else line
 
 def duration(seconds):
@@ -999,15 +1016,16 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60:02d} min" if minutes > 59 else f"{minutes} min"
 
 def write_metrics(path, rows):
-    lines = [",".join(METRICS)] + [",".join(f"{value:.8g}" for value in row) for row in rows]
+    lines = [",".join((METRICS + VALIDATION)[: len(rows[0])])] + [",".join(f"{value:.8g}" for value in row) for row in rows]
     write_file(path, "".join(f"{line}\n" for line in lines).encode())
 
 def read_metrics(path):
-    """The rows of metrics.csv, one an epoch from epoch 0 on. UserError if the file is anything else."""
+    """The rows of metrics.csv: METRICS, and VALIDATION if it is there, from epoch 0 on. UserError if the file is anything else."""
     try:
         header, *lines = path.read_text(encoding="utf-8").splitlines()
         rows = [[float(value) for value in line.split(",")] for line in lines]
-        if header != ",".join(METRICS) or any(len(row) != len(METRICS) for row in rows):
+        columns = tuple(header.split(","))
+        if columns not in (METRICS, METRICS + VALIDATION) or any(len(row) != len(columns) for row in rows):
             raise ValueError("other columns")
         return rows
     except (OSError, ValueError) as error:
@@ -1039,7 +1057,8 @@ def open_run(settings, data, device, scripts):
 def check_same_experiment(folder, config):
     try:
         old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        then, hashes = old["settings"], old["data"]["sha256"]
+        then = asdict(Settings()) | old["settings"]  # a run from before a setting came in had what is its default
+        hashes = old["data"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); choose another --tag") from None
     now = config["settings"]
@@ -1062,6 +1081,9 @@ class Run:
         count = settings.train_images or len(data.train_images)
         if count > len(data.train_images):
             raise UserError(f"train_images is {count}, but the data set has {len(data.train_images)}")
+        held_out = settings.validation_images
+        if held_out >= count:
+            raise UserError(f"validation_images is {held_out}, but should leave some of the {count} images to train on")
         self.settings, self.network = settings, network
         self.folder = open_run(settings, data, device, scripts)
         self.last = self.folder / "checkpoint_last.npz"
@@ -1070,9 +1092,12 @@ class Run:
         self.log = Log(self.folder / "log.txt", len(self.state.history))
         path, history = self.folder / "metrics.csv", self.state.history
         rows = read_metrics(path)[: len(history)] if path.exists() else []
-        self.metrics = rows + [[*row, math.nan, math.nan] for row in history[len(rows) :]]
+        self.metrics = rows + [[*row, math.nan, math.nan] + [math.nan] * bool(held_out) for row in history[len(rows) :]]
 
-        self.images, self.labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
+        images, labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
+        count -= held_out
+        self.images, self.labels = images[:count], labels[:count]
+        self.validation_images, self.validation_labels = images[count:], labels[count:]
         self.test_images, self.test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
         self.steps = -(-count // settings.batch_size)  # an epoch; its last batch may be smaller
         self.on_gpu = xp is not np
@@ -1128,12 +1153,13 @@ class Run:
         settings, state, part = self.settings, self.state, TRAIN_EVALUATION_IMAGES
         train_loss, train_accuracy, _ = self.evaluate(self.images[:part], self.labels[:part])
         test_loss, test_accuracy, probs = self.evaluate(self.test_images, self.test_labels)
+        validation = [self.evaluate(self.validation_images, self.validation_labels)[1]] if settings.validation_images else []
         self.check_finite(train_loss + test_loss, f"epoch {epoch}")
         seconds = time.perf_counter() - start
         rate = learning_rate(max(0, state.step - 1), self.steps * settings.epochs_max, settings)
         best = test_accuracy > max((row[-1] for row in state.history), default=-1)
         state.history.append([epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy])
-        self.metrics.append([*state.history[-1], seconds, images_seen / seconds])
+        self.metrics.append([*state.history[-1], seconds, images_seen / seconds, *validation])
         whole = seconds * len(self.images) / max(1, images_seen)  # of an epoch that was not interrupted
         self.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
         write_metrics(self.folder / "metrics.csv", self.metrics)
@@ -1182,7 +1208,7 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
     run.log(f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {os.path.relpath(run.folder)}")
     if run.resumed:
         run.log(f"Continuing after step {run.state.step:,} of {run.steps * settings.epochs_max:,}.")
-    run.log(LOG_HEADER)
+    run.log(log_header(settings))
 
     def ask_to_stop(number, _frame):
         run.stop = number

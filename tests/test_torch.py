@@ -170,6 +170,7 @@ OPTIMIZERS = [
     {"optimizer": "sgd"},
     {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.1, "ema": 0.99},
     {"optimizer": "adam"},
+    {"optimizer": "adam", "beta2": 0.9},
     {"optimizer": "adam", "weight_decay": 0.1, "ema": 0.9},
 ]
 
