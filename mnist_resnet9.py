@@ -75,13 +75,17 @@ class Settings:
     data_dir: str = setting("data", "folder with the four MNIST idx files; they are downloaded there if missing")
     save_dir: str = setting("save", "folder that holds one folder for each run")
     train_images: int = setting(0, "use only the first so many training images; 0 = all", between=(0, 10**9))
+    validation_images: int = setting(0, "hold out so many of these, the last ones, to choose settings with",
+                                     between=(0, 10**9))  # fmt: skip
     epochs_max: int = setting(200, "passes over the training images", between=(1, 10**6))
     batch_size: int = setting(64, "images a step: small for many updates, large for fast GEMM", between=(1, 10**6))
     learning_rate: float = setting(1e-4, "step size of the optimizer; the peak of one_cycle", between=(0, 1000))
     optimizer: str = setting("adam", "adam divides each step by the gradient's usual size", choices=("sgd", "adam"))
     momentum: float = setting(0.9, "how much of its last step sgd keeps", between=(0, 0.9999))
+    beta2: float = setting(0.999, "how much of its mean squared gradient adam keeps a step", between=(0, 0.999999))
     weight_decay: float = setting(0.0, "share taken off each weight, times the learning rate", between=(0, 1000))
     schedule: str = setting("constant", "one_cycle warms up, then cools down to 0", choices=("constant", "one_cycle"))
+    warm_up: float = setting(0.3, "share of all steps in which one_cycle warms up", between=(0, 0.9))
     dropout: float = setting(0.9, "share of the features that a training step switches off", between=(0, 0.9999))
     pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
     channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
@@ -104,8 +108,15 @@ class Settings:
         if len(self.channels) != 4 or not all(isinstance(c, int) and 1 <= c <= 1024 for c in self.channels):
             raise UserError(f"channels {self.channels} should be four whole numbers from 1 to 1024, as 4,16,32,64")
 
-# What a recipe changes in the settings; `--recipe NAME` applies it before the other flags.
-RECIPES = {"reference": {}}
+# What a recipe changes in the settings; `--recipe NAME` applies it before the other flags. Chosen on held-out
+# training images, not on the test set: benchmarks/README.md.
+RECIPES = {
+    "reference": {},
+    "quick": dict(epochs_max=3, learning_rate=3e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.4,
+                  augment=0.6, ema=0.99),
+    "record": dict(epochs_max=12, learning_rate=2e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.5,
+                   augment=1.0, ema=0.999),
+}  # fmt: skip
 
 # These say where and how a run is computed, not what is computed: they may differ when it is continued.
 NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
@@ -230,10 +241,10 @@ def random_stream(seed, purpose, epoch=0, step=0):
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
 
 def shard_streams(rng, count):
-    """One generator for each shard, on the device that xp computes on."""
+    """One generator for each shard, on the device that xp computes on; for a GPU a batch is one shard."""
     keys = rng.integers(2**63, size=count)
     if xp is not np:
-        return [xp.random.Generator(xp.random.Philox4x3210(int(key))) for key in keys]
+        return [xp.random.Generator(xp.random.Philox4x3210(int(keys[0])))]
     return [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
 
@@ -414,10 +425,10 @@ def augment(images, strength, rng):
 # Each comes with its backward pass directly underneath. The chain rule is the only rule: from dy, the gradient of
 # the loss with respect to y, follows dx = dy · ∂y/∂x. Where x goes into y in several ways, its gradients add.
 
-def relu(x):
-    """y = max(x, 0), element by element."""
+def relu(x, out=None):
+    """y = max(x, 0), element by element; out is where to write y, x itself if nobody needs it any more."""
     mask = x > 0
-    return x * mask, mask  # cache: one bit a number is all that the backward pass needs
+    return xp.multiply(x, mask, out=out), mask  # cache: one bit a number is all that the backward pass needs
 
 def relu_backward(dy, mask):
     return dy * mask  # the slope is 1 where x > 0, and 0 elsewhere
@@ -518,7 +529,7 @@ def max_pool2d(x, size=2):
     """
     v = windows(x, size)
     y = functools.reduce(xp.maximum, (v[:, i, :, j] for i in range(size) for j in range(size)))
-    rounding = 1e-6 if x.dtype == xp.float32 else 1e-12
+    rounding = 1e-5 if x.dtype == xp.float32 else 1e-12
     mask = v >= (y - rounding * (1 + abs(y)))[:, None, :, None]
     return y, (mask, x.shape)
 
@@ -581,16 +592,16 @@ def conv2d_im2col_backward(dy, cache, need_dx=True):
 # polynomial and the kernel's three taps as those of another. Convolution is multiplying polynomials, and a product
 # of polynomials is known when its values at enough points are known: evaluate both at n = m+2 points, multiply the
 # values, interpolate. That costs n multiplications for m outputs instead of 3m; in two dimensions n² for m² instead
-# of 9m², with m = 5 a quarter to a fifth. So a row is cut into T tiles of m outputs, each made from n pixels (tiles
+# of 9m², with m = 7 between a fifth and a sixth. So a row is cut into T tiles of m outputs, each made from n pixels (tiles
 # overlap by 2). Cutting, evaluating and interpolating are linear in the row, so they are matrices: y = Q (P x ⊙ G w).
 # An image has rows and columns, so each matrix is applied from both sides: P x Pᵀ, G w Gᵀ, Q (…) Qᵀ. Being linear in
 # x and in w, the backward pass is the same with transposed matrices.
 
-POINTS = (0, 1, -1, 1 / 2, -2, 2)  # small and simple, which keeps the rounding errors small; the 7th is infinity
-n = len(POINTS) + 1  # values for each tile
-m = n - 2  # outputs of each tile; with more, fewer multiplications but larger rounding errors
-STRIP_TILES = 3  # P is mostly 0 between distant tiles and pixels: rows are cut into strips of so many tiles
-WINOGRAD_MIN_CHANNELS = 16  # with fewer, the transforms cost more than the multiplications that they save
+POINTS = (1, -1, 1 / 4, -1 / 4, 2 / 3, -2 / 3, 2, -2)  # in pairs around 1: the smallest rounding errors of all tried
+n = len(POINTS) + 1  # values for each tile; the last point is infinity
+m = n - 2  # outputs of each tile: 7, since 28 and 14 are multiples of it
+STRIP_TILES = 2  # P is mostly 0 between distant tiles and pixels: rows are cut into strips of so many tiles
+WINOGRAD_MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multiplications that they save
 
 @functools.lru_cache(maxsize=None)
 def winograd_tile(dtype, _xp):
@@ -688,15 +699,15 @@ def conv2d_winograd(x, w, b):
     w = w if isinstance(w, WinogradKernel) else WinogradKernel(w)
     X = to_points(P, x, P2)  # (strips, strips, n, n, T·S·N, C)
     M = X @ w.U  # (strips, strips, n, n, T·S·N, K): at each pair of points, a matrix product over the channels
-    M[:, :, 1, 1] += b  # the value at the points (1, 1) enters every output with the factor 1
+    M[:, :, 0, 0] += b  # all powers of 1 are 1: the value at the points (1, 1) enters every output as it is
     return from_points(Q, M, Q2, N), (X, w, x.shape)  # cache: what was multiplied, as everywhere
 
 def conv2d_winograd_backward(dy, cache, need_dx=True):
     X, w, (H, W, N, C) = cache
     (P, Q), (P2, Q2) = winograd_strips(H, dy.dtype, xp), winograd_strips(W, dy.dtype, xp)
     dM = to_points(transposed(Q), dy, transposed(Q2))
-    db = dM[:, :, 1, 1].sum(axis=(0, 1, 2))
-    dU = (X.swapaxes(-1, -2) @ dM).sum(axis=(0, 1))  # (n, n, C, K), from M = X @ U
+    db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
+    dU = functools.reduce(xp.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, n, n, *w.shape[2:]))  # (n, n, C, K), from M = X @ U
     dw = (winograd_tile(dy.dtype, xp)[2].T @ dU.reshape(n * n, -1)).reshape(w.shape)
     if not need_dx:
         return None, dw, db
@@ -709,7 +720,7 @@ def conv2d_winograd_backward(dy, cache, need_dx=True):
 def conv_block(x, w, b):
     """relu(x * w + b)."""
     h, conv = conv2d(x, w, b)
-    y, act = relu(h)
+    y, act = relu(h, out=h)
     return y, (conv, act)
 
 def conv_block_backward(dy, cache, need_dx=True):
@@ -721,7 +732,8 @@ def residual_block(x, w1, b1, w2, b2):
     """relu(x + conv(relu(conv(x)))): two convolutions learn what to add to x. He et al. 2015, arXiv:1512.03385."""
     h, block = conv_block(x, w1, b1)
     h, conv = conv2d(h, w2, b2)
-    y, act = relu(x + h)
+    h += x
+    y, act = relu(h, out=h)
     return y, (block, conv, act)
 
 def residual_block_backward(dy, cache):
@@ -729,7 +741,8 @@ def residual_block_backward(dy, cache):
     dsum = relu_backward(dy, act)  # of x + h: the gradient goes to both alike
     dh, dw2, db2 = conv2d_backward(dsum, conv)
     dh, dw1, db1 = conv_block_backward(dh, block)
-    return dsum + dh, dw1, db1, dw2, db2  # x forked: the straight way and the way through the block add
+    dh += dsum
+    return dh, dw1, db1, dw2, db2  # x forked: the straight way and the way through the block add
 
 
 # ── The network ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -853,10 +866,10 @@ def predict(params, images, settings=Settings(), network=RESNET9):
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────────────────────
 
 def learning_rate(step, steps, settings):
-    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly for 30 % of them, then falls to 0 as a cosine."""
+    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly at first, then falls to 0 as a cosine."""
     if settings.schedule == "constant":
         return settings.learning_rate
-    rise = 0.3 * steps
+    rise = settings.warm_up * steps
     if step < rise:
         return settings.learning_rate * (step + 1) / (rise + 1)
     return settings.learning_rate * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
@@ -867,7 +880,7 @@ def sgd(w, dw, moments, rate, momentum):
     moments[0] += dw
     w -= rate * moments[0]
 
-def adam(w, dw, moments, rate, step, beta1=0.9, beta2=0.999, eps=1e-8):
+def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
     """w ← w − rate · m / (√v + eps), where m and v are running means of dw and dw². Kingma and Ba 2015, arXiv:1412.6980.
 
     Both start at 0; dividing by 1 − beta^t makes up for that.
@@ -908,7 +921,7 @@ def update(state, gradients, settings, rate):
             if name.endswith("weight"):
                 weight *= 1 - rate * settings.weight_decay
     if settings.optimizer == "adam":
-        adam(w, gradients.flat, state.moments, rate, state.step)
+        adam(w, gradients.flat, state.moments, rate, state.step, settings.beta2)
     else:
         sgd(w, gradients.flat, state.moments, rate, settings.momentum)
     if state.ema is not None:
@@ -920,10 +933,12 @@ def update(state, gradients, settings, rate):
 # ── Evaluation, log, checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
 TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first so many, without dropout
+PREDICT_IMAGES = 1024  # at once: whole shards, and all 10,000 would fill 10 GB of a GPU with what backward needs
 
 def evaluate(params, images, labels, settings, network=RESNET9):
     """(mean loss, accuracy 0…1, probabilities (N, 10)) of images (N, 28, 28) with labels (N,), without dropout."""
-    logits = predict(params, images, settings, network)
+    starts = range(0, len(images), PREDICT_IMAGES)
+    logits = xp.concatenate([predict(params, images[i : i + PREDICT_IMAGES], settings, network) for i in starts])
     accuracy = float((logits.argmax(axis=1) == labels).mean())
     return float(cross_entropy_loss(logits, labels)[0]), accuracy, softmax(logits)[0]
 
@@ -956,11 +971,12 @@ def load_checkpoint(path, settings, network=RESNET9):
     state = init_state(settings, network)
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            weights_only = "moments" not in arrays  # a finished run, made small to be passed on: see save/README.md
             for name in state.params:
                 state.params[name][...] = xp.asarray(arrays[name])
                 if state.ema is not None:
-                    state.ema[name][...] = xp.asarray(arrays[f"ema.{name}"])
-            state.moments[...] = xp.asarray(arrays["moments"])
+                    state.ema[name][...] = xp.asarray(arrays[name if weights_only else f"ema.{name}"])
+            state.moments[...] = 0 if weights_only else xp.asarray(arrays["moments"])
             state.step = int(arrays["step"])
             state.history = [[int(epoch), *row] for epoch, *row in arrays["history"].tolist()]
     except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
@@ -983,11 +999,16 @@ class Log:
             file.write(f"{line}\n")
 
 METRICS = (*HISTORY, "seconds", "images_per_second")
-LOG_HEADER = "epoch  train loss  train acc  test loss  test acc  seconds  images/s  left"
+VALIDATION = ("validation_accuracy",)  # one more column where images were held out
+
+def log_header(settings):
+    valid = "  valid acc" if settings.validation_images else ""
+    return f"epoch  train loss  train acc  test loss  test acc{valid}  seconds  images/s  left"
 
 def log_line(metrics, left):
-    epoch, _, train_loss, train_accuracy, test_loss, test_accuracy, seconds, speed = metrics
-    line = f"{epoch:5d}  {train_loss:10.5f}  {train_accuracy:9.2%}  {test_loss:9.5f}  {test_accuracy:8.2%}  {seconds:7.1f}"
+    epoch, _, train_loss, train_accuracy, test_loss, test_accuracy, seconds, speed, *validation = metrics
+    line = f"{epoch:5d}  {train_loss:10.5f}  {train_accuracy:9.2%}  {test_loss:9.5f}  {test_accuracy:8.2%}"
+    line += "".join(f"  {accuracy:9.2%}" for accuracy in validation) + f"  {seconds:7.1f}"
     return f"{line}  {speed:8.0f}  {duration(left)}" if epoch else line
 
 def duration(seconds):
@@ -995,15 +1016,16 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60:02d} min" if minutes > 59 else f"{minutes} min"
 
 def write_metrics(path, rows):
-    lines = [",".join(METRICS)] + [",".join(f"{value:.8g}" for value in row) for row in rows]
+    lines = [",".join((METRICS + VALIDATION)[: len(rows[0])])] + [",".join(f"{value:.8g}" for value in row) for row in rows]
     write_file(path, "".join(f"{line}\n" for line in lines).encode())
 
 def read_metrics(path):
-    """The rows of metrics.csv, one an epoch from epoch 0 on. UserError if the file is anything else."""
+    """The rows of metrics.csv: METRICS, and VALIDATION if it is there, from epoch 0 on. UserError if the file is anything else."""
     try:
         header, *lines = path.read_text(encoding="utf-8").splitlines()
         rows = [[float(value) for value in line.split(",")] for line in lines]
-        if header != ",".join(METRICS) or any(len(row) != len(METRICS) for row in rows):
+        columns = tuple(header.split(","))
+        if columns not in (METRICS, METRICS + VALIDATION) or any(len(row) != len(columns) for row in rows):
             raise ValueError("other columns")
         return rows
     except (OSError, ValueError) as error:
@@ -1035,7 +1057,8 @@ def open_run(settings, data, device, scripts):
 def check_same_experiment(folder, config):
     try:
         old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        then, hashes = old["settings"], old["data"]["sha256"]
+        then = asdict(Settings()) | old["settings"]  # a run from before a setting came in had what is its default
+        hashes = old["data"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); choose another --tag") from None
     now = config["settings"]
@@ -1058,6 +1081,9 @@ class Run:
         count = settings.train_images or len(data.train_images)
         if count > len(data.train_images):
             raise UserError(f"train_images is {count}, but the data set has {len(data.train_images)}")
+        held_out = settings.validation_images
+        if held_out >= count:
+            raise UserError(f"validation_images is {held_out}, but should leave some of the {count} images to train on")
         self.settings, self.network = settings, network
         self.folder = open_run(settings, data, device, scripts)
         self.last = self.folder / "checkpoint_last.npz"
@@ -1066,9 +1092,12 @@ class Run:
         self.log = Log(self.folder / "log.txt", len(self.state.history))
         path, history = self.folder / "metrics.csv", self.state.history
         rows = read_metrics(path)[: len(history)] if path.exists() else []
-        self.metrics = rows + [[*row, math.nan, math.nan] for row in history[len(rows) :]]
+        self.metrics = rows + [[*row, math.nan, math.nan] + [math.nan] * bool(held_out) for row in history[len(rows) :]]
 
-        self.images, self.labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
+        images, labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
+        count -= held_out
+        self.images, self.labels = images[:count], labels[:count]
+        self.validation_images, self.validation_labels = images[count:], labels[count:]
         self.test_images, self.test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
         self.steps = -(-count // settings.batch_size)  # an epoch; its last batch may be smaller
         self.on_gpu = xp is not np
@@ -1124,12 +1153,13 @@ class Run:
         settings, state, part = self.settings, self.state, TRAIN_EVALUATION_IMAGES
         train_loss, train_accuracy, _ = self.evaluate(self.images[:part], self.labels[:part])
         test_loss, test_accuracy, probs = self.evaluate(self.test_images, self.test_labels)
+        validation = [self.evaluate(self.validation_images, self.validation_labels)[1]] if settings.validation_images else []
         self.check_finite(train_loss + test_loss, f"epoch {epoch}")
         seconds = time.perf_counter() - start
         rate = learning_rate(max(0, state.step - 1), self.steps * settings.epochs_max, settings)
         best = test_accuracy > max((row[-1] for row in state.history), default=-1)
         state.history.append([epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy])
-        self.metrics.append([*state.history[-1], seconds, images_seen / seconds])
+        self.metrics.append([*state.history[-1], seconds, images_seen / seconds, *validation])
         whole = seconds * len(self.images) / max(1, images_seen)  # of an epoch that was not interrupted
         self.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
         write_metrics(self.folder / "metrics.csv", self.metrics)
@@ -1178,7 +1208,7 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
     run.log(f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {os.path.relpath(run.folder)}")
     if run.resumed:
         run.log(f"Continuing after step {run.state.step:,} of {run.steps * settings.epochs_max:,}.")
-    run.log(LOG_HEADER)
+    run.log(log_header(settings))
 
     def ask_to_stop(number, _frame):
         run.stop = number

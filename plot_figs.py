@@ -91,7 +91,7 @@ def read_run(folder):
         raise UserError(f"{path} is damaged ({error!r})") from None
     path = folder / "metrics.csv"
     rows = read_metrics(path) if path.exists() else []
-    metrics = dict(zip(METRICS, np.array(rows, float).reshape(-1, len(METRICS)).T))
+    metrics = dict(zip(METRICS, np.array([row[: len(METRICS)] for row in rows], float).reshape(-1, len(METRICS)).T))
     accuracies = np.concatenate([metrics["train_accuracy"], metrics["test_accuracy"]])
     if path.exists() and not (rows and np.array_equal(metrics["epoch"], range(len(rows)))
                               and np.isfinite(metrics["train_loss"]).all()

@@ -1,17 +1,22 @@
 """Our training step against PyTorch's, in one run.
 
     pip install -r requirements-torch.txt --extra-index-url https://download.pytorch.org/whl/cpu
-    python benchmarks/step_time.py                      batch 64, every core, 40 steps a side
-    python benchmarks/step_time.py --evaluate --batch 500
+    python benchmarks/step_time.py                            batch 64, every core, 40 steps a side
+    python benchmarks/step_time.py --evaluate --batch 500     forward only
+    python benchmarks/step_time.py --table                    several batches, one thread and all, two widths
+    python benchmarks/step_time.py --memory                   resident memory over 1,000 steps
 
 Same network, batch, threads, images and Adam on both sides: forward, backward, update. Each side is a process of
 its own (so that each one's peak memory is its own) and only one computes at a time: they take turns of a few steps
 until each has done --steps, so a machine that gets slower meanwhile does so for all. Figures are medians.
+
+The floor is the time that the multiplications alone would take, in the fewest that we know of (Winograd's, without its
+transforms), at the speed of a large matrix product on this machine, measured in the same run.
 """
 
 import argparse
+import itertools
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -19,15 +24,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
 
 SIDES = ("ours", "torch", "torch channels_last", "torch.compile")
 TURN, WARM_UP = 5, 5  # steps
+WIDE = [16, 32, 64, 64]
 
 
 def our_step(o):
-    import mnist_resnet9 as m
-
     settings = m.Settings(threads=o.threads, channels=tuple(o.channels), dropout=0.9)
     data = m.load_mnist()
     images, labels = data.train_images[: o.batch], data.train_labels[: o.batch]
@@ -42,17 +50,12 @@ def our_step(o):
     return (lambda: m.predict(state.params, images, settings)) if o.evaluate else train
 
 
-def torch_step(o, memory_format, compiled):
+def plain_network(channels):
+    """The network as one would write it with PyTorch."""
     import torch
     import torch.nn.functional as F
 
-    import mnist_resnet9 as m
-
-    torch.set_num_threads(o.threads)
-    data = m.load_mnist()
-    pixels = torch.from_numpy(data.train_images[: o.batch].copy())
-    labels = torch.from_numpy(data.train_labels[: o.batch].astype("int64"))
-    c1, c2, c3, c4 = o.channels
+    c1, c2, c3, c4 = channels
 
     class Net(torch.nn.Module):
         def __init__(self):
@@ -71,7 +74,18 @@ def torch_step(o, memory_format, compiled):
             h = F.max_pool2d(h, 2)
             return self.fc9(F.dropout(h.flatten(1), 0.9, self.training))
 
-    net = Net().to(memory_format=memory_format)
+    return Net()
+
+
+def torch_step(o, memory_format, compiled):
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(o.threads)
+    data = m.load_mnist()
+    pixels = torch.from_numpy(data.train_images[: o.batch].copy())
+    labels = torch.from_numpy(data.train_labels[: o.batch].astype("int64"))
+    net = plain_network(o.channels).to(memory_format=memory_format)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
     model = torch.compile(net) if compiled else net
 
@@ -110,45 +124,103 @@ def serve(o):
             step()
             seconds.append(time.perf_counter() - start)
         used = resource.getrusage(resource.RUSAGE_SELF)
-        print(json.dumps({"seconds": seconds, "peak_mib": used.ru_maxrss / 1024}), flush=True)
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        answer = {"seconds": seconds, "peak_mib": used.ru_maxrss / 1024, "resident_mib": resident / 2**20}
+        print(json.dumps(answer), flush=True)
 
 
 class Side:
     def __init__(self, name, arguments):
         command = [sys.executable, __file__, "--side", name, *arguments]
-        self.name, self.seconds, self.peak = name, [], 0
+        self.name, self.seconds, self.peak, self.resident = name, [], 0, 0
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def turn(self, steps):
         print(steps, file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline() or sys.exit(f"{self.name} failed"))
-        self.peak = answer["peak_mib"]
+        self.peak, self.resident = answer["peak_mib"], answer["resident_mib"]
         return answer["seconds"]
 
+    def end(self):
+        self.process.stdin.close()
+        self.process.wait()
 
-def compare(o, names=SIDES):
-    """{name: (median seconds, peak MiB, seconds)}; the sides take turns."""
+
+def start_sides(o, names):
     arguments = ["--batch", str(o.batch), "--threads", str(o.threads), "--channels", *map(str, o.channels)]
     sides = [Side(name, arguments + ["--evaluate"] * o.evaluate) for name in names]
     for side in sides:
         side.turn(WARM_UP)
+    return sides
+
+
+def compare(o, names):
+    """{name: (median seconds, seconds, peak MiB)}; the sides take turns. And the floor in seconds."""
+    sides, peaks = start_sides(o, names), []
     for _ in range(-(-o.steps // TURN)):
         for side in sides:
             side.seconds += side.turn(TURN)
+        peaks.append(gemm_peak(o.threads))
     for side in sides:
-        side.process.stdin.close()
-        side.process.wait()
-    return {side.name: (statistics.median(side.seconds), side.peak, side.seconds) for side in sides}
+        side.end()
+    floor = 2 * multiplications(o) / statistics.median(peaks)
+    return {side.name: (statistics.median(side.seconds), side.seconds, side.peak) for side in sides}, floor
+
+
+def gemm_peak(threads, size=1024, repeats=4):
+    """Floating point operations a second of a large float32 matrix product on each of the threads."""
+    a = np.ones((size, size), np.float32)
+    start = time.perf_counter()
+    list(m.worker_pool(threads).map(lambda _: [a @ a for _ in range(repeats)], range(threads)))
+    return threads * repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def multiplications(o):
+    """Of one step (or of one forward pass), with Winograd's algorithm in the 3×3 convolutions but the first."""
+    c1, c2, c3, c4 = o.channels
+    layers = [(28, c1, c2), (28, c2, c2), (28, c2, c2), (14, c2, c3), (14, c3, c4), (14, c4, c4), (14, c4, c4)]
+    one_pass = sum((m.n * -(-size // m.m)) ** 2 * C * K for size, C, K in layers) + 49 * c4 * 10
+    first = 28 * 28 * 9 * c1
+    return o.batch * (one_pass + first if o.evaluate else 3 * one_pass + 2 * first)  # images need no gradient
+
+
+def table(o, names):
+    """One line a setting: milliseconds of each side, microseconds an image of ours, and the ratio."""
+    print(f"{'channels':>14s}  threads  batch  {'  '.join(f'{name:>20s}' for name in names)}  ours µs/image  ratio")
+    for channels, batches in (([4, 16, 32, 64], (1, 8, 64, 256, 1024)), (WIDE, (64,))):
+        for threads, batch in itertools.product(sorted({1, o.threads}), batches):
+            one = argparse.Namespace(**vars(o) | {"channels": channels, "threads": threads, "batch": batch})
+            one.steps = o.steps if batch <= 64 else 10
+            result, _ = compare(one, names)
+            medians = {name: median for name, (median, *_) in result.items()}
+            fastest = min(median for name, median in medians.items() if name != "ours")
+            times = "  ".join(f"{1000 * medians[name]:17.2f} ms" for name in names)
+            print(f"{','.join(map(str, channels)):>14s}  {threads:7d}  {batch:5d}  {times}  "
+                  f"{1e6 * medians['ours'] / batch:13.0f}  {medians['ours'] / fastest:5.2f}", flush=True)  # fmt: skip
+
+
+def memory(o, names):
+    """Resident memory after 100 and after 1,000 steps, and the peak."""
+    print("                      after 100 steps  after 1,000 steps    peak (MiB)")
+    for name in names:
+        (side,) = start_sides(o, [name])
+        side.turn(100 - WARM_UP)
+        early = side.resident
+        side.turn(900)
+        print(f"{name:20s}  {early:15.0f}  {side.resident:17.0f}  {side.peak:12.0f}", flush=True)
+        side.end()
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument("--threads", type=int, default=m.thread_count(m.Settings()))
     p.add_argument("--channels", type=int, nargs=4, default=[4, 16, 32, 64])
     p.add_argument("--steps", type=int, default=40, help="steps a side")
     p.add_argument("--evaluate", action="store_true", help="forward only")
     p.add_argument("--skip-compile", action="store_true", help="leave torch.compile out (it takes a minute to compile)")
+    p.add_argument("--table", action="store_true")
+    p.add_argument("--memory", action="store_true")
     p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return p
 
@@ -157,13 +229,17 @@ def main():
     o = parser().parse_args()
     if o.side:
         return serve(o)
-    result = compare(o, SIDES[:-1] if o.skip_compile else SIDES)
+    names = SIDES[:-1] if o.skip_compile else SIDES
+    if o.table or o.memory:
+        return (table if o.table else memory)(o, names)
+    result, floor = compare(o, names)
     what = "evaluation" if o.evaluate else "training step"
     print(f"{what}, batch {o.batch}, {o.threads} threads, channels {o.channels}, median of {o.steps} each")
-    print("                       median ms    fastest ms    peak MiB")
-    for name, (median, peak, seconds) in result.items():
-        print(f"{name:20s}  {1000 * median:10.1f}  {1000 * min(seconds):12.1f}  {peak:10.0f}")
-    fastest = min((v[0], k) for k, v in result.items() if k != "ours")
+    print("                       median ms    fastest ms    times the floor    peak MiB")
+    for name, (median, seconds, peak) in result.items():
+        print(f"{name:20s}  {1000 * median:10.1f}  {1000 * min(seconds):12.1f}  {median / floor:17.1f}  {peak:10.0f}")
+    print(f"floor                 {1000 * floor:10.1f}")
+    fastest = min((median, name) for name, (median, *_) in result.items() if name != "ours")
     print(f"ours / fastest of PyTorch ({fastest[1]}): {result['ours'][0] / fastest[0]:.2f}")
 
 

@@ -1,6 +1,12 @@
-"""The GPU, as far as a machine without one can test it: which functions CuPy has, what is said, and what is read back."""
+"""The GPU: which functions CuPy has, what is said, what is read back, and that both devices compute the same.
+
+A machine without a GPU computes the same on arrays of NumPy that refuse what CuPy's refuse; CuPy's own cases are skipped.
+"""
 
 import ast
+import inspect
+import re
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,6 +32,31 @@ def test_cupy_has_every_function_that_the_script_calls():
         for part in name.split(".")[1:]:
             assert hasattr(value, part), name
             value = getattr(value, part)
+
+
+def test_cupy_takes_every_keyword_that_the_script_gives():
+    cupy = pytest.importorskip("cupy")
+    tree = ast.parse((m.HERE / "mnist_resnet9.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    checked = 0
+    for call in calls:
+        owner, name, keywords = ast.unparse(call.func.value), call.func.attr, {k.arg for k in call.keywords if k.arg}
+        if owner == "xp" and isinstance(getattr(cupy, name), type(lambda: 0)):
+            function = getattr(cupy, name)
+            parameters = inspect.signature(function).parameters
+            variadic = inspect.Parameter.VAR_KEYWORD in {p.kind for p in parameters.values()}
+            known = f"{' '.join(parameters)} {inspect.getsource(function) if variadic else ''}"
+        elif owner == "rng" and name == "random":  # the only generator that is ever on a device
+            known = cupy.random.Generator.random.__doc__
+        elif name in ("sum", "max", "mean", "argmax"):
+            known = getattr(cupy.ndarray, name).__doc__ + " axis keepdims" * (name != "argmax")
+        elif owner == "xp" and isinstance(getattr(cupy, name), (type(cupy.matmul), cupy.ufunc)):
+            known = "out dtype"
+        else:
+            continue
+        checked += len(keywords)
+        assert keywords <= set(re.findall(r"\w+", known)), ast.unparse(call)
+    assert checked > 10
 
 
 def fails(*_, **__):
@@ -145,6 +176,107 @@ def device(monkeypatch):
     return xp
 
 
+@pytest.fixture(params=["pretended", "cupy"])
+def any_device(request, monkeypatch):
+    if request.param == "pretended":
+        return request.getfixturevalue("device")
+    cupy = pytest.importorskip("cupy")
+    if not cupy.is_available():
+        pytest.skip("there is no GPU")
+    monkeypatch.setattr(m, "xp", cupy)
+    return cupy
+
+
+def host(value):
+    """Arrays in a tuple, or one, fetched from the device."""
+    return tuple(map(host, value)) if isinstance(value, tuple) else m.to_host(value)
+
+
+OPERATIONS = {
+    "relu": (m.relu, m.relu_backward, [(7, 5)]),
+    "softmax": (m.softmax, m.softmax_backward, [(7, 10)]),
+    "linear": (m.linear, m.linear_backward, [(7, 5), (5, 3), (3,)]),
+    "avg_pool2d": (m.avg_pool2d, m.avg_pool2d_backward, [(5, 4, 3, 2)]),
+    "max_pool2d": (m.max_pool2d, m.max_pool2d_backward, [(5, 4, 3, 2)]),
+    "im2col": (m.conv2d_im2col, m.conv2d_im2col_backward, [(6, 5, 3, 2), (5, 5, 2, 4), (4,)]),
+    "winograd": (m.conv2d_winograd, m.conv2d_winograd_backward, [(28, 9, 3, 16), (3, 3, 16, 5), (5,)]),
+    "winograd, a tile": (m.conv2d_winograd, m.conv2d_winograd_backward, [(3, 5, 1, 16), (3, 3, 16, 16), (16,)]),
+    "residual_block": (m.residual_block, m.residual_block_backward, [(7, 7, 2, 16), *[(3, 3, 16, 16), (16,)] * 2]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_computes_on_the_device_what_it_does_on_the_cpu(name, any_device, rng, monkeypatch):
+    forward, backward, shapes = OPERATIONS[name]
+    inputs = [rng.standard_normal(shape) for shape in shapes]
+    y, cache = forward(*map(any_device.asarray, inputs))
+    dy = rng.standard_normal(y.shape)
+    y, gradients = host(y), host(backward(any_device.asarray(dy), cache))
+    monkeypatch.setattr(m, "xp", np)
+    expected, cache = forward(*inputs)
+    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-11)
+    expected = backward(dy, cache)
+    for one, other in zip(*(d if isinstance(d, tuple) else (d,) for d in (gradients, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_losses_compute_on_the_device_what_they_do_on_the_cpu(any_device, rng, monkeypatch):
+    logits, labels = rng.standard_normal((7, 10)), rng.integers(0, 10, 7).astype(np.uint8)
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    pairs = [(m.cross_entropy, m.cross_entropy_backward, probs), (m.cross_entropy_loss, m.cross_entropy_loss_backward, logits)]
+    found = []
+    for forward, backward, x in pairs:
+        loss, cache = forward(any_device.asarray(x), any_device.asarray(labels))
+        found.append((float(loss), host(backward(0.7, cache))))
+    monkeypatch.setattr(m, "xp", np)
+    for (forward, backward, x), (loss, dx) in zip(pairs, found):
+        expected, cache = forward(x, labels)
+        assert loss == pytest.approx(expected, rel=1e-12)
+        np.testing.assert_allclose(dx, backward(0.7, cache), rtol=1e-9)
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_the_device_agrees_with_the_cpu_in_float32(pool, any_device, sample, monkeypatch):
+    settings = m.Settings(pool=pool)
+    images, labels = sample.train_images[:40], sample.train_labels[:40]
+    params, on_device = m.init_params(settings), (any_device.asarray(images), any_device.asarray(labels))
+    logits = host(m.predict(params, on_device[0], settings))
+    loss, gradients = m.loss_and_gradients(params, *on_device, settings)
+    loss, gradients = float(loss), {name: host(a) for name, a in gradients.items()}
+    monkeypatch.setattr(m, "xp", np)
+    params = m.init_params(settings)
+    assert np.abs(logits - m.predict(params, images, settings)).max() < 1e-4
+    expected_loss, expected = m.loss_and_gradients(params, images, labels, settings)
+    assert loss == pytest.approx(float(expected_loss), rel=1e-5)
+    # Over the whole gradient: where rounding moves a value across relu's kink, the small ones of early layers jump.
+    difference = m.Parameters({name: gradients[name] - expected[name] for name in expected}).flat
+    assert np.linalg.norm(difference) < 1e-3 * np.linalg.norm(expected.flat)
+
+
+def test_random_numbers_of_the_device_are_a_function_of_the_stream(any_device, sample):
+    """One generator is made for a batch, whatever its size, and dropout and augmentation draw from it what they should."""
+    streams = [m.shard_streams(m.random_stream(0, m.STEP, 1, step), 64) for step in (3, 3, 4)]
+    assert [len(s) for s in streams] == [1, 1, 1]
+    masks = [host(m.dropout(m.xp.ones((50, 400), np.float32), 0.75, s[0])[1]) for s in streams]
+    assert np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[0], masks[2])
+    assert masks[0].dtype == np.float32 and set(np.unique(masks[0])) == {0, 4} and abs(masks[0].mean() - 1) < 0.05
+    images = any_device.asarray(sample.train_images[:20])
+    found = host(m.augment(images, 1.0, streams[0][0]))
+    assert found.shape == (20, 28, 28) and found.dtype == np.float32 and 0 <= found.min() and found.max() <= 255
+    assert 0.8 < found.mean() / sample.train_images[:20].mean() < 1.2
+
+
+def test_evaluation_takes_part_after_part_and_finds_the_same(sample, monkeypatch):
+    """With all test images at once, what the forward pass keeps would not fit into a small GPU."""
+    settings, images, labels = m.Settings(), sample.test_images[:300], sample.test_labels[:300]
+    params, predict, sizes = m.init_params(settings), m.predict, []
+    whole = m.evaluate(params, images, labels, settings)
+    monkeypatch.setattr(m, "predict", lambda *a: (sizes.append(len(a[1])), predict(*a))[1])
+    monkeypatch.setattr(m, "PREDICT_IMAGES", 128)
+    loss, accuracy, probs = m.evaluate(params, images, labels, settings)
+    assert sizes == [128, 128, 44] and (loss, accuracy) == whole[:2] and np.array_equal(probs, whole[2])
+
+
 EVERYTHING = [
     {"augment": 1.0, "ema": 0.9, "weight_decay": 0.1},
     {"optimizer": "sgd", "pool": "avg", "channels": (4, 8, 8, 8), "schedule": "one_cycle"},
@@ -197,3 +329,26 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     one, two = (np.array(m.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("device", "cpu"))
     np.testing.assert_allclose(one[:, :3], two[:, :3], rtol=1e-4)
     assert "a pretended GPU; files" in (tmp_path / "device" / "log.txt").read_text()
+
+
+def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
+    """benchmarks/gpu_step_time.py on the CPU: without dropout, whose masks differ, the losses are the same."""
+    pytest.importorskip("torch").set_num_threads(1)
+    monkeypatch.syspath_prepend(str(m.HERE / "benchmarks"))
+    import gpu_step_time as g
+
+    settings = m.Settings(batch_size=20, dropout=0.0, channels=(4, 8, 8, 8), learning_rate=1e-3, device="cpu")
+    ours, theirs = g.our_step(m, sample, settings), g.torch_step(m, sample, settings, "cpu")
+    losses = np.array([(float(ours()), float(theirs())) for _ in range(4)])
+    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=2e-3)
+    assert len(np.unique(losses[:, 0])) == 4
+    assert set(g.seconds_a_step({"ours": ours, "theirs": theirs}, 1, lambda: None)) == {"ours", "theirs"}
+
+
+def test_the_gpu_command_needs_a_gpu_and_says_so_in_a_line():
+    cupy = pytest.importorskip("cupy")
+    if cupy.is_available():
+        pytest.skip("there is a GPU")
+    result = subprocess.run(["bash", m.HERE / "benchmarks" / "gpu.sh"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and not result.stdout
+    assert "device gpu cannot be used: " in result.stderr and result.stderr.count("\n") == 1

@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import mnist_resnet9 as m
+from benchmarks.share_run import keep_weights_only
 
 SMALL = ("--data-dir", "data/sample", "--channels", "4,16,16,16", "--train-images", "640", "--batch-size", "32")
 
@@ -66,6 +69,19 @@ def test_checkpoint_holds_the_weights_that_were_evaluated(whole, sample):
     assert accuracy == pytest.approx(m.read_metrics(folder / "metrics.csv")[-1][5])
 
 
+def test_a_checkpoint_with_the_weights_only_evaluates_alike(whole, tmp_path, sample):
+    """What is passed on of a finished run: half a megabyte instead of two."""
+    settings = m.Settings(channels=(4, 16, 16, 16), ema=0.9)
+    state = m.load_checkpoint(whole[0] / "checkpoint_last.npz", settings)
+    shutil.copy(whole[0] / "checkpoint_last.npz", tmp_path / "small.npz")
+    keep_weights_only(tmp_path / "small.npz")
+    small = m.load_checkpoint(tmp_path / "small.npz", settings)
+    assert small.history == state.history and small.step == state.step
+    logits = [m.predict(s.averaged(), sample.test_images[:50], settings) for s in (state, small)]
+    assert np.array_equal(*logits)
+    assert (tmp_path / "small.npz").stat().st_size < (whole[0] / "checkpoint_last.npz").stat().st_size / 3
+
+
 def test_the_same_command_on_a_finished_run_says_so(whole):
     folder, _ = whole
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -87,6 +103,33 @@ def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(whole, tmp_p
     assert train(tmp_path, "--epochs-max", "1", "--augment", "1", "--ema", "0.9").returncode == 0
     assert train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--threads", "1").returncode == 0
     assert_same_run(folder, tmp_path / "resnet9")
+
+
+def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
+    """A run on 640 images that holds 200 out is a run on the 440 others, and one more column."""
+    flags = ("--epochs-max", "2", "--save-dir", str(tmp_path))
+    assert train(tmp_path, *flags, "--tag", "fewer", "--train-images", "440").returncode == 0
+    result = train(tmp_path, *flags, "--tag", "held_out", "--validation-images", "200")
+    assert result.returncode == 0 and "440 images, 14 steps" in result.stdout and "valid acc" in result.stdout
+    assert_same_run(tmp_path / "fewer", tmp_path / "held_out")
+    settings = m.Settings(channels=(4, 16, 16, 16))
+    params = m.load_checkpoint(tmp_path / "held_out" / "checkpoint_last.npz", settings).params
+    accuracy = m.evaluate(params, sample.train_images[440:640], sample.train_labels[440:640], settings)[1]
+    path = tmp_path / "held_out" / "metrics.csv"
+    assert path.read_text().startswith(",".join((*m.METRICS, "validation_accuracy\n")))
+    assert m.read_metrics(path)[-1][-1] == pytest.approx(accuracy) and f"{accuracy:.2%}" in result.stdout
+    assert train(tmp_path, *flags, "--tag", "held_out", "--validation-images", "200", "--epochs-max", "3").returncode == 0
+    assert [len(row) for row in m.read_metrics(path)] == [9] * 4
+
+
+def test_a_run_from_before_a_setting_came_in_is_continued(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "resnet9")
+    path = tmp_path / "resnet9" / "config.json"
+    config = json.loads(path.read_text())
+    del config["settings"]["validation_images"]
+    path.write_text(json.dumps(config))
+    result = train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
+    assert result.returncode == 0 and "is finished" in result.stdout, result.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -146,6 +189,14 @@ def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(tmp_pa
     assert all(np.isfinite(a).all() for a in arrays(tmp_path / "resnet9" / "checkpoint_last.npz").values())
 
 
+@pytest.mark.parametrize("recipe", m.RECIPES)
+def test_a_recipe_comes_before_the_flags(recipe):
+    settings = m.parse_settings(["--recipe", recipe])
+    assert settings == replace(m.Settings(), **m.RECIPES[recipe])
+    assert settings.batch_size == 64 and settings.validation_images == 0 and (recipe != "quick" or settings.epochs_max <= 3)
+    assert m.parse_settings(["--dropout", "0.25", "--recipe", recipe]) == replace(settings, dropout=0.25)
+
+
 BAD = {
     "--foo 1": "--learning-rate",
     "stray": "unrecognized",
@@ -164,6 +215,7 @@ BAD = {
     "--tag a/b": "no folder name",
     "--tag ..": "no folder name",
     "--train-images 70000": "the data set has",
+    "--train-images 600 --validation-images 600": "validation_images is 600",
     "--save-dir requirements.txt": "cannot be written",
 }
 
@@ -200,8 +252,6 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
 
 
 def test_a_damaged_checkpoint_is_reported_and_not_overwritten(whole, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(whole[0], tmp_path / "resnet9")
     path = tmp_path / "resnet9" / "checkpoint_last.npz"
     content = bytearray(path.read_bytes())

@@ -170,6 +170,7 @@ OPTIMIZERS = [
     {"optimizer": "sgd"},
     {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.1, "ema": 0.99},
     {"optimizer": "adam"},
+    {"optimizer": "adam", "beta2": 0.9},
     {"optimizer": "adam", "weight_decay": 0.1, "ema": 0.9},
 ]
 
@@ -202,8 +203,8 @@ def test_both_evaluate_alike(pair, sample):
     for run in runs:
         run.state.ema.flat += 0.01 * np.random.default_rng(3).standard_normal(run.state.ema.flat.size)
     (loss, accuracy, probs), theirs = [run.evaluate(sample.test_images[:250], sample.test_labels[:250]) for run in runs]
-    assert theirs[:2] == (pytest.approx(loss, rel=1e-5), accuracy) and type(theirs[1]) is float
-    np.testing.assert_allclose(theirs[2], probs, atol=1e-5)
+    assert theirs[:2] == (pytest.approx(loss, rel=1e-4), accuracy) and type(theirs[1]) is float
+    np.testing.assert_allclose(theirs[2], probs, atol=1e-4)
 
 
 @pytest.mark.parametrize("pool", ["max", "avg"])

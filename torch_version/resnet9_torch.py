@@ -142,7 +142,7 @@ class TorchRun(Run):
             self.ema = self.tensor(state.ema.flat)
             self.evaluated = build(settings, self.ema, state.params)
         if settings.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(self.net.parameters(), fused=True)
+            self.optimizer = torch.optim.Adam(self.net.parameters(), betas=(0.9, settings.beta2), fused=True)
         else:
             self.optimizer = torch.optim.SGD(self.net.parameters(), momentum=settings.momentum, fused=True)
         moments = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}[settings.optimizer]

@@ -1,0 +1,77 @@
+"""Test accuracy against dropout rate: the reference experiment with dropout 0.5, 0.6, 0.7, 0.8, 0.9, 0.95 and 0.99.
+
+    python benchmarks/dropout_study.py                  run or continue all, 5 epochs each; then draw docs/dropout.png
+    python benchmarks/dropout_study.py --commands       only print the commands, for a job scheduler to spread
+    python benchmarks/dropout_study.py --epochs 200     any number of epochs; a study of 5 goes on to 200
+
+Each run is an ordinary one, in save/dropout_<rate>/. Finished runs are not repeated, so after the commands have
+run elsewhere the first line only draws. Runs with fewer epochs than asked for are not drawn.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from mnist_resnet9 import UserError, read_metrics  # noqa: E402
+from plot_figs import BLUE, STYLE, scale_accuracy  # noqa: E402
+
+RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+def command(rate, epochs):
+    return ["mnist_resnet9.py", "--tag", f"dropout_{rate}", "--dropout", str(rate), "--epochs-max", str(epochs)]
+
+def accuracies(save, epochs):
+    """{rate: test accuracy after so many epochs} of the runs that have got as far."""
+    found = {}
+    for rate in RATES:
+        path = save / f"dropout_{rate}" / "metrics.csv"
+        rows = read_metrics(path) if path.exists() else []
+        if len(rows) > epochs:
+            found[rate] = rows[epochs][5]
+    return found
+
+def draw(found, epochs):
+    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    ax.plot(list(found), list(found.values()), "o-", color=BLUE, lw=1.2)
+    for rate, accuracy in found.items():
+        ax.annotate(f"{accuracy:.2%}", (rate, accuracy), (-4, -12), textcoords="offset points", ha="right", size=8)
+    scale_accuracy(ax, min(found.values()), max(found.values()))
+    ax.set(title=f"The reference experiment after {epochs} epochs, one run for each rate", xlabel="dropout rate",
+           ylabel="test accuracy", xticks=RATES[:-2] + RATES[-1:])  # fmt: skip
+    ax.margins(x=0.1)
+    ax.grid(True)
+    return fig
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of each run (default: 5)")
+    parser.add_argument("--commands", action="store_true", help="print the commands and run nothing")
+    o = parser.parse_args(arguments)
+    for rate in RATES:
+        print("python", *command(rate, o.epochs), flush=True)
+        if not o.commands and (status := subprocess.run([sys.executable, *command(rate, o.epochs)], cwd=ROOT).returncode):
+            return status  # stopped or refused; what is done stays, and the same command continues
+    if o.commands:
+        return 0
+    try:
+        found = accuracies(ROOT / "save", o.epochs)
+    except UserError as error:
+        print(f"dropout_study.py: {error}", file=sys.stderr)
+        return 2
+    with plt.rc_context(STYLE):
+        draw(found, o.epochs).savefig(ROOT / "docs" / "dropout.png")
+    for rate, accuracy in found.items():
+        print(f"dropout {rate:<5}  test accuracy after {o.epochs} epochs {accuracy:.2%}")
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Our training step on a GPU (CuPy) against PyTorch's on the same one, in one run.
+
+    python benchmarks/gpu_step_time.py                  batches of 64, 256 and 1024; eager, torch.compile, CUDA graph
+    python benchmarks/gpu_step_time.py --batch 8        another batch
+
+Same network, images, dropout and Adam on all sides; the whole data set and all random numbers are on the device. The
+sides take turns of a few steps; each turn is timed between two synchronisations, and the figure is the median turn.
+All compute in full float32; with --tf32 all may round the factors of a product to TF32. For each side one further
+step runs under PyTorch's profiler, which sees every kernel of the process, CuPy's too: how many a step has (each a
+launch, but for CUDA graphs, where a step is one), and where the time goes.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "torch_version")]
+
+TURN, WARM_UP = 10, 20  # steps
+KERNELS_SHOWN = 10
+
+
+def our_step(m, data, settings):
+    """A function that takes one training step, like Run.step, and returns the loss, left on the device."""
+    images, labels = m.xp.asarray(data.train_images), m.xp.asarray(data.train_labels)
+    order = m.xp.asarray(m.random_stream(settings.seed, m.ORDER, 1).permutation(len(images)))
+    state, N = m.init_state(settings), settings.batch_size
+
+    def step():
+        start = state.step * N % (len(images) - N + 1)
+        batch = order[start : start + N]
+        rng = m.random_stream(settings.seed, m.STEP, 1, state.step)
+        loss, gradients = m.loss_and_gradients(state.params, images[batch], labels[batch], settings, rng)
+        m.update(state, gradients, settings, settings.learning_rate)
+        return loss
+
+    return step
+
+
+def torch_step(m, data, settings, device, way="eager"):
+    """The same with PyTorch; way: eager, compile (the network only), or graph (the whole step as one CUDA graph)."""
+    import resnet9_torch as t
+    import torch
+    import torch.nn.functional as F
+
+    images = torch.from_numpy(data.train_images.copy()).to(device)
+    labels = torch.from_numpy(data.train_labels.astype("int64")).to(device)
+    order = torch.from_numpy(m.random_stream(settings.seed, m.ORDER, 1).permutation(len(images))).to(device)
+    params, N, rate = m.init_params(settings), settings.batch_size, settings.dropout
+    net = t.build(settings, torch.from_numpy(m.to_host(params.flat).copy()).to(device), params)
+    optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, fused=True, capturable=way == "graph")
+    model = torch.compile(net, dynamic=False) if way == "compile" else net
+    batch, done = order[:N].clone(), 0
+
+    def work():
+        x = ((images[batch].float() / 255 - m.PIXEL_MEAN) / m.PIXEL_STD)[:, None]
+        x = x.contiguous(memory_format=torch.channels_last)
+        mask = (torch.rand(N, net.fc9.in_features, device=device) >= rate) / (1 - rate) if rate else None
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x, mask), labels[batch])
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    replay = work
+    if way == "graph":
+        side = torch.cuda.Stream()  # what PyTorch's documentation asks for: some steps on another stream, then capture
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                work()
+            optimizer.zero_grad()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = work()
+
+        def replay():
+            graph.replay()
+            return loss
+
+    def step():
+        nonlocal done
+        start = done * N % (len(images) - N + 1)
+        batch.copy_(order[start : start + N])
+        done += 1
+        return replay()
+
+    return step
+
+
+def seconds_a_step(sides, turns, synchronize):
+    """{side: median seconds of a step}; the sides take turns."""
+    seconds = {name: [] for name in sides}
+    for turn in range(WARM_UP // TURN + turns):
+        for name, step in sides.items():
+            synchronize()
+            start = time.perf_counter()
+            for _ in range(TURN):
+                step()
+            synchronize()
+            if turn >= WARM_UP // TURN:
+                seconds[name].append((time.perf_counter() - start) / TURN)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def kernels(step, synchronize):
+    """[(name, how often, microseconds)] of one step, the longest first: kernels, copies and fills of the device."""
+    from torch.profiler import DeviceType, ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        step()
+        synchronize()
+    found = {}
+    for event in seen.events():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            count, time_us = found.get(event.name, (0, 0))
+            found[event.name] = count + 1, time_us + event.time_range.elapsed_us()
+    return sorted(((name, *both) for name, both in found.items()), key=lambda row: -row[2])
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--turns", type=int, default=20, help=f"turns a side, each of {TURN} steps")
+    parser.add_argument("--skip-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
+    parser.add_argument("--tf32", action="store_true", help="TF32 on all sides")
+    parser.add_argument("--check", action="store_true", help="only say whether CuPy and PyTorch can both use a GPU")
+    o = parser.parse_args(arguments)
+    os.environ["CUPY_TF32"] = "1" if o.tf32 else "0"  # CuPy reads it once, before its first product
+
+    import mnist_resnet9 as m
+
+    ours = m.use_device("gpu")
+    try:
+        import resnet9_torch as t
+    except ImportError as error:
+        raise m.UserError(f"PyTorch is missing ({error}); requirements-torch.txt says how to get it") from None
+    theirs = t.use_device("gpu")
+    print(f"{ours}; {m.xp.__name__} {m.xp.__version__}; {theirs.split(', ')[-1]}; {'TF32' if o.tf32 else 'float32'}")
+    if o.check:
+        return 0
+
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.tf32
+    torch.backends.cudnn.benchmark = True  # PyTorch tries which convolutions are fastest
+    data = m.load_mnist()
+    ways = ["eager", "graph"] if o.skip_compile else ["eager", "compile", "graph"]
+    for N in o.batch:
+        settings = m.Settings(batch_size=N)
+        sides = {"ours, CuPy": our_step(m, data, settings)}
+        sides |= {f"PyTorch {way}": torch_step(m, data, settings, "cuda", way) for way in ways}
+        times = seconds_a_step(sides, o.turns, torch.cuda.synchronize)
+        print(f"\nbatch {N}, median of {o.turns} turns of {TURN} steps   ms a step   images/s   of eager's time    kernels")
+        for name, seconds in times.items():
+            count = sum(row[1] for row in kernels(sides[name], torch.cuda.synchronize)) or "not seen"
+            ratio = seconds / times["PyTorch eager"]
+            print(f"  {name:38s}  {1000 * seconds:9.3f}  {N / seconds:9.0f}  {ratio:16.2f}   {count:>8}")
+        where = kernels(sides["ours, CuPy"], torch.cuda.synchronize)
+        if where:
+            print(f"  our {sum(row[2] for row in where) / 1000:.2f} ms in kernels, of {1000 * times['ours, CuPy']:.2f}:")
+        for name, count, time_us in where[:KERNELS_SHOWN]:
+            print(f"    {time_us / 1000:7.3f} ms  {count:4d} ×  {name[:90]}")
+    return 0
+
+
+if __name__ == "__main__":
+    import mnist_resnet9
+
+    sys.exit(mnist_resnet9.main(start=main))

@@ -1,0 +1,34 @@
+"""Test accuracy at the last epoch over several runs, mean ± standard deviation: what README's results are.
+
+    for s in 1 2 3 4 5; do python mnist_resnet9.py --recipe quick --seed $s --tag quick_$s; done
+    python benchmarks/seeds.py quick_1 quick_2 quick_3 quick_4 quick_5
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mnist_resnet9 import UserError  # noqa: E402
+from plot_figs import find_runs, read_run  # noqa: E402
+
+def summary(runs):
+    """UserError if the runs differ in more than seed, tag and where they were computed, or one is unfinished."""
+    here = ("seed", "tag", "device", "data_dir", "save_dir", "threads")
+    kinds = {tuple((k, v) for k, v in vars(run.settings).items() if k not in here) for run in runs}
+    if len(kinds) > 1 or len({run.settings.seed for run in runs}) < len(runs):
+        raise UserError("these runs should be the same experiment with different seeds")
+    for run in runs:
+        if len(run.metrics["epoch"]) <= run.settings.epochs_max:
+            raise UserError(f"{run.folder.name} has not reached its last epoch, {run.settings.epochs_max}")
+    last = [100 * run.metrics["test_accuracy"][-1] for run in runs]
+    spread = f" ± {statistics.stdev(last):.3f}" if len(last) > 1 else ""
+    return f"{', '.join(f'{a:.2f}' for a in last)} %: {statistics.mean(last):.3f}{spread} % over {len(last)} seeds"
+
+if __name__ == "__main__":
+    try:
+        print(summary([read_run(folder) for folder in find_runs(ROOT / "save", sys.argv[1:])]))
+    except UserError as error:
+        sys.exit(f"seeds.py: {error}")

@@ -1,0 +1,141 @@
+"""Where the time of a training step goes: per layer and per kind of work, and what more cores would make of it.
+
+    python benchmarks/where_time_goes.py                 batch 64, one thread, then every core
+
+The functions of mnist_resnet9.py are wrapped with a clock that counts each one's own time, without that of the
+functions it calls. A convolution's own time is its matrix products (with adding the bias); to_points and from_points
+are its transforms. What lies between the functions (copies, reshaping, the clock) is counted as "other".
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+
+KINDS = {
+    "GEMM": ("conv2d_winograd", "conv2d_winograd_backward", "linear", "linear_backward"),
+    "transforms": ("to_points", "from_points", "transformed"),
+    "im2col": ("conv2d_im2col", "conv2d_im2col_backward"),
+    "elementwise": ("relu", "relu_backward", "residual_block", "residual_block_backward", "max_pool2d",
+                    "max_pool2d_backward", "dropout", "dropout_backward", "cross_entropy_loss",
+                    "cross_entropy_loss_backward", "to_input"),
+    "other": ("conv2d", "conv2d_backward", "conv_block", "conv_block_backward", "forward", "backward"),
+}  # fmt: skip
+LAYERS = ("images", *(f"conv{i}" for i in range(1, 9)), "fc9")  # what lies between two convolutions goes to the first
+
+
+class Clock:
+    """Own time of every wrapped function, by layer and kind. Each thread has a stack of the calls it is in."""
+
+    def __init__(self):
+        self.seconds, self.here = Counter(), threading.local()
+        for kind, names in KINDS.items():
+            for name in names:
+                setattr(m, name, self.wrap(getattr(m, name), kind))
+        m.POOLS["max"] = (m.max_pool2d, m.max_pool2d_backward)
+        self.network = m.RESNET9._replace(forward=m.forward, backward=m.backward)
+
+    def wrap(self, function, kind):
+        name = function.__name__
+
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            here = self.here
+            if name == "to_input" or not hasattr(here, "inner"):
+                here.layer, here.inner = 0, [0.0]
+            if name in ("conv2d", "dropout", "cross_entropy_loss_backward"):
+                here.layer = min(here.layer + 1, 9)
+            here.inner.append(0.0)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            whole = time.perf_counter() - start
+            self.seconds[LAYERS[here.layer], kind] += whole - here.inner.pop()
+            here.inner[-1] += whole
+            if name in ("conv2d_backward", "dropout_backward"):
+                here.layer -= 1
+            return result
+
+        return timed
+
+
+def measure(threads, batch, steps, clock=None):
+    """Mean seconds of a step, of its shards side by side, and of the shards one by one (as their threads computed)."""
+    settings, data, network = m.Settings(threads=threads), m.load_mnist(), clock.network if clock else m.RESNET9
+    images, labels, state = data.train_images[:batch], data.train_labels[:batch], m.init_state(m.Settings())
+    over_shards, shards, busy, whole = m.over_shards, [], [], []
+
+    def timed_over_shards(work, *args):
+        spent = []
+
+        def timed_work(shard, i):
+            start = time.thread_time()
+            result = work(shard, i)
+            spent.append(time.thread_time() - start)
+            return result
+
+        start = time.perf_counter()
+        results = over_shards(timed_work, *args)
+        shards.append(time.perf_counter() - start)
+        busy.append(sum(spent))
+        return results
+
+    m.over_shards = timed_over_shards
+    for step in range(steps + 5):
+        if step == 5:  # warm
+            for times in (shards, busy, whole, *([clock.seconds] if clock else [])):
+                times.clear()
+        start = time.perf_counter()
+        rng = m.random_stream(0, m.STEP, 1, step)
+        _, gradients = m.loss_and_gradients(state.params, images, labels, settings, rng, network)
+        m.update(state, gradients, settings, settings.learning_rate)
+        whole.append(time.perf_counter() - start)
+    m.over_shards = over_shards
+    return [statistics.median(times) for times in (whole, shards, busy)]
+
+
+def print_parts(clock, steps, busy):
+    ms = {key: 1000 * seconds / steps for key, seconds in clock.seconds.items()}
+    print("one thread, milliseconds a step (the clock costs some, too)")
+    print(f"{'':8s}{''.join(f'{kind:>13s}' for kind in KINDS)}{'sum':>13s}")
+    for layer in (*LAYERS, "sum"):
+        row = [sum(v for (at, of), v in ms.items() if of == kind and layer in (at, "sum")) for kind in KINDS]
+        print(f"{layer:8s}{''.join(f'{v:13.2f}' for v in row)}{sum(row):13.2f}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--steps", type=int, default=40)
+    o = p.parse_args()
+    cores, shards = m.thread_count(m.Settings()), -(-o.batch // m.SHARD_IMAGES)
+    results = {threads: measure(threads, o.batch, o.steps) for threads in sorted({1, cores})}
+    print("threads   step ms   serial   shards   computing   waiting (of all threads)")
+    for threads, (whole, side_by_side, busy) in results.items():
+        waiting = threads * side_by_side - busy
+        times = (whole, whole - side_by_side, side_by_side, busy, waiting)
+        print(f"{threads:7d}" + "".join(f"{1000 * t:{w}.2f}" for t, w in zip(times, (10, 9, 9, 12, 10))))
+
+    whole, side_by_side, busy = results[1]
+    serial, shard = whole - side_by_side, busy / shards
+    print(f"\npredicted from one thread: serial {1000 * serial:.2f} ms, and {shards} shards of {1000 * shard:.2f} ms each")
+    for threads in (1, 2, 4, 8, 16):
+        step = serial + -(-shards // threads) * shard
+        measured = f", measured {1000 * results[threads][0]:.1f}" if threads in results else ""
+        print(f"{threads:3d} cores: {1000 * step:5.1f} ms, {whole / step:.1f} times as fast as one{measured}")
+
+    print()
+    clock = Clock()
+    measure(1, o.batch, o.steps, clock)
+    print_parts(clock, o.steps, busy)
+
+
+if __name__ == "__main__":
+    main()
