@@ -373,6 +373,9 @@ def download(file, folder):
     """Puts one of MNIST's files into folder, from the first mirror that sends the right bytes. OSError if none does."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{file.name}.part{os.getpid()}.gz"
+    for left in folder.glob(f"{file.name}.part*"):  # by a program that was killed; a younger one may be in use
+        if time.time() - left.stat().st_mtime > 2 * len(MIRRORS) * DOWNLOAD_SECONDS:
+            left.unlink(missing_ok=True)
     urllib.request.install_opener(urllib.request.build_opener(HttpsOnly))
     problems = []
     for mirror in MIRRORS:
