@@ -155,14 +155,14 @@ def test_wrong_bytes_from_every_mirror_never_get_the_final_name(tmp_path, mirror
     assert not any(tmp_path.iterdir())
 
 
-def test_a_mirror_that_trickles_is_given_up_for_the_next(tmp_path, mirrors, monkeypatch):
+def test_a_mirror_that_trickles_is_given_up(tmp_path, mirrors, monkeypatch):
     monkeypatch.setattr(m, "FILES", {role: f._replace(mnist=f.sample) for role, f in m.FILES.items()})
     answers, asked = mirrors
     for name in NAMES:
         for mirror in m.MIRRORS:
             answers[f"{mirror}{name}.gz"] = (m.HERE / "data" / "sample" / f"{name}.gz").read_bytes()
     monkeypatch.setattr(m.time, "monotonic", lambda: 1000.0 * len(asked))  # each question takes so long
-    assert m.load_mnist(tmp_path).name == "MNIST sample"  # all mirrors are too slow
+    assert "not whole after 300 seconds" in m.load_mnist(tmp_path).notes[0]
     assert len(asked) == 2 and not any(tmp_path.iterdir())
 
 
