@@ -1021,8 +1021,8 @@ def read_checkpoint(path, state, settings):
     """Fills the state from the file at path. Nothing is used before all of it has been checked."""
     like = state.arrays()
     with zipfile.ZipFile(path) as members:  # a compressed or overlapping member could fill the memory
-        size = sum(member.file_size for member in members.infolist())
-        if any(member.compress_type for member in members.infolist()) or size > 2**26 + 2 * sum(a.nbytes for a in like.values()):
+        size, bound = sum(member.file_size for member in members.infolist()), 2**26 + 2 * sum(a.nbytes for a in like.values())
+        if size > bound or any(member.compress_type for member in members.infolist()):
             raise ValueError("it is larger than a checkpoint")
     with np.load(path, allow_pickle=False) as file:
         if "version" not in file or file["version"] != CHECKPOINT_VERSION:
@@ -1038,32 +1038,31 @@ def read_checkpoint(path, state, settings):
             raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}, not {a.dtype} {a.shape}")
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name} is not finite")
-    history, then = arrays["history"], json.loads(str(arrays["settings"]))
-    if history.shape[1:] != (len(HISTORY),) or not np.array_equal(history[:, 0], range(len(history))) or arrays["step"] < 0:
+    history, step, then = arrays["history"], int(arrays["step"]), json.loads(str(arrays["settings"]))
+    if step < 0 or history.shape[1:] != (len(HISTORY),) or not np.array_equal(history[:, 0], range(len(history))):
         raise ValueError("its history is not that of a run")
     for name in ("pool", "optimizer"):  # the shapes have shown the other settings of the network
         if then.get(name) != getattr(settings, name):
             raise ValueError(f"its {name} is {then.get(name)!r}, not {getattr(settings, name)!r}")
     for name, a in state.views().items():
         a[...] = xp.asarray(arrays[name])
-    state.step = int(arrays["step"])
+    state.step = step
     state.history = [[int(epoch), *row] for epoch, *row in history.tolist()]
 
 class Log:
-    """Says lines on the terminal and in log.txt, which first gets one line for each epoch of the checkpoint, no more."""
+    """Says lines on the terminal and in log.txt, which first gets one line for each epoch of the checkpoint."""
 
     def __init__(self, path, metrics, failed):
         self.path, self.failed = path, failed
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        missing = {row[0]: log_line(row, 0) for row in metrics}
-        kept = []
-        for line in lines:
-            epoch = int(line[:5]) if line[:5].strip().isdigit() else None
-            if epoch is None or (epoch in missing and line[:50] == missing[epoch][:50]):
-                kept.append(line)
-                missing.pop(epoch, None)
-        kept += missing.values()
+        missing, kept = {row[0]: log_line(row, 0) for row in metrics}, []
         try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+            for line in lines:
+                epoch = int(line[:5]) if line[:5].strip().isdecimal() else None
+                if epoch is None or (epoch in missing and line[:50] == missing[epoch][:50]):  # [:50]: without times
+                    kept.append(line)
+                    missing.pop(epoch, None)
+            kept += missing.values()
             write_file(path, "".join(f"{line}\n" for line in kept).encode())
         except OSError as error:
             failed(path, error)
@@ -1120,8 +1119,9 @@ def open_run(settings, data, device, scripts):
             raise UserError(f"{folder} holds something else than a run; choose another --tag")
         (folder / "code").mkdir(parents=True, exist_ok=True)
         lock = lock_file(folder / "lock")
-        for part in (path for path in folder.rglob("*.part") if not path.name.endswith(".png.part")):  # those are plot_figs.py's
-            part.unlink()
+        for part in folder.rglob("*.part"):
+            if not part.name.endswith(".png.part"):  # plot_figs.py may be writing that one
+                part.unlink()
         if (folder / "config.json").exists():
             check_same_experiment(folder, config)
         for script in scripts:
@@ -1133,14 +1133,14 @@ def open_run(settings, data, device, scripts):
     return folder, lock
 
 def lock_file(path):
-    """The open file at path, locked until it is closed or its process ends. UserError if another program has the lock."""
+    """The open file at path, locked until it is closed or its process ends. UserError if another program has it."""
     file = open(path, "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
-            raise UserError(f"{path.parent} is in use by another program; wait for its end or choose another --tag") from None
+            raise UserError(f"{path.parent} is in use by another program; wait or choose another --tag") from None
     return file
 
 def check_same_experiment(folder, config):
@@ -1227,8 +1227,8 @@ class Run:
 
     def say_save_failed(self, path, error):
         self.save_failed = True
-        tqdm.write(f"*** {path} was NOT written ({error.strerror or error}). Training goes on; the file from before stays, "
-                   "and the next epoch tries again.", file=sys.stderr)  # fmt: skip
+        tqdm.write(f"*** {path} was NOT written ({error.strerror or error}). Training goes on; the file from before "
+                   "stays, and the next epoch tries again.", file=sys.stderr)  # fmt: skip
 
     def train(self):
         """Trains until epochs_max or a stop signal. Returns the exit status."""
@@ -1291,7 +1291,8 @@ class Run:
         self.metrics.append([*state.history[-1], seconds, images_seen / seconds])
         whole = seconds * len(self.images) / max(1, images_seen)  # of an epoch that was not interrupted
         self.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
-        metrics, predictions, best_yet = (self.folder / f for f in ("metrics.csv", "predictions.npz", "checkpoint_best.npz"))
+        names = ("metrics.csv", "predictions.npz", "checkpoint_best.npz")
+        metrics, predictions, best_yet = (self.folder / name for name in names)
         self.write(metrics, lambda: write_metrics(metrics, self.metrics))
         self.write(predictions, lambda: save_arrays(
             predictions, labels=to_host(self.test_labels), predictions=to_host(probs.argmax(axis=1)),

@@ -3,10 +3,10 @@
     python benchmarks/torture.py                      100 kills, 10,000 mutated files, a write limit (some minutes)
     python benchmarks/torture.py --kills 5 --files 100
 
-Kills: SIGKILL at random moments, the same command again, until so many kills are done and the run has ended. It must end with
-the same bytes in checkpoint_last.npz, and the same metrics but for the times, as a run that nothing disturbed.
-Files: idx files (plain and gzipped) and checkpoints with random damage. Each must be read as what it was, or refused with
-a UserError, within ten seconds and with no more than 2 GiB of address space beyond what the program has.
+Kills: SIGKILL at random moments, the same command again, until so many kills are done and the run has ended. It must
+end with the same bytes in checkpoint_last.npz, and the same metrics but for the times, as a run that nothing disturbed.
+Files: idx files (plain and gzipped) and checkpoints with random damage. Each must be read or refused with a UserError,
+within ten seconds and 2 GiB of address space beyond what the program has; a checkpoint that is read must be the right one.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def result(save):
 
 
 def kill(work, rng, kills, epochs):
-    done, where, longest = 0, collections.Counter(), None
+    done, where = 0, collections.Counter()
     start = time.perf_counter()
     assert train(work / "whole", epochs).returncode == 0
     longest = (time.perf_counter() - start) / 3
@@ -58,20 +58,22 @@ def kill(work, rng, kills, epochs):
         save = work / f"killed{rounds}"
         rounds += 1
         while True:
-            process = subprocess.Popen(command(save, epochs), cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            process = subprocess.Popen(command(save, epochs), cwd=HERE, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.PIPE)  # fmt: skip
             try:
                 error = process.communicate(timeout=rng.uniform(0.3, longest) if done < kills else None)[1]
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
                 done += 1
-                where["in a save" if list(save.rglob("*.part")) else
-                      "before the first save" if not (save / "resnet9" / "checkpoint_last.npz").exists() else "else"] += 1  # fmt: skip
+                begun = (save / "resnet9" / "checkpoint_last.npz").exists()
+                in_save = "in a save" if list(save.rglob("*.part")) else "between saves"
+                where[in_save if begun else "before the first checkpoint"] += 1
                 continue
             assert process.returncode == 0 and not error, error.decode()
             break
         assert result(save) == expected, f"round {rounds} ended with other bits"
-    print(f"kills: {done} in {rounds} runs of {epochs} epochs {dict(where)}; every run ended with the same bits", flush=True)
+    print(f"kills: {done} in {rounds} runs of {epochs} epochs {dict(where)}; all ended with the same bits", flush=True)
 
 
 def fill(work, epochs):
@@ -83,15 +85,15 @@ def fill(work, epochs):
     assert train(full, 2).returncode == 0
     before = (full / "resnet9" / "checkpoint_last.npz").read_bytes()
     result_full = train(full, epochs, preexec_fn=limit)
-    assert result_full.returncode == 2 or result_full.returncode == 1, result_full
+    assert result_full.returncode == 1, result_full
     assert "Traceback" not in result_full.stderr, result_full.stderr
     failures = result_full.stderr.count("NOT written")
     assert (full / "resnet9" / "checkpoint_last.npz").read_bytes() == before
     again = train(full, epochs)
     assert again.returncode == 0, again.stderr
     assert result(full) == result(work / "whole")
-    print(f"write limit: exit status {result_full.returncode}, {failures} failed saves reported, last checkpoint untouched; "
-          "continued without the limit to the same bits", flush=True)  # fmt: skip
+    print(f"write limit: exit status {result_full.returncode}, {failures} failed saves reported, last checkpoint "
+          "untouched; continued without the limit to the same bits", flush=True)  # fmt: skip
 
 
 def mutate(content, rng):
@@ -154,7 +156,8 @@ def fuzz(work, rng, files):
             try:
                 state = m.load_checkpoint(path, settings)
                 assert (state.params.flat == right.params.flat).all() and (state.moments == right.moments).all()
-                assert (state.ema.flat == right.ema.flat).all() and (state.step, state.history) == (right.step, right.history)
+                assert (state.ema.flat == right.ema.flat).all() and state.step == right.step
+                assert state.history == right.history
                 counts["checkpoints read, all right"] += 1  # the damage was in bytes that mean nothing
             except m.UserError as error:
                 assert "hang" not in str(error)
@@ -168,7 +171,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--files", type=int, default=10_000)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)

@@ -159,7 +159,8 @@ def limit_12k():
 
 def test_a_second_program_on_one_folder_is_refused_and_a_dead_one_holds_no_lock(tmp_path):
     assert train(tmp_path).returncode == 0
-    hold = "import sys, pathlib, mnist_resnet9 as m; f = m.lock_file(pathlib.Path(sys.argv[1])); print('held', flush=True); input()"
+    hold = ("import sys, pathlib, mnist_resnet9 as m\n"
+            "f = m.lock_file(pathlib.Path(sys.argv[1])); print('held', flush=True); input()")  # fmt: skip
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "resnet9" / "lock")], cwd=m.HERE,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     holder.stdout.readline()
