@@ -28,7 +28,9 @@ need of the forward pass. That is all of backpropagation: the network calls the 
 """
 
 import argparse
+import contextlib
 import ctypes
+import errno
 import functools
 import gzip
 import hashlib
@@ -39,12 +41,12 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import time
 import urllib.request
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -53,6 +55,12 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+    fcntl = None
 
 HERE = Path(__file__).resolve().parent
 
@@ -255,6 +263,8 @@ MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.go
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0…1
 MAX_IMAGES = 300_000  # nothing larger is read, whatever a file's header or a gzip stream claims
 
+DOWNLOAD_SECONDS = 300  # then the next mirror is asked
+
 class IdxFile(NamedTuple):
     """An idx file: its name, and SHA-256 of its decompressed bytes in MNIST and in the bundled sample."""
 
@@ -364,20 +374,35 @@ def name_dataset(folder, hashes):
                             "delete and start again to download anew, or keep another data set in another --data-dir")  # fmt: skip
     return f"{folder.name} (not MNIST)" if "mnist" == folder.name.lower()[:5] else folder.name
 
+class HttpsOnly(urllib.request.HTTPRedirectHandler):
+    """Refuses a redirect off HTTPS before anything is asked for there."""
+
+    def redirect_request(self, request, answer, code, message, headers, url):
+        if not url.startswith("https:"):
+            raise OSError(f"redirected to {url}")
+        return super().redirect_request(request, answer, code, message, headers, url)
+
 def download(file, folder):
     """Puts one of MNIST's files into folder, from the first mirror that sends the right bytes. OSError if none does."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{file.name}.part{os.getpid()}.gz"
+    for left in folder.glob(f"{file.name}.part*"):  # by a program that was killed; a younger one may be in use
+        if time.time() - left.stat().st_mtime > 2 * len(MIRRORS) * DOWNLOAD_SECONDS:
+            left.unlink(missing_ok=True)
+    urllib.request.install_opener(urllib.request.build_opener(HttpsOnly))
     problems = []
     for mirror in MIRRORS:
+        deadline = time.monotonic() + DOWNLOAD_SECONDS
         try:
             with urllib.request.urlopen(f"{mirror}{file.name}.gz", timeout=20) as answer, open(part, "wb") as target:
-                if not answer.url.startswith("https:"):
-                    raise OSError(f"redirected to {answer.url}")
                 size = int(answer.headers.get("Content-Length") or 0)
                 with tqdm(total=size, unit="B", unit_scale=True, desc=file.name, leave=False, disable=None) as bar:
-                    while (block := answer.read(2**16)) and target.tell() < 2**25:
+                    while (block := answer.read1(2**16)) and target.tell() < 2**25:  # read() would wait for all 2**16
                         bar.update(target.write(block))
+                        if time.monotonic() > deadline:
+                            raise OSError(f"not whole after {DOWNLOAD_SECONDS} seconds")
+                target.flush()
+                os.fsync(target.fileno())
             if read_idx(part, images="images" in file.name)[1] != file.mnist:
                 raise OSError("its bytes are not MNIST's")
             part.replace(folder / f"{file.name}.gz")
@@ -902,6 +927,17 @@ class State:
     step: int = 0  # steps done
     history: list = field(default_factory=list)  # a row for each epoch, from epoch 0 on: HISTORY names the columns
 
+    def views(self):
+        """name → array of all that a checkpoint holds in numbers of the parameters' kind."""
+        ema = {f"ema.{name}": a for name, a in (self.ema or {}).items()}
+        return {**self.params, **ema, "moments": self.moments}
+
+    def arrays(self):
+        return {name: to_host(a) for name, a in self.views().items()}
+
+    def is_finite(self):
+        return all(bool(xp.isfinite(a).all()) for a in self.views().values())
+
     def averaged(self):
         """The parameters to evaluate with."""
         return self.ema if self.ema is not None else self.params
@@ -943,61 +979,124 @@ def evaluate(params, images, labels, settings, network=RESNET9):
     accuracy = float((logits.argmax(axis=1) == labels).mean())
     return float(cross_entropy_loss(logits, labels)[0]), accuracy, softmax(logits)[0]
 
-def write_file(path, data):
-    """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def write_file(path, data, previous=None):
+    """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole.
 
-def save_arrays(path, **arrays):
+    previous: the name that the old file keeps. A crash between the two renames leaves only that one: see Run.restore.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()  # half a file on a full disk is in the way of everything else
+        raise
+    if fcntl:  # Windows has no way to flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # only now do the new names survive a power cut
+        finally:
+            os.close(folder)
+
+def save_arrays(path, previous=None, **arrays):
     stream = io.BytesIO()
     np.savez(stream, **arrays)
-    write_file(path, stream.getvalue())
+    write_file(path, stream.getvalue(), previous)
 
-def save_checkpoint(path, state, settings):
-    if not bool(xp.isfinite(state.params.flat).all()):
-        raise UserError("the parameters are no longer finite; not saved")
-    arrays = {name: to_host(a) for name, a in state.params.items()}
-    if state.ema is not None:
-        arrays |= {f"ema.{name}": to_host(a) for name, a in state.ema.items()}
-    save_arrays(path, **arrays, moments=to_host(state.moments), step=np.int64(state.step),
-                history=np.array(state.history, float).reshape(-1, len(HISTORY)),
-                settings=np.array(json.dumps(asdict(settings))))  # fmt: skip
+CHECKPOINT_VERSION = 1
+
+def checksums(arrays):
+    """(len(arrays), 32) uint8: the SHA-256 of each array with its name, dtype and shape, in the order of the names."""
+    texts = {name: f"{name} {a.dtype.str} {a.shape}".encode() for name, a in arrays.items()}
+    rows = [hashlib.sha256(texts[name] + arrays[name].tobytes()).digest() for name in sorted(arrays)]
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32)
+
+def save_checkpoint(path, state, settings, previous=None):
+    if not state.is_finite():
+        raise UserError(f"the parameters are no longer finite at step {state.step}; {path.name} stays as it was")
+    experiment = {name: value for name, value in asdict(settings).items() if name not in ("tag", *NOT_THE_EXPERIMENT)}
+    arrays = state.arrays() | {"step": np.int64(state.step), "version": np.int64(CHECKPOINT_VERSION),
+                               "history": np.array(state.history, float).reshape(-1, len(HISTORY)),
+                               "settings": np.array(json.dumps(experiment))}  # fmt: skip
+    save_arrays(path, previous, **arrays, sha256=checksums(arrays))
 
 def load_checkpoint(path, settings, network=RESNET9):
     """The state that save_checkpoint wrote. UserError if the file is damaged or of another network."""
     state = init_state(settings, network)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            weights_only = "moments" not in arrays  # a finished run, made small to be passed on: see save/README.md
-            for name in state.params:
-                state.params[name][...] = xp.asarray(arrays[name])
-                if state.ema is not None:
-                    state.ema[name][...] = xp.asarray(arrays[name if weights_only else f"ema.{name}"])
-            state.moments[...] = 0 if weights_only else xp.asarray(arrays["moments"])
-            state.step = int(arrays["step"])
-            state.history = [[int(epoch), *row] for epoch, *row in arrays["history"].tolist()]
+        read_checkpoint(path, state, settings)
     except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
-        raise UserError(f"{path} is damaged or of another network ({error})") from None
+        raise UserError(f"{path} is damaged or of another network ({str(error) or repr(error)})") from None
     return state
 
-class Log:
-    """Says lines on the terminal and in log.txt. It first removes the epochs that the checkpoint does not hold."""
+def read_checkpoint(path, state, settings):
+    """Fills the state from the file at path. Nothing is used before all of it has been checked."""
+    like = state.arrays()
+    with zipfile.ZipFile(path) as members:  # a compressed or overlapping member could fill the memory
+        size, bound = sum(member.file_size for member in members.infolist()), 2**26 + 2 * sum(a.nbytes for a in like.values())
+        if size > bound or any(member.compress_type for member in members.infolist()):
+            raise ValueError("it is larger than a checkpoint")
+    with np.load(path, allow_pickle=False) as file:
+        if "version" not in file or file["version"] != CHECKPOINT_VERSION:
+            raise ValueError(f"it has not version {CHECKPOINT_VERSION}")
+        arrays = {name: file[name] for name in file.files}
+    sums = arrays.pop("sha256", None)
+    if "moments" not in arrays:  # a finished run, made small to be passed on: see save/README.md
+        like = {name: like[name] for name in state.params}
+    if arrays.keys() != like.keys() | {"step", "history", "settings", "version"}:
+        raise ValueError(f"it has other arrays: {', '.join(sorted(arrays.keys() ^ like.keys()))[:200]}")
+    if not np.array_equal(sums, checksums(arrays)):
+        raise ValueError("its checksums are not those of its arrays")
+    for name, a in like.items():
+        if (arrays[name].shape, arrays[name].dtype) != (a.shape, a.dtype):
+            raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}, not {a.dtype} {a.shape}")
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} is not finite")
+    history, step, then = arrays["history"], int(arrays["step"]), json.loads(str(arrays["settings"]))
+    if step < 0 or history.shape[1:] != (len(HISTORY),) or not np.array_equal(history[:, 0], range(len(history))):
+        raise ValueError("its history is not that of a run")
+    for name in ("pool", "optimizer"):  # the shapes have shown the other settings of the network
+        if then.get(name) != getattr(settings, name):
+            raise ValueError(f"its {name} is {then.get(name)!r}, not {getattr(settings, name)!r}")
+    for name, a in state.views().items():
+        if name in arrays or name != "moments":  # without moments, the weights are their mean
+            a[...] = xp.asarray(arrays[name if name in arrays else name.removeprefix("ema.")])
+    state.step = step
+    state.history = [[int(epoch), *row] for epoch, *row in history.tolist()]
 
-    def __init__(self, path, epochs):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if not (line[:5].strip().isdigit() and int(line[:5]) >= epochs)]
-        write_file(path, "".join(f"{line}\n" for line in kept).encode())
-        self.path = path
+class Log:
+    """Says lines on the terminal and in log.txt, which first gets one line for each epoch of the checkpoint."""
+
+    def __init__(self, path, metrics, failed):
+        self.path, self.failed = path, failed
+        missing, kept = {row[0]: log_line(row, 0) for row in metrics}, []
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+            for line in lines:
+                epoch = int(line[:5]) if line[:5].strip().isdecimal() else None
+                if epoch is None or (epoch in missing and line[:50] == missing[epoch][:50]):  # [:50]: without times
+                    kept.append(line)
+                    missing.pop(epoch, None)
+            kept += missing.values()
+            write_file(path, "".join(f"{line}\n" for line in kept).encode())
+        except OSError as error:
+            failed(path, error)
 
     def __call__(self, line):
-        tqdm.write(line, file=sys.stdout)  # above the progress bar, if there is one
-        sys.stdout.flush()
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone: the run goes on
+            tqdm.write(line, file=sys.stdout)  # above the progress bar, if there is one
+            sys.stdout.flush()
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
+        except OSError as error:
+            self.failed(self.path, error)
 
 METRICS = (*HISTORY, "seconds", "images_per_second")
 VALIDATION = ("validation_accuracy",)  # one more column where images were held out
@@ -1042,18 +1141,34 @@ def open_run(settings, data, device, scripts):
         "versions": {"python": platform.python_version(), "numpy": np.__version__, xp.__name__: xp.__version__},
     }
     try:
-        if (folder / "config.json").exists():
-            check_same_experiment(folder, config)
-        elif folder.exists() and {path.name for path in folder.iterdir()} - {"code", "config.json.part"}:
+        new = not (folder / "config.json").exists()
+        if new and folder.exists() and {path.name for path in folder.iterdir()} - {"code", "lock", "config.json.part"}:
             raise UserError(f"{folder} holds something else than a run; choose another --tag")
         (folder / "code").mkdir(parents=True, exist_ok=True)
+        lock = lock_file(folder / "lock")
+        for part in folder.rglob("*.part"):
+            if not part.name.endswith(".png.part"):  # plot_figs.py may be writing that one
+                part.unlink()
+        if (folder / "config.json").exists():
+            check_same_experiment(folder, config)
         for script in scripts:
             if not (folder / "code" / script.name).exists():
-                shutil.copy(script, folder / "code")
+                write_file(folder / "code" / script.name, script.read_bytes())
         write_file(folder / "config.json", json.dumps(config, indent=2).encode())
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --save-dir") from None
-    return folder
+    return folder, lock
+
+def lock_file(path):
+    """The open file at path, locked until it is closed or its process ends. UserError if another program has it."""
+    file = open(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
+            raise UserError(f"{path.parent} is in use by another program; wait or choose another --tag") from None
+    return file
 
 def check_same_experiment(folder, config):
     try:
@@ -1086,14 +1201,14 @@ class Run:
         if held_out >= count:
             raise UserError(f"validation_images is {held_out}, but should leave some of the {count} images to train on")
         self.settings, self.network = settings, network
-        self.folder = open_run(settings, data, device, scripts)
-        self.last = self.folder / "checkpoint_last.npz"
-        self.resumed = self.last.exists()
-        self.state = load_checkpoint(self.last, settings, network) if self.resumed else init_state(settings, network)
-        self.log = Log(self.folder / "log.txt", len(self.state.history))
-        path, history = self.folder / "metrics.csv", self.state.history
-        rows = read_metrics(path)[: len(history)] if path.exists() else []
-        self.metrics = rows + [[*row, math.nan, math.nan] + [math.nan] * bool(held_out) for row in history[len(rows) :]]
+        self.folder, self.lock = open_run(settings, data, device, scripts)
+        self.last, self.previous = (self.folder / f"checkpoint_{which}.npz" for which in ("last", "previous"))
+        self.save_failed = False
+        self.state = self.restore()
+        self.resumed = self.state is not None
+        self.state = self.state or init_state(settings, network)
+        self.metrics = self.restore_metrics(self.folder / "metrics.csv")
+        self.log = Log(self.folder / "log.txt", self.metrics, self.say_save_failed)
 
         images, labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
         count -= held_out
@@ -1103,6 +1218,51 @@ class Run:
         self.steps = -(-count // settings.batch_size)  # an epoch; its last batch may be smaller
         self.on_gpu = xp is not np
         self.stop = 0  # the number of the signal that asked for an end, or 0
+
+    def restore(self):
+        """The state of the last checkpoint, or of the one before where the last is damaged; None if there is neither."""
+        problem = None
+        for path in (self.last, self.previous):
+            if path.exists():
+                try:
+                    state = load_checkpoint(path, self.settings, self.network)
+                except UserError as error:
+                    problem = problem or error
+                    continue
+                if problem:
+                    damaged = self.folder / "checkpoint_damaged.npz"
+                    os.replace(self.last, damaged)  # or the next save would make it the previous one
+                    print(f"*** {problem}. Continuing from {path.name}, step {state.step:,}; "
+                          f"the damaged file is now {damaged.name}.", file=sys.stderr)  # fmt: skip
+                return state
+        if problem:
+            raise UserError(f"{problem}; there is no other checkpoint to continue from: choose another --tag")
+        return None
+
+    def restore_metrics(self, path):
+        """The rows of metrics.csv: from the checkpoint, except for the columns that it does not hold."""
+        others, lost = {}, [math.nan] * (2 + bool(self.settings.validation_images))
+        if path.exists():
+            with contextlib.suppress(UserError):  # a damaged file is no loss: it is written anew
+                others = {row[0]: row[len(HISTORY) :] for row in read_metrics(path)}
+        metrics = [[*row, *others.get(row[0], lost)] for row in self.state.history]
+        if path.exists():
+            self.write(path, lambda: write_metrics(path, metrics))
+        return metrics
+
+    def write(self, path, save):
+        """Calls save(), which writes path. Returns whether it could; training goes on without it."""
+        try:
+            save()
+            return True
+        except OSError as error:
+            self.say_save_failed(path, error)
+            return False
+
+    def say_save_failed(self, path, error):
+        self.save_failed = True
+        tqdm.write(f"*** {path} was NOT written ({error.strerror or error}). Training goes on; the file from before "
+                   "stays, and the next epoch tries again.", file=sys.stderr)  # fmt: skip
 
     def train(self):
         """Trains until epochs_max or a stop signal. Returns the exit status."""
@@ -1133,12 +1293,15 @@ class Run:
             if state.step == epoch * steps:
                 self.end_epoch(epoch, start, len(self.images) - done * B)
         if self.stop:
-            self.save(self.last)
-            self.log(f"Stopped after step {state.step:,}; everything is saved. To continue: {same_command()}")
+            saved = self.write(self.last, lambda: self.save(self.last))
+            what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
+            self.log(f"Stopped after step {state.step:,}; {what}. To continue: {same_command()}")
             return 128 + self.stop
         plot_figs = os.path.relpath(HERE / "plot_figs.py")
         self.log(f"Finished. {self.result()} Figures: python {plot_figs} {settings.tag}")
-        return 0
+        if self.save_failed:
+            print("*** Some files were not written: see above.", file=sys.stderr)
+        return 1 if self.save_failed else 0
 
     def step(self, images, labels, rng, rate):
         """Learns from one batch. Returns its loss."""
@@ -1155,7 +1318,7 @@ class Run:
         train_loss, train_accuracy, _ = self.evaluate(self.images[:part], self.labels[:part])
         test_loss, test_accuracy, probs = self.evaluate(self.test_images, self.test_labels)
         validation = [self.evaluate(self.validation_images, self.validation_labels)[1]] if settings.validation_images else []
-        self.check_finite(train_loss + test_loss, f"epoch {epoch}")
+        self.check_finite(train_loss + test_loss if state.is_finite() else math.nan, f"epoch {epoch}")
         seconds = time.perf_counter() - start
         rate = learning_rate(max(0, state.step - 1), self.steps * settings.epochs_max, settings)
         best = test_accuracy > max((row[-1] for row in state.history), default=-1)
@@ -1163,15 +1326,18 @@ class Run:
         self.metrics.append([*state.history[-1], seconds, images_seen / seconds, *validation])
         whole = seconds * len(self.images) / max(1, images_seen)  # of an epoch that was not interrupted
         self.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
-        write_metrics(self.folder / "metrics.csv", self.metrics)
-        save_arrays(self.folder / "predictions.npz", labels=to_host(self.test_labels),
-                    predictions=to_host(probs.argmax(axis=1)), probabilities=to_host(probs))  # fmt: skip
+        names = ("metrics.csv", "predictions.npz", "checkpoint_best.npz")
+        metrics, predictions, best_yet = (self.folder / name for name in names)
+        self.write(metrics, lambda: write_metrics(metrics, self.metrics))
+        self.write(predictions, lambda: save_arrays(
+            predictions, labels=to_host(self.test_labels), predictions=to_host(probs.argmax(axis=1)),
+            probabilities=to_host(probs)))  # fmt: skip
         if best:
-            self.save(self.folder / "checkpoint_best.npz")
-        self.save(self.last)
+            self.write(best_yet, lambda: self.save(best_yet))
+        self.write(self.last, lambda: self.save(self.last))
 
     def save(self, path):
-        save_checkpoint(path, self.state, self.settings)
+        save_checkpoint(path, self.state, self.settings, self.previous if path == self.last else None)
 
     def check_finite(self, loss, where):
         if not math.isfinite(loss):
@@ -1220,6 +1386,7 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        run.lock.close()
 
 def main(arguments=None, start=lambda arguments: run(parse_settings(arguments))):
     """Runs a command line. Returns the exit status: 0, 2 after a UserError (one line says it), 128 + a stop signal."""

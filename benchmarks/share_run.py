@@ -14,13 +14,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist_resnet9 import save_arrays  # noqa: E402
+from mnist_resnet9 import checksums, save_arrays  # noqa: E402
 
 def keep_weights_only(path):
     with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files if name != "moments"}
+        arrays = {name: file[name] for name in file.files if name not in ("moments", "sha256")}
     averaged = {name: arrays.pop(f"ema.{name}") for name in list(arrays) if f"ema.{name}" in arrays}
-    save_arrays(path, **(arrays | averaged))
+    arrays |= averaged
+    save_arrays(path, **arrays, sha256=checksums(arrays))
 
 if __name__ == "__main__":
     keep_weights_only(ROOT / "save" / sys.argv[1] / "checkpoint_last.npz")

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import shutil
 import urllib.error
 
@@ -152,3 +153,23 @@ def test_wrong_bytes_from_every_mirror_never_get_the_final_name(tmp_path, mirror
         mirrors[0][f"{mirror}{IMAGES}.gz"] = gzip.compress(idx(np.zeros((60, 28, 28))))
     assert m.load_mnist(tmp_path).name == "MNIST sample"
     assert not any(tmp_path.iterdir())
+
+
+def test_a_mirror_that_trickles_is_given_up(tmp_path, mirrors, monkeypatch):
+    monkeypatch.setattr(m, "FILES", {role: f._replace(mnist=f.sample) for role, f in m.FILES.items()})
+    answers, asked = mirrors
+    for name in NAMES:
+        for mirror in m.MIRRORS:
+            answers[f"{mirror}{name}.gz"] = (m.HERE / "data" / "sample" / f"{name}.gz").read_bytes()
+    monkeypatch.setattr(m.time, "monotonic", lambda: 1000.0 * len(asked))  # each question takes so long
+    assert "not whole after 300 seconds" in m.load_mnist(tmp_path).notes[0]
+    assert len(asked) == 2 and not any(tmp_path.iterdir())
+
+
+def test_leftovers_of_killed_downloads_go_and_those_in_use_stay(tmp_path):
+    old, new = (tmp_path / f"{IMAGES}.part{number}.gz" for number in (1, 2))
+    old.write_bytes(b"half")
+    new.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    m.load_mnist(tmp_path)
+    assert not old.exists() and new.exists()

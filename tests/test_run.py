@@ -25,7 +25,7 @@ def train(save, *flags):
 
 def arrays(path):
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if name != "settings"}
+        return {name: file[name] for name in file.files if name not in ("settings", "sha256")}
 
 
 def assert_same_run(a, b):
@@ -161,10 +161,10 @@ def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(m.HERE)
     save = m.save_checkpoint
 
-    def die_instead_of_saving(path, state, settings):
+    def die_instead_of_saving(path, state, settings, previous=None):
         if state.step == 40 and path.name == "checkpoint_last.npz":
             raise SystemExit("killed after log and metrics, before the checkpoint")
-        save(path, state, settings)
+        save(path, state, settings, previous)
 
     monkeypatch.setattr(m, "save_checkpoint", die_instead_of_saving)
     with pytest.raises(SystemExit):
@@ -251,15 +251,31 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "resnet9").iterdir()] == ["thesis.tex"]
 
 
-def test_a_damaged_checkpoint_is_reported_and_not_overwritten(whole, tmp_path, capsys):
-    shutil.copytree(whole[0], tmp_path / "resnet9")
-    path = tmp_path / "resnet9" / "checkpoint_last.npz"
+def damage(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 255
     path.write_bytes(bytes(content))
+    return bytes(content)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_continues(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "resnet9")
+    before = (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes()
+    content = damage(tmp_path / "resnet9" / "checkpoint_last.npz")
+    result = train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
+    assert result.returncode == 0 and "is damaged" in result.stderr and "checkpoint_previous.npz, step 40" in result.stderr
+    assert (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes() == before
+    assert (tmp_path / "resnet9" / "checkpoint_damaged.npz").read_bytes() == content
+    assert_same_run(whole[0], tmp_path / "resnet9")
+
+
+def test_two_damaged_checkpoints_are_reported_and_not_overwritten(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "resnet9")
+    paths = [tmp_path / "resnet9" / f"checkpoint_{which}.npz" for which in ("last", "previous")]
+    contents = [damage(path) for path in paths]
     result = train(tmp_path, "--epochs-max", "4", "--augment", "1", "--ema", "0.9")
     assert result.returncode == 2 and "is damaged" in result.stderr and result.stderr.count("\n") == 1
-    assert path.read_bytes() == bytes(content)
+    assert [path.read_bytes() for path in paths] == contents
 
 
 def test_help_explains_every_setting():

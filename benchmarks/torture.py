@@ -1,0 +1,186 @@
+"""Kills, fills the disk of, and feeds rubbish to a small run; ends with exit status 0 when nothing was lost.
+
+    python benchmarks/torture.py                      100 kills, 10,000 mutated files, a write limit (some minutes)
+    python benchmarks/torture.py --kills 5 --files 100
+
+Kills: SIGKILL at random moments, the same command again, until so many kills are done and the run has ended. It must
+end with the same bytes in checkpoint_last.npz, and the same metrics but for the times, as a run that nothing disturbed.
+Files: idx files (plain and gzipped) and checkpoints with random damage. Each must be read or refused with a UserError,
+within ten seconds and 2 GiB of address space beyond what the program has; a checkpoint that is read must be the right one.
+"""
+
+import argparse
+import collections
+import gzip
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+import mnist_resnet9 as m  # noqa: E402
+
+FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4",
+         "--train-images", "256", "--batch-size", "32", "--augment", "1", "--ema", "0.9")  # fmt: skip
+
+
+def command(save, epochs):
+    return [sys.executable, "mnist_resnet9.py", *FLAGS, "--save-dir", str(save), "--epochs-max", str(epochs)]
+
+
+def train(save, epochs, **options):
+    return subprocess.run(command(save, epochs), cwd=HERE, capture_output=True, text=True, timeout=600, **options)
+
+
+def result(save):
+    """What must not depend on kills: the bytes of the checkpoint, the metrics without times, the epochs in the log."""
+    folder = save / "resnet9"
+    rows = [line.split(",")[:6] for line in (folder / "metrics.csv").read_text().splitlines()]
+    log = [line[:50] for line in (folder / "log.txt").read_text().splitlines() if line[:5].strip().isdigit()]
+    return (folder / "checkpoint_last.npz").read_bytes(), rows, log
+
+
+def kill(work, rng, kills, epochs):
+    done, where = 0, collections.Counter()
+    start = time.perf_counter()
+    assert train(work / "whole", epochs).returncode == 0
+    longest = (time.perf_counter() - start) / 3
+    expected = result(work / "whole")
+    rounds = 0
+    while done < kills:
+        save = work / f"killed{rounds}"
+        rounds += 1
+        while True:
+            process = subprocess.Popen(command(save, epochs), cwd=HERE, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.PIPE)  # fmt: skip
+            try:
+                error = process.communicate(timeout=rng.uniform(0.3, longest) if done < kills else None)[1]
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                done += 1
+                begun = (save / "resnet9" / "checkpoint_last.npz").exists()
+                in_save = "in a save" if list(save.rglob("*.part")) else "between saves"
+                where[in_save if begun else "before the first checkpoint"] += 1
+                continue
+            assert process.returncode == 0 and not error, error.decode()
+            break
+        assert result(save) == expected, f"round {rounds} ended with other bits"
+    print(f"kills: {done} in {rounds} runs of {epochs} epochs {dict(where)}; all ended with the same bits", flush=True)
+
+
+def fill(work, epochs):
+    """A limit on the size of files: smaller than a checkpoint, larger than the log. Then the limit is lifted."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+
+    full = work / "full"
+    assert train(full, 2).returncode == 0
+    before = (full / "resnet9" / "checkpoint_last.npz").read_bytes()
+    result_full = train(full, epochs, preexec_fn=limit)
+    assert result_full.returncode == 1, result_full
+    assert "Traceback" not in result_full.stderr, result_full.stderr
+    failures = result_full.stderr.count("NOT written")
+    assert (full / "resnet9" / "checkpoint_last.npz").read_bytes() == before
+    again = train(full, epochs)
+    assert again.returncode == 0, again.stderr
+    assert result(full) == result(work / "whole")
+    print(f"write limit: exit status {result_full.returncode}, {failures} failed saves reported, last checkpoint "
+          "untouched; continued without the limit to the same bits", flush=True)  # fmt: skip
+
+
+def mutate(content, rng):
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        kind, at = rng.randrange(6), rng.randrange(len(data) + 1)
+        near = min(at, rng.choice((at, 64, 1024)))  # headers are worth more than their share of the bytes
+        if kind == 0 and data:
+            data[min(near, len(data) - 1)] = rng.randrange(256)
+        elif kind == 1:
+            del data[near:]
+        elif kind == 2:
+            data[near:near] = rng.randbytes(rng.randint(1, 64))
+        elif kind == 3:
+            del data[near : near + rng.randint(1, 64)]
+        elif kind == 4:
+            data[near : near + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, b"\x7f\xff\xff\xff\xff\xff\xff\xff"))
+        else:
+            data[max(0, len(data) - rng.randint(1, 200)) :] = rng.randbytes(rng.randint(0, 200))
+    return bytes(data)
+
+
+def fuzz(work, rng, files):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, resource.RLIM_INFINITY))
+    settings = m.Settings(channels=(2, 4, 4, 4), ema=0.9)
+    checkpoint = (work / "whole" / "resnet9" / "checkpoint_last.npz").read_bytes()
+    path = work / "right.npz"
+    path.write_bytes(checkpoint)
+    right = m.load_checkpoint(path, settings)
+    sources = []
+    for images in (True, False):
+        name = m.FILES["test_images" if images else "test_labels"].name
+        packed = (HERE / "data" / "sample" / f"{name}.gz").read_bytes()
+        content = gzip.decompress(packed)
+        if images:
+            content = content[:4] + (20).to_bytes(4, "big") + content[8 : 16 + 20 * 784]
+        for suffix, data in (("", content), (".gz", gzip.compress(content))):
+            sources.append((f"{'images' if images else 'labels'}{suffix}", data, images))
+    counts = collections.Counter()
+
+    def hang(*_):
+        raise SystemError("hang")  # no kind of error that the readers expect
+
+    signal.signal(signal.SIGALRM, hang)
+    for i in range(files):
+        signal.alarm(10)
+        if i % 2:
+            name, content, images = rng.choice(sources)
+            path = work / f"fuzz-{name}"
+            path.write_bytes(mutate(content, rng))
+            try:
+                m.read_idx(path, images)
+                counts["idx read"] += 1  # a changed pixel is still an idx file; the SHA-256 of the set finds it
+            except m.UserError:
+                counts["idx refused"] += 1
+        else:
+            path = work / "fuzz.npz"
+            path.write_bytes(mutate(checkpoint, rng))
+            try:
+                state = m.load_checkpoint(path, settings)
+                assert (state.params.flat == right.params.flat).all() and (state.moments == right.moments).all()
+                assert (state.ema.flat == right.ema.flat).all() and state.step == right.step
+                assert state.history == right.history
+                counts["checkpoints read, all right"] += 1  # the damage was in bytes that mean nothing
+            except m.UserError as error:
+                assert "hang" not in str(error)
+                counts["checkpoints refused"] += 1
+        signal.alarm(0)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"files: {files} mutated, {dict(counts)}; no other error, no hang, peak memory {grown:.0f} MiB", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    os.environ.pop("PYTHONFAULTHANDLER", None)
+    with tempfile.TemporaryDirectory() as work:
+        kill(Path(work), rng, args.kills, args.epochs)
+        fill(Path(work), args.epochs)
+        fuzz(Path(work), rng, args.files)
+
+
+if __name__ == "__main__":
+    main()
