@@ -127,7 +127,8 @@ class TorchRun(Run):
     use_device = staticmethod(use_device)
 
     def __init__(self, settings, network, data, device, scripts):
-        if settings.weights and not (HERE / settings.save_dir / settings.tag / "checkpoint_last.npz").exists():
+        folder = HERE / settings.save_dir / settings.tag
+        if settings.weights and not any(folder.glob("checkpoint_*.npz")):
             weights = load_weights(settings.weights, settings)
             network = network._replace(init_params=lambda _: weights)
         super().__init__(settings, network, data, device, scripts)
