@@ -166,6 +166,27 @@ def test_a_mirror_that_trickles_is_given_up(tmp_path, mirrors, monkeypatch):
     assert len(asked) == 2 and not any(tmp_path.iterdir())
 
 
+def test_two_programs_that_download_at_once_both_get_the_file(tmp_path, mirrors, monkeypatch):
+    file = m.FILES["test_labels"]._replace(mnist=m.FILES["test_labels"].sample)
+    right = (m.HERE / "data" / "sample" / f"{file.name}.gz").read_bytes()
+    mirrors[0][f"{m.MIRRORS[0]}{file.name}.gz"] = right
+    read_idx, seen = m.read_idx, []
+
+    def other_program_first(path, images):
+        """Another program downloads the same file, from start to end, while ours lies unchecked beside it."""
+        monkeypatch.setattr(m, "read_idx", read_idx)
+        monkeypatch.setattr(m.os, "getpid", lambda: 10**6)
+        m.download(file, tmp_path)
+        seen.extend(sorted(p.name for p in tmp_path.iterdir()))
+        return read_idx(path, images)
+
+    monkeypatch.setattr(m, "read_idx", other_program_first)
+    m.download(file, tmp_path)
+    assert len(seen) == 2 and f"{file.name}.gz" in seen  # the other's whole file, and our part
+    assert [p.name for p in tmp_path.iterdir()] == [f"{file.name}.gz"]
+    assert (tmp_path / f"{file.name}.gz").read_bytes() == right
+
+
 def test_leftovers_of_killed_downloads_go_and_those_in_use_stay(tmp_path):
     old, new = (tmp_path / f"{IMAGES}.part{number}.gz" for number in (1, 2))
     old.write_bytes(b"half")
