@@ -28,15 +28,8 @@ need of the forward pass. That is all of backpropagation: the network calls the 
 """
 
 import argparse
-import contextlib
 import ctypes
-import errno
 import functools
-import gzip
-import hashlib
-import http.client
-import io
-import json
 import math
 import os
 import platform
@@ -44,10 +37,7 @@ import re
 import signal
 import sys
 import time
-import urllib.request
 import warnings
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -56,16 +46,8 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    import msvcrt
-    fcntl = None
-
-HERE = Path(__file__).resolve().parent
-
-class UserError(ValueError):
-    """Something the user can put right. main() prints it as one line and ends with exit status 2."""
+from files import (HERE, RunFolder, UserError, duration, load_mnist, log_header, log_line, read_checkpoint,
+                   save_arrays, write_checkpoint, write_metrics)  # fmt: skip
 
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -256,160 +238,10 @@ def shard_streams(rng, count):
 
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# files.py finds, downloads and checks MNIST: load_mnist() gives 60,000 images to train on and 10,000 to test with.
 
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0…1
-MAX_IMAGES = 300_000  # nothing larger is read, whatever a file's header or a gzip stream claims
-
-DOWNLOAD_SECONDS = 300  # then the next mirror is asked
-
-class IdxFile(NamedTuple):
-    """An idx file: its name, and SHA-256 of its decompressed bytes in MNIST and in the bundled sample."""
-
-    name: str
-    mnist: str
-    sample: str
-
-FILES = {
-    "train_images": IdxFile("train-images-idx3-ubyte",
-                            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-                            "0393ef47a54d9409156f803f9dadf5db43946dfc63ea96181bda88036556bfd8"),
-    "train_labels": IdxFile("train-labels-idx1-ubyte",
-                            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-                            "406364f750f5359332e38c570a6469f84c3c60c099416f6b656a2351fbbf5158"),
-    "test_images": IdxFile("t10k-images-idx3-ubyte",
-                           "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-                           "c6b89a3fbb98245a30317cdbd6f149b356cce15753cb61c604857636990a65db"),
-    "test_labels": IdxFile("t10k-labels-idx1-ubyte",
-                           "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-                           "2062e20a1fa5d7a7e4369877d332ecc151eeb3bb4a7feb6da696628cde98bd8c"),
-}  # fmt: skip
-
-@dataclass(frozen=True)
-class Dataset:
-    name: str  # what figures and logs call it
-    hashes: dict  # file name → SHA-256 of the decompressed file
-    notes: tuple  # what the user should know about where the data came from
-    train_images: Any  # (60000, 28, 28) uint8
-    train_labels: Any  # (60000,) uint8
-    test_images: Any  # (10000, 28, 28) uint8
-    test_labels: Any  # (10000,) uint8
-
-def load_mnist(data_dir="data"):
-    """The data set in data_dir (taken from the script's folder if relative), downloaded first where it is missing.
-
-    Another data set of MNIST's format is fine in a folder of its own. With neither files nor network the sample in
-    data/sample serves, and says so in .name and .notes. UserError names a file that is damaged or does not belong.
-    """
-    folder, notes = HERE / data_dir, ()
-    try:
-        arrays, hashes = read_folder(folder, complete=True)
-    except OSError as error:  # no download worked
-        folder = HERE / "data" / "sample"
-        notes = (f"NOT MNIST: {error}.", f"Using the bundled sample: 4,000 images to train on, 1,000 to test, in {folder}.")
-        arrays, hashes = read_folder(folder, complete=False)
-    for part in ("train", "test"):
-        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
-        if images != labels:
-            raise UserError(f"{folder} has {images} {part} images but {labels} labels; are files of two sets mixed?")
-    name = name_dataset(folder, hashes)
-    if not notes and name != "MNIST":
-        notes = (f"The files in {folder} are not MNIST's (other hashes); this run is on {name!r}.",)
-    return Dataset(name, hashes, notes, **arrays)
-
-def read_folder(folder, complete):
-    """{role: array}, {file name: SHA-256} of the four files, downloading those that an incomplete MNIST lacks."""
-    paths = {role: find_idx(folder, file.name) for role, file in FILES.items()}
-    read = {role: read_idx(path, images="images" in role) for role, path in paths.items() if path}
-    lacking = [role for role in FILES if role not in read]
-    if lacking and (not complete or any(read[role][1] != FILES[role].mnist for role in read)):
-        raise UserError(f"{folder} lacks {', '.join(FILES[role].name for role in lacking)} beside the files that it has")
-    for role in lacking:
-        download(FILES[role], folder)
-        read[role] = read_idx(find_idx(folder, FILES[role].name), images="images" in role)
-    return {role: read[role][0] for role in FILES}, {FILES[role].name: read[role][1] for role in FILES}
-
-def find_idx(folder, name):
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
-def read_idx(path, images):
-    """(array of the idx file at path, SHA-256 of its decompressed bytes). UserError if it is anything else.
-
-    The format: four bytes of magic number, the size of each dimension as a big-endian int32, then one byte a value.
-    """
-    again = "delete it and start again to download it anew"
-    header = 16 if images else 8
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            head = file.read(header)
-            magic, count, *size = np.frombuffer(head, ">i4").tolist() if len(head) == header else (0, 0)
-            if magic != (0x803 if images else 0x801) or size not in ([28, 28], []):
-                what = f"28×28 {'images' if images else 'pixels'}" if images else "labels"
-                raise UserError(f"{path} is no idx file of {what} (it begins with {head[:16]!r}); {again}")
-            if not 0 < count <= MAX_IMAGES:
-                raise UserError(f"{path} claims to hold {count} entries, but should hold 1 to {MAX_IMAGES}; {again}")
-            body = file.read(count * math.prod(size) + 1)  # one more than belongs there shows trailing bytes
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or no gzip file ({error}); {again}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    if len(body) != count * math.prod(size):
-        problem = "is cut short" if len(body) < count * math.prod(size) else "has bytes after its end"
-        raise UserError(f"{path} {problem}: its header announces {count} entries; {again}")
-    array = np.frombuffer(body, np.uint8).reshape(count, *size)
-    if not images and array.max() > 9:
-        raise UserError(f"{path} has a label {array.max()}, but labels are the digits 0 to 9; {again}")
-    return array, hashlib.sha256(head + body).hexdigest()
-
-def name_dataset(folder, hashes):
-    """MNIST, its sample, or the folder's name. UserError where only some files are MNIST's: the others are damaged."""
-    for name, known in (("MNIST", "mnist"), ("MNIST sample", "sample")):
-        wrong = [file.name for file in FILES.values() if hashes[file.name] != getattr(file, known)]
-        if not wrong:
-            return name
-        if len(wrong) < len(FILES) or (name == "MNIST" and folder.resolve() == HERE / "data"):
-            raise UserError(f"{folder}: {', '.join(wrong)} should have {name}'s contents but has not (SHA-256 differs); "
-                            "delete and start again to download anew, or keep another data set in another --data-dir")  # fmt: skip
-    return f"{folder.name} (not MNIST)" if "mnist" == folder.name.lower()[:5] else folder.name
-
-class HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Refuses a redirect off HTTPS before anything is asked for there."""
-
-    def redirect_request(self, request, answer, code, message, headers, url):
-        if not url.startswith("https:"):
-            raise OSError(f"redirected to {url}")
-        return super().redirect_request(request, answer, code, message, headers, url)
-
-def download(file, folder):
-    """Puts one of MNIST's files into folder, from the first mirror that sends the right bytes. OSError if none does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{file.name}.part{os.getpid()}.gz"
-    for left in folder.glob(f"{file.name}.part*"):  # by a program that was killed; a younger one may be in use
-        if time.time() - left.stat().st_mtime > 2 * len(MIRRORS) * DOWNLOAD_SECONDS:
-            left.unlink(missing_ok=True)
-    urllib.request.install_opener(urllib.request.build_opener(HttpsOnly))
-    problems = []
-    for mirror in MIRRORS:
-        deadline = time.monotonic() + DOWNLOAD_SECONDS
-        try:
-            with urllib.request.urlopen(f"{mirror}{file.name}.gz", timeout=20) as answer, open(part, "wb") as target:
-                size = int(answer.headers.get("Content-Length") or 0)
-                with tqdm(total=size, unit="B", unit_scale=True, desc=file.name, leave=False, disable=None) as bar:
-                    while (block := answer.read1(2**16)) and target.tell() < 2**25:  # read() would wait for all 2**16
-                        bar.update(target.write(block))
-                        if time.monotonic() > deadline:
-                            raise OSError(f"not whole after {DOWNLOAD_SECONDS} seconds")
-                target.flush()
-                os.fsync(target.fileno())
-            if read_idx(part, images="images" in file.name)[1] != file.mnist:
-                raise OSError("its bytes are not MNIST's")
-            part.replace(folder / f"{file.name}.gz")
-            return
-        except (OSError, ValueError, http.client.HTTPException) as error:  # UserError is a ValueError
-            problems.append(f"{mirror}: {getattr(error, 'reason', error)}")
-        finally:
-            part.unlink(missing_ok=True)
-    raise OSError(f"{file.name} is not in {folder}, and no download worked ({'; '.join(problems)})")
 
 def to_input(images, dtype):
     """(N, 28, 28) pixels 0…255 → the network's input (28, 28, N, 1), with mean 0 and variance 1 over the data set."""
@@ -940,8 +772,6 @@ class State:
         """The parameters to evaluate with."""
         return self.ema if self.ema is not None else self.params
 
-HISTORY = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-
 def init_state(settings, network=RESNET9):
     """The State before the first step: fresh parameters, moments 0."""
     params = network.init_params(settings)
@@ -977,211 +807,21 @@ def evaluate(params, images, labels, settings, network=RESNET9):
     accuracy = float((logits.argmax(axis=1) == labels).mean())
     return float(cross_entropy_loss(logits, labels)[0]), accuracy, softmax(logits)[0]
 
-def write_file(path, data, previous=None):
-    """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole.
-
-    previous: the name that the old file keeps. A crash between the two renames leaves only that one: see Run.restore.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()  # half a file on a full disk is in the way of everything else
-        raise
-    if fcntl:  # Windows has no way to flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # only now do the new names survive a power cut
-        finally:
-            os.close(folder)
-
-def save_arrays(path, previous=None, **arrays):
-    stream = io.BytesIO()
-    np.savez(stream, **arrays)
-    write_file(path, stream.getvalue(), previous)
-
-CHECKPOINT_VERSION = 1
-
-def checksums(arrays):
-    """(len(arrays), 32) uint8: the SHA-256 of each array with its name, dtype and shape, in the order of the names."""
-    texts = {name: f"{name} {a.dtype.str} {a.shape}".encode() for name, a in arrays.items()}
-    rows = [hashlib.sha256(texts[name] + arrays[name].tobytes()).digest() for name in sorted(arrays)]
-    return np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32)
-
 def save_checkpoint(path, state, settings, previous=None):
     if not state.is_finite():
         raise UserError(f"the parameters are no longer finite at step {state.step}; {path.name} stays as it was")
     experiment = {name: value for name, value in asdict(settings).items() if name not in ("tag", *NOT_THE_EXPERIMENT)}
-    arrays = state.arrays() | {"step": np.int64(state.step), "version": np.int64(CHECKPOINT_VERSION),
-                               "history": np.array(state.history, float).reshape(-1, len(HISTORY)),
-                               "settings": np.array(json.dumps(experiment))}  # fmt: skip
-    save_arrays(path, previous, **arrays, sha256=checksums(arrays))
+    write_checkpoint(path, state.arrays(), state.step, state.history, experiment, previous)
 
 def load_checkpoint(path, settings, network=RESNET9):
-    """The state that save_checkpoint wrote. UserError if the file is damaged or of another network."""
+    """The State that save_checkpoint wrote. UserError if the file is damaged or of another network."""
     state = init_state(settings, network)
-    try:
-        read_checkpoint(path, state, settings)
-    except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
-        raise UserError(f"{path} is damaged or of another network ({str(error) or repr(error)})") from None
-    return state
-
-def read_checkpoint(path, state, settings):
-    """Fills the state from the file at path. Nothing is used before all of it has been checked."""
-    like = state.arrays()
-    with zipfile.ZipFile(path) as members:  # a compressed or overlapping member could fill the memory
-        size, bound = sum(member.file_size for member in members.infolist()), 2**26 + 2 * sum(a.nbytes for a in like.values())
-        if size > bound or any(member.compress_type for member in members.infolist()):
-            raise ValueError("it is larger than a checkpoint")
-    with np.load(path, allow_pickle=False) as file:
-        if "version" not in file or file["version"] != CHECKPOINT_VERSION:
-            raise ValueError(f"it has not version {CHECKPOINT_VERSION}")
-        arrays = {name: file[name] for name in file.files}
-    sums = arrays.pop("sha256", None)
-    if "moments" not in arrays:  # a finished run, made small to be passed on: see save/README.md
-        like = {name: like[name] for name in state.params}
-    if arrays.keys() != like.keys() | {"step", "history", "settings", "version"}:
-        raise ValueError(f"it has other arrays: {', '.join(sorted(arrays.keys() ^ like.keys()))[:200]}")
-    if not np.array_equal(sums, checksums(arrays)):
-        raise ValueError("its checksums are not those of its arrays")
-    for name, a in like.items():
-        if (arrays[name].shape, arrays[name].dtype) != (a.shape, a.dtype):
-            raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}, not {a.dtype} {a.shape}")
-        if not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} is not finite")
-    history, step, then = arrays["history"], int(arrays["step"]), json.loads(str(arrays["settings"]))
-    if step < 0 or history.shape[1:] != (len(HISTORY),) or not np.array_equal(history[:, 0], range(len(history))):
-        raise ValueError("its history is not that of a run")
-    for name in ("pool", "optimizer"):  # the shapes have shown the other settings of the network
-        if then.get(name) != getattr(settings, name):
-            raise ValueError(f"its {name} is {then.get(name)!r}, not {getattr(settings, name)!r}")
+    like = {"pool": settings.pool, "optimizer": settings.optimizer}  # the arrays' shapes show the other settings
+    arrays, state.step, state.history = read_checkpoint(path, state.arrays(), like)
     for name, a in state.views().items():
-        if name in arrays or name != "moments":  # without moments, the weights are their mean
+        if name in arrays or name != "moments":  # a run that was made small has only the weights: they are their mean
             a[...] = xp.asarray(arrays[name if name in arrays else name.removeprefix("ema.")])
-    state.step = step
-    state.history = [[int(epoch), *row] for epoch, *row in history.tolist()]
-
-class Log:
-    """Says lines on the terminal and in log.txt, which first gets one line for each epoch of the checkpoint."""
-
-    def __init__(self, path, metrics, failed):
-        self.path, self.failed = path, failed
-        missing, kept = {row[0]: log_line(row, 0) for row in metrics}, []
-        try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-            for line in lines:
-                epoch = int(line[:5]) if line[:5].strip().isdecimal() else None
-                if epoch is None or (epoch in missing and line[:50] == missing[epoch][:50]):  # [:50]: without times
-                    kept.append(line)
-                    missing.pop(epoch, None)
-            kept += missing.values()
-            write_file(path, "".join(f"{line}\n" for line in kept).encode())
-        except OSError as error:
-            failed(path, error)
-
-    def __call__(self, line):
-        with contextlib.suppress(OSError):  # the terminal may be gone: the run goes on
-            tqdm.write(line, file=sys.stdout)  # above the progress bar, if there is one
-            sys.stdout.flush()
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
-        except OSError as error:
-            self.failed(self.path, error)
-
-METRICS = (*HISTORY, "seconds", "images_per_second")
-VALIDATION = ("validation_accuracy",)  # one more column where images were held out
-
-def log_header(settings):
-    valid = "  valid acc" if settings.validation_images else ""
-    return f"epoch  train loss  train acc  test loss  test acc{valid}  seconds  images/s  left"
-
-def log_line(metrics, left):
-    epoch, _, train_loss, train_accuracy, test_loss, test_accuracy, seconds, speed, *validation = metrics
-    line = f"{epoch:5d}  {train_loss:10.5f}  {train_accuracy:9.2%}  {test_loss:9.5f}  {test_accuracy:8.2%}"
-    line += "".join(f"  {accuracy:9.2%}" for accuracy in validation) + f"  {seconds:7.1f}"
-    return f"{line}  {speed:8.0f}  {duration(left)}" if epoch else line
-
-def duration(seconds):
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60:02d} min" if minutes > 59 else f"{minutes} min"
-
-def write_metrics(path, rows):
-    lines = [",".join((METRICS + VALIDATION)[: len(rows[0])])] + [",".join(f"{value:.8g}" for value in row) for row in rows]
-    write_file(path, "".join(f"{line}\n" for line in lines).encode())
-
-def read_metrics(path):
-    """The rows of metrics.csv: METRICS, and VALIDATION if it is there, from epoch 0 on. UserError if the file is anything else."""
-    try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [[float(value) for value in line.split(",")] for line in lines]
-        columns = tuple(header.split(","))
-        if columns not in (METRICS, METRICS + VALIDATION) or any(len(row) != len(columns) for row in rows):
-            raise ValueError("other columns")
-        return rows
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as the metrics of a run ({error})") from None
-
-def open_run(settings, data, device, scripts):
-    """The folder of the run, made if it is new. UserError if it holds anything but an earlier part of this run."""
-    folder = HERE / settings.save_dir / settings.tag
-    config = {
-        "settings": asdict(settings) | {"channels": list(settings.channels)},
-        "data": {"name": data.name, "sha256": data.hashes},
-        "device": device,
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, xp.__name__: xp.__version__},
-    }
-    try:
-        new = not (folder / "config.json").exists()
-        if new and folder.exists() and {path.name for path in folder.iterdir()} - {"code", "lock", "config.json.part"}:
-            raise UserError(f"{folder} holds something else than a run; choose another --tag")
-        (folder / "code").mkdir(parents=True, exist_ok=True)
-        lock = lock_file(folder / "lock")
-        for part in folder.rglob("*.part"):
-            if not part.name.endswith(".png.part"):  # plot_figs.py may be writing that one
-                part.unlink()
-        if (folder / "config.json").exists():
-            check_same_experiment(folder, config)
-        for script in scripts:
-            if not (folder / "code" / script.name).exists():
-                write_file(folder / "code" / script.name, script.read_bytes())
-        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --save-dir") from None
-    return folder, lock
-
-def lock_file(path):
-    """The open file at path, locked until it is closed or its process ends. UserError if another program has it."""
-    file = open(path, "a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
-            raise UserError(f"{path.parent} is in use by another program; wait or choose another --tag") from None
-    return file
-
-def check_same_experiment(folder, config):
-    try:
-        old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        then = asdict(Settings()) | old["settings"]  # a run from before a setting came in had what is its default
-        hashes = old["data"]["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); choose another --tag") from None
-    now = config["settings"]
-    free = NOT_THE_EXPERIMENT if now["schedule"] == "constant" else (set(NOT_THE_EXPERIMENT) - {"epochs_max"})
-    differ = [f"{name} {then.get(name)!r}, not {now[name]!r}" for name in now if name not in free and then.get(name) != now[name]]
-    if hashes != config["data"]["sha256"]:
-        differ.append(f"data {old['data'].get('name')!r}, not {config['data']['name']!r}")
-    if differ:
-        raise UserError(f"{folder} holds another experiment: it has {'; '.join(differ)}. Choose another --tag")
+    return state
 
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1192,21 +832,16 @@ class Run:
     use_device = staticmethod(use_device)
 
     def __init__(self, settings, network, data, device, scripts):
-        count = settings.train_images or len(data.train_images)
+        count, held_out = settings.train_images or len(data.train_images), settings.validation_images
         if count > len(data.train_images):
             raise UserError(f"train_images is {count}, but the data set has {len(data.train_images)}")
-        held_out = settings.validation_images
         if held_out >= count:
             raise UserError(f"validation_images is {held_out}, but should leave some of the {count} images to train on")
         self.settings, self.network = settings, network
-        self.folder, self.lock = open_run(settings, data, device, scripts)
-        self.last, self.previous = (self.folder / f"checkpoint_{which}.npz" for which in ("last", "previous"))
-        self.save_failed = False
-        self.state = self.restore()
-        self.resumed = self.state is not None
-        self.state = self.state or init_state(settings, network)
-        self.metrics = self.restore_metrics(self.folder / "metrics.csv")
-        self.log = Log(self.folder / "log.txt", self.metrics, self.say_save_failed)
+        self.folder = open_folder(settings, data, device, scripts)
+        state = self.folder.restore(lambda path: load_checkpoint(path, settings, network))
+        self.resumed, self.state = state is not None, state or init_state(settings, network)
+        self.metrics = self.folder.restore_metrics(self.state.history, lost=[math.nan] * (2 + bool(held_out)))
 
         images, labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
         count -= held_out
@@ -1217,54 +852,9 @@ class Run:
         self.on_gpu = xp is not np
         self.stop = 0  # the number of the signal that asked for an end, or 0
 
-    def restore(self):
-        """The state of the last checkpoint, or of the one before where the last is damaged; None if there is neither."""
-        problem = None
-        for path in (self.last, self.previous):
-            if path.exists():
-                try:
-                    state = load_checkpoint(path, self.settings, self.network)
-                except UserError as error:
-                    problem = problem or error
-                    continue
-                if problem:
-                    damaged = self.folder / "checkpoint_damaged.npz"
-                    os.replace(self.last, damaged)  # or the next save would make it the previous one
-                    print(f"*** {problem}. Continuing from {path.name}, step {state.step:,}; "
-                          f"the damaged file is now {damaged.name}.", file=sys.stderr)  # fmt: skip
-                return state
-        if problem:
-            raise UserError(f"{problem}; there is no other checkpoint to continue from: choose another --tag")
-        return None
-
-    def restore_metrics(self, path):
-        """The rows of metrics.csv: from the checkpoint, except for the columns that it does not hold."""
-        others, lost = {}, [math.nan] * (2 + bool(self.settings.validation_images))
-        if path.exists():
-            with contextlib.suppress(UserError):  # a damaged file is no loss: it is written anew
-                others = {row[0]: row[len(HISTORY) :] for row in read_metrics(path)}
-        metrics = [[*row, *others.get(row[0], lost)] for row in self.state.history]
-        if path.exists():
-            self.write(path, lambda: write_metrics(path, metrics))
-        return metrics
-
-    def write(self, path, save):
-        """Calls save(), which writes path. Returns whether it could; training goes on without it."""
-        try:
-            save()
-            return True
-        except OSError as error:
-            self.say_save_failed(path, error)
-            return False
-
-    def say_save_failed(self, path, error):
-        self.save_failed = True
-        tqdm.write(f"*** {path} was NOT written ({error.strerror or error}). Training goes on; the file from before "
-                   "stays, and the next epoch tries again.", file=sys.stderr)  # fmt: skip
-
     def train(self):
         """Trains until epochs_max or a stop signal. Returns the exit status."""
-        settings, state, steps, B = self.settings, self.state, self.steps, self.settings.batch_size
+        settings, state, folder, steps, B = self.settings, self.state, self.folder, self.steps, self.settings.batch_size
         if not state.history:
             self.end_epoch(0, time.perf_counter(), 0)
         first_step, first_time = state.step, time.perf_counter()
@@ -1277,9 +867,8 @@ class Run:
             for step in bar:
                 batch = order[step * B : (step + 1) * B]
                 rng = random_stream(settings.seed, STEP, epoch, step)
-                images, labels = self.images[batch], self.labels[batch]
                 rate = learning_rate(state.step, steps * settings.epochs_max, settings)
-                loss = self.step(images, labels, rng, rate)
+                loss = self.step(self.images[batch], self.labels[batch], rng, rate)
                 if not self.on_gpu or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
                     self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
                     bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
@@ -1291,15 +880,14 @@ class Run:
             if state.step == epoch * steps:
                 self.end_epoch(epoch, start, len(self.images) - done * B)
         if self.stop:
-            saved = self.write(self.last, lambda: self.save(self.last))
+            saved = folder.write(folder.last, lambda: self.save(folder.last))
             what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
-            self.log(f"Stopped after step {state.step:,}; {what}. To continue: {same_command()}")
+            folder.log(f"Stopped after step {state.step:,}; {what}. To continue: {' '.join(['python', *sys.argv])}")
             return 128 + self.stop
-        plot_figs = os.path.relpath(HERE / "plot_figs.py")
-        self.log(f"Finished. {self.result()} Figures: python {plot_figs} {settings.tag}")
-        if self.save_failed:
+        folder.log(f"Finished. {self.result()} Figures: python {os.path.relpath(HERE / 'plot_figs.py')} {settings.tag}")
+        if folder.save_failed:
             print("*** Some files were not written: see above.", file=sys.stderr)
-        return 1 if self.save_failed else 0
+        return 1 if folder.save_failed else 0
 
     def step(self, images, labels, rng, rate):
         """Learns from one batch. Returns its loss."""
@@ -1311,8 +899,8 @@ class Run:
         return evaluate(self.state.averaged(), images, labels, self.settings, self.network)
 
     def end_epoch(self, epoch, start, images_seen):
-        """Evaluates, logs and saves; the checkpoint last, so that a crash before it leaves only what Log removes."""
-        settings, state, part = self.settings, self.state, TRAIN_EVALUATION_IMAGES
+        """Evaluates, logs and saves; the checkpoint last, so that a crash before it leaves only what restore removes."""
+        settings, state, folder, part = self.settings, self.state, self.folder, TRAIN_EVALUATION_IMAGES
         train_loss, train_accuracy, _ = self.evaluate(self.images[:part], self.labels[:part])
         test_loss, test_accuracy, probs = self.evaluate(self.test_images, self.test_labels)
         validation = [self.evaluate(self.validation_images, self.validation_labels)[1]] if settings.validation_images else []
@@ -1323,42 +911,49 @@ class Run:
         state.history.append([epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy])
         self.metrics.append([*state.history[-1], seconds, images_seen / seconds, *validation])
         whole = seconds * len(self.images) / max(1, images_seen)  # of an epoch that was not interrupted
-        self.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
-        names = ("metrics.csv", "predictions.npz", "checkpoint_best.npz")
-        metrics, predictions, best_yet = (self.folder / name for name in names)
-        self.write(metrics, lambda: write_metrics(metrics, self.metrics))
-        self.write(predictions, lambda: save_arrays(
+        folder.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
+        metrics, predictions = folder.path / "metrics.csv", folder.path / "predictions.npz"
+        folder.write(metrics, lambda: write_metrics(metrics, self.metrics))
+        folder.write(predictions, lambda: save_arrays(
             predictions, labels=to_host(self.test_labels), predictions=to_host(probs.argmax(axis=1)),
             probabilities=to_host(probs)))  # fmt: skip
         if best:
-            self.write(best_yet, lambda: self.save(best_yet))
-        self.write(self.last, lambda: self.save(self.last))
+            folder.write(folder.best, lambda: self.save(folder.best))
+        folder.write(folder.last, lambda: self.save(folder.last))
 
     def save(self, path):
-        save_checkpoint(path, self.state, self.settings, self.previous if path == self.last else None)
+        previous = self.folder.previous if path == self.folder.last else None
+        save_checkpoint(path, self.state, self.settings, previous)
 
     def check_finite(self, loss, where):
         if not math.isfinite(loss):
             rate = self.settings.learning_rate
-            raise UserError(f"the loss is {float(loss)} at {where}: learning rate {rate:g} is probably too high; "
-                            f"the checkpoints in {self.folder} are those from before; try a lower one, with another --tag")  # fmt: skip
+            raise UserError(f"the loss is {float(loss)} at {where}: learning rate {rate:g} is probably too high; the "
+                            f"checkpoints in {self.folder.path} are those from before; try a lower one, with another --tag")  # fmt: skip
 
     def say_how_long(self, step_seconds):
         state, settings = self.state, self.settings
         evaluation = (len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)) / settings.batch_size / 3
         steps = self.steps * settings.epochs_max - state.step  # a forward pass is a third of a step
         steps += evaluation * (settings.epochs_max + 1 - len(state.history))
-        self.log(f"About {duration(step_seconds * steps)} to epoch {settings.epochs_max} on this "
-                 "machine. Ctrl-C is safe: the same command continues.")  # fmt: skip
+        self.folder.log(f"About {duration(step_seconds * steps)} to epoch {settings.epochs_max} on this "
+                        "machine. Ctrl-C is safe: the same command continues.")  # fmt: skip
 
     def result(self):
         last, best = self.state.history[-1], max(self.state.history, key=lambda row: row[-1])
         return f"Test accuracy {last[-1]:.2%} at the last epoch ({last[0]:.0f}), {best[-1]:.2%} at the best ({best[0]:.0f})."
 
-def same_command():
-    return " ".join(["python", *sys.argv])
+def open_folder(settings, data, device, scripts):
+    """The RunFolder of these settings. UserError if it holds anything but an earlier part of this run."""
+    versions = {"python": platform.python_version(), "numpy": np.__version__, xp.__name__: xp.__version__}
+    config = {"settings": asdict(settings) | {"channels": list(settings.channels)},
+              "data": {"name": data.name, "sha256": data.hashes}, "device": device, "versions": versions}  # fmt: skip
+    free = set(NOT_THE_EXPERIMENT) - (set() if settings.schedule == "constant" else {"epochs_max"})
+    return RunFolder(HERE / settings.save_dir / settings.tag, config, free, asdict(Settings()), scripts)
 
-def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "plot_figs.py"), kind=Run):
+SCRIPTS = (HERE / "mnist_resnet9.py", HERE / "files.py", HERE / "plot_figs.py")  # what save/<tag>/code/ keeps of a run
+
+def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     """Starts or continues the run that settings define. Returns the exit status."""
     device = kind.use_device(settings.device)
     data = load_mnist(settings.data_dir)
@@ -1366,14 +961,13 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
     if len(run.state.history) > settings.epochs_max:
         print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
         return 0
-    for note in data.notes:
-        run.log(f"*** {note}")
     threads = f", {thread_count(settings)} threads" if not run.on_gpu else ""
-    run.log(f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch")
-    run.log(f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {os.path.relpath(run.folder)}")
-    if run.resumed:
-        run.log(f"Continuing after step {run.state.step:,} of {run.steps * settings.epochs_max:,}.")
-    run.log(log_header(settings))
+    for line in (*(f"*** {note}" for note in data.notes),
+                 f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch",
+                 f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {os.path.relpath(run.folder.path)}",
+                 *([f"Continuing after step {run.state.step:,} of {run.steps * settings.epochs_max:,}."] * run.resumed),
+                 log_header(settings.validation_images)):  # fmt: skip
+        run.folder.log(line)
 
     def ask_to_stop(number, _frame):
         run.stop = number
@@ -1384,7 +978,7 @@ def run(settings, network=RESNET9, scripts=(HERE / "mnist_resnet9.py", HERE / "p
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        run.lock.close()
+        run.folder.close()
 
 def main(arguments=None, start=lambda arguments: run(parse_settings(arguments))):
     """Runs a command line. Returns the exit status: 0, 2 after a UserError (one line says it), 128 + a stop signal."""

@@ -33,8 +33,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mnist_resnet9 import (HERE, METRICS, Parser, Settings, UserError, conv2d, load_mnist, read_metrics,
-                           relu, to_input, write_file)  # fmt: skip
+from files import HERE, METRICS, UserError, load_mnist, read_metrics, write_file
+from mnist_resnet9 import Parser, Settings, conv2d, relu, to_input
 
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#707070"  # colour-blind readers tell these apart
 STYLE = {

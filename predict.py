@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
+import files
 import mnist_resnet9 as m
 from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
 
@@ -405,7 +406,7 @@ def write_figure(path, shown):
         figure = draw(shown)
         figure.savefig(stream, format="png", dpi=min(150, 2**15 / figure.get_figheight()))  # Matplotlib's limit is 2¹⁶
     try:
-        m.write_file(path, stream.getvalue())
+        files.write_file(path, stream.getvalue())
     except OSError as error:
         raise m.UserError(f"{path} cannot be written ({error.strerror}); choose another --figure") from None
 

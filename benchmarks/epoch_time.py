@@ -29,7 +29,7 @@ def train_ours(settings):
     data, device = m.load_mnist(), m.use_device("cpu")
     run = m.Run(settings, m.RESNET9, data, device, ())
     start = time.perf_counter()
-    run.log(m.log_header(settings))
+    run.folder.log(m.log_header(settings.validation_images))
     run.train()
     return time.perf_counter() - start
 

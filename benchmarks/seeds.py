@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist_resnet9 import UserError  # noqa: E402
+from files import UserError  # noqa: E402  (it lies in the folder that was just added)
 from plot_figs import find_runs, read_run  # noqa: E402
 
 def summary(runs):

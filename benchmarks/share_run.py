@@ -14,7 +14,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist_resnet9 import checksums, save_arrays  # noqa: E402
+from files import checksums, save_arrays  # noqa: E402  (it lies in the folder that was just added)
 
 def keep_weights_only(path):
     with np.load(path, allow_pickle=False) as file:

@@ -25,6 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
+import files  # noqa: E402  (it lies in the folder that was just added)
 import mnist_resnet9 as m  # noqa: E402
 
 FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4",
@@ -116,7 +117,7 @@ def mutate(content, rng):
     return bytes(data)
 
 
-def fuzz(work, rng, files):
+def fuzz(work, rng, count):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, resource.RLIM_INFINITY))
     settings = m.Settings(channels=(2, 4, 4, 4), ema=0.9)
@@ -126,7 +127,7 @@ def fuzz(work, rng, files):
     right = m.load_checkpoint(path, settings)
     sources = []
     for images in (True, False):
-        name = m.FILES["test_images" if images else "test_labels"].name
+        name = files.FILES["test_images" if images else "test_labels"].name
         packed = (HERE / "data" / "sample" / f"{name}.gz").read_bytes()
         content = gzip.decompress(packed)
         if images:
@@ -139,14 +140,14 @@ def fuzz(work, rng, files):
         raise SystemError("hang")  # no kind of error that the readers expect
 
     signal.signal(signal.SIGALRM, hang)
-    for i in range(files):
+    for i in range(count):
         signal.alarm(10)
         if i % 2:
             name, content, images = rng.choice(sources)
             path = work / f"fuzz-{name}"
             path.write_bytes(mutate(content, rng))
             try:
-                m.read_idx(path, images)
+                files.read_idx(path, images)
                 counts["idx read"] += 1  # a changed pixel is still an idx file; the SHA-256 of the set finds it
             except m.UserError:
                 counts["idx refused"] += 1
@@ -164,7 +165,7 @@ def fuzz(work, rng, files):
                 counts["checkpoints refused"] += 1
         signal.alarm(0)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"files: {files} mutated, {dict(counts)}; no other error, no hang, peak memory {grown:.0f} MiB", flush=True)
+    print(f"files: {count} mutated, {dict(counts)}; no other error, no hang, peak memory {grown:.0f} MiB", flush=True)
 
 
 def main():

@@ -7,6 +7,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+from files import read_metrics  # noqa: E402
 
 
 def to_params(arrays, dtype):
@@ -33,8 +34,7 @@ def run_step(number, adds, network, arguments=None, **preset):
     def start(arguments):
         settings = m.parse_settings(arguments, tag=f"evolution_{number}", dropout=0.0, **preset)
         print(f"Step {number} adds: {adds}")
-        scripts = (m.HERE / "mnist_resnet9.py", m.HERE / "plot_figs.py", *sorted(HERE.glob("*.py")))
-        status = m.run(settings, network, scripts)
+        status = m.run(settings, network, (*m.SCRIPTS, *sorted(HERE.glob("*.py"))))
         if status == 0:
             save_dir = m.HERE / settings.save_dir
             print(what_it_bought(number, save_dir / settings.tag, save_dir / f"evolution_{number - 1}"))
@@ -45,10 +45,10 @@ def run_step(number, adds, network, arguments=None, **preset):
 
 def what_it_bought(number, folder, before):
     """A line that compares the test accuracies of two runs at the last epoch that both have."""
-    rows = m.read_metrics(folder / "metrics.csv")
+    rows = read_metrics(folder / "metrics.csv")
     if not (before / "metrics.csv").exists():
         return f"Step {number}: test accuracy {rows[-1][5]:.2%} after epoch {len(rows) - 1}."
-    old = m.read_metrics(before / "metrics.csv")
+    old = read_metrics(before / "metrics.csv")
     epoch = min(len(rows), len(old)) - 1
     now, then = rows[epoch][5], old[epoch][5]
     gain = f"{100 * (now - then):+.2f} percentage points on step {number - 1}, which had {then:.2%}"

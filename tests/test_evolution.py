@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+import files
 import mnist_resnet9 as m
 
 FOLDER = m.HERE / "evolution"
@@ -80,7 +81,7 @@ def test_a_step_trains_with_the_same_flags_and_can_be_continued(step, tmp_path, 
         assert step.run_step(number, step.ADDS, step.NETWORK, flags) == 0
     out = capsys.readouterr().out
     folder = tmp_path / f"evolution_{number}"
-    rows = m.read_metrics(folder / "metrics.csv")
+    rows = files.read_metrics(folder / "metrics.csv")
     assert len(rows) == 3 and rows[-1][5] > 0.6 and rows[-1][2] < rows[0][2]
     assert step.ADDS in out and f"test accuracy {rows[-1][5]:.2%} after epoch 2" in out and "is finished" in out
     config = json.loads((folder / "config.json").read_text())
@@ -94,7 +95,7 @@ def test_a_step_is_compared_with_the_one_before(tmp_path, monkeypatch):
     for number, accuracies in ((1, (0.1, 0.90, 0.91)), (2, (0.1, 0.95, 0.97, 0.98))):
         (tmp_path / str(number)).mkdir()
         rows = [[epoch, 1e-3, 1, 0.5, 1, accuracy, 1, 1] for epoch, accuracy in enumerate(accuracies)]
-        m.write_metrics(tmp_path / str(number) / "metrics.csv", rows)
+        files.write_metrics(tmp_path / str(number) / "metrics.csv", rows)
     line = steps.what_it_bought(2, tmp_path / "2", tmp_path / "1")
     assert "97.00% after epoch 2" in line and "+6.00 percentage points on step 1, which had 91.00%" in line
     assert steps.what_it_bought(1, tmp_path / "1", tmp_path / "0") == "Step 1: test accuracy 91.00% after epoch 2."

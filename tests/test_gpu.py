@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import files
 import mnist_resnet9 as m
 
 
@@ -326,7 +327,7 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     assert len(uploads) == 4 and uploads[2] == uploads[3]  # within an epoch nothing is sent
     monkeypatch.setattr(m, "xp", np)
     assert m.run(m.Settings(tag="cpu", epochs_max=2, device="cpu", **given)) == 0
-    one, two = (np.array(m.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("device", "cpu"))
+    one, two = (np.array(files.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("device", "cpu"))
     np.testing.assert_allclose(one[:, :3], two[:, :3], rtol=1e-4)
     assert "a pretended GPU; files" in (tmp_path / "device" / "log.txt").read_text()
 

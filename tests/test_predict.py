@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+import files
 import mnist_resnet9 as m
 import predict
 
@@ -277,7 +278,7 @@ def test_default_weights(tmp_path, save):
         path = tmp_path / tag / "checkpoint_last.npz"
         path.write_bytes((save / "small" / "checkpoint_last.npz").read_bytes())
         if tag == "evolution_1":
-            m.save_arrays(path, **{"fc1.weight": np.zeros(3)})
+            files.save_arrays(path, **{"fc1.weight": np.zeros(3)})
         os.utime(path, (when, when))
         assert predict.find_weights(tmp_path).name == {"old": "old", "record": "record"}.get(tag, "new")
     with pytest.raises(m.UserError, match="has no run 'other'"):

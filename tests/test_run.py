@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import files
 import mnist_resnet9 as m
 from benchmarks.share_run import keep_weights_only
 
@@ -33,7 +34,7 @@ def assert_same_run(a, b):
     assert one.keys() == two.keys()
     for name in one:
         assert np.array_equal(one[name], two[name]), name
-    rows = [np.array(m.read_metrics(folder / "metrics.csv"))[:, :6] for folder in (a, b)]
+    rows = [np.array(files.read_metrics(folder / "metrics.csv"))[:, :6] for folder in (a, b)]
     assert np.array_equal(*rows)
 
 
@@ -50,8 +51,8 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
     folder, out = whole
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["augment"] == 1 and config["data"]["name"] == "MNIST sample"
-    assert (folder / "code" / "mnist_resnet9.py").is_file() and (folder / "code" / "plot_figs.py").is_file()
-    rows = m.read_metrics(folder / "metrics.csv")
+    assert {path.name for path in (folder / "code").iterdir()} == {"mnist_resnet9.py", "files.py", "plot_figs.py"}
+    rows = files.read_metrics(folder / "metrics.csv")
     assert [row[0] for row in rows] == [0, 1, 2, 3] and rows[0][2] == pytest.approx(math.log(10), abs=0.6)
     predictions = arrays(folder / "predictions.npz")
     np.testing.assert_allclose(predictions["probabilities"].sum(axis=1), 1, rtol=1e-5)
@@ -66,7 +67,7 @@ def test_checkpoint_holds_the_weights_that_were_evaluated(whole, sample):
     settings = m.Settings(channels=(4, 16, 16, 16), ema=0.9)
     state = m.load_checkpoint(folder / "checkpoint_last.npz", settings)
     accuracy = m.evaluate(state.averaged(), sample.test_images, sample.test_labels, settings)[1]
-    assert accuracy == pytest.approx(m.read_metrics(folder / "metrics.csv")[-1][5])
+    assert accuracy == pytest.approx(files.read_metrics(folder / "metrics.csv")[-1][5])
 
 
 def test_a_checkpoint_with_the_weights_only_evaluates_alike(whole, tmp_path, sample):
@@ -116,10 +117,10 @@ def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
     params = m.load_checkpoint(tmp_path / "held_out" / "checkpoint_last.npz", settings).params
     accuracy = m.evaluate(params, sample.train_images[440:640], sample.train_labels[440:640], settings)[1]
     path = tmp_path / "held_out" / "metrics.csv"
-    assert path.read_text().startswith(",".join((*m.METRICS, "validation_accuracy\n")))
-    assert m.read_metrics(path)[-1][-1] == pytest.approx(accuracy) and f"{accuracy:.2%}" in result.stdout
+    assert path.read_text().startswith(",".join((*files.METRICS, "validation_accuracy\n")))
+    assert files.read_metrics(path)[-1][-1] == pytest.approx(accuracy) and f"{accuracy:.2%}" in result.stdout
     assert train(tmp_path, *flags, "--tag", "held_out", "--validation-images", "200", "--epochs-max", "3").returncode == 0
-    assert [len(row) for row in m.read_metrics(path)] == [9] * 4
+    assert [len(row) for row in files.read_metrics(path)] == [9] * 4
 
 
 def test_a_run_from_before_a_setting_came_in_is_continued(whole, tmp_path):
@@ -180,7 +181,7 @@ def test_the_sample_is_learnt_in_seconds(tmp_path):
     result = train(tmp_path, "--train-images", "0", "--channels", "4,16,32,64", "--epochs-max", "3", "--dropout", "0.5",
                    "--learning-rate", "3e-3", "--schedule", "one_cycle")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert m.read_metrics(tmp_path / "resnet9" / "metrics.csv")[-1][5] > 0.95
+    assert files.read_metrics(tmp_path / "resnet9" / "metrics.csv")[-1][5] > 0.95
 
 
 def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(tmp_path):

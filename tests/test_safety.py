@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import files
 import mnist_resnet9 as m
 
 resource = pytest.importorskip("resource")  # POSIX
@@ -41,7 +42,7 @@ def rewrite(path, change):
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files if name != "sha256"}
     change(arrays)
-    m.save_arrays(path, **arrays, sha256=m.checksums(arrays))
+    files.save_arrays(path, **arrays, sha256=files.checksums(arrays))
 
 
 def test_a_checkpoint_has_the_same_bytes_at_any_time(state, tmp_path, monkeypatch):
@@ -85,7 +86,7 @@ def test_one_changed_number_is_found_by_its_checksum(state, tmp_path):
     with np.load(path) as file:
         arrays = dict(file)
     arrays["conv1.bias"][0] += 1
-    m.save_arrays(path, **arrays)
+    files.save_arrays(path, **arrays)
     with pytest.raises(m.UserError, match="checksums"):
         m.load_checkpoint(path, SETTINGS)
 
@@ -159,8 +160,8 @@ def limit_12k():
 
 def test_a_second_program_on_one_folder_is_refused_and_a_dead_one_holds_no_lock(tmp_path):
     assert train(tmp_path).returncode == 0
-    hold = ("import sys, pathlib, mnist_resnet9 as m\n"
-            "f = m.lock_file(pathlib.Path(sys.argv[1])); print('held', flush=True); input()")  # fmt: skip
+    hold = ("import sys, pathlib, files\n"
+            "f = files.lock_file(pathlib.Path(sys.argv[1])); print('held', flush=True); input()")  # fmt: skip
     holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "resnet9" / "lock")], cwd=m.HERE,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     holder.stdout.readline()
@@ -174,7 +175,7 @@ def test_a_second_program_on_one_folder_is_refused_and_a_dead_one_holds_no_lock(
 def test_log_and_metrics_are_mended_from_the_checkpoint(tmp_path):
     assert train(tmp_path).returncode == 0
     log, metrics = (tmp_path / "resnet9" / name for name in ("log.txt", "metrics.csv"))
-    rows = m.read_metrics(metrics)
+    rows = files.read_metrics(metrics)
     lines = [line for line in log.read_text().splitlines() if line[:5].strip() != "1"]
     log.write_text("\n".join([*lines, "    2  9.99", "    3  torn"]) + "\n")
     metrics.write_bytes(metrics.read_bytes()[:-20])
@@ -182,7 +183,7 @@ def test_log_and_metrics_are_mended_from_the_checkpoint(tmp_path):
     assert train(tmp_path).returncode == 0
     epochs = [line[:5].strip() for line in log.read_text().splitlines() if line[:5].strip().isdigit()]
     assert sorted(epochs) == ["0", "1", "2"] and "9.99" not in log.read_text()
-    assert [row[:6] for row in m.read_metrics(metrics)] == [row[:6] for row in rows]
+    assert [row[:6] for row in files.read_metrics(metrics)] == [row[:6] for row in rows]
     assert not list((tmp_path / "resnet9").glob("*.part"))
 
 
@@ -201,7 +202,7 @@ def test_a_redirect_off_https_is_refused_before_anything_is_asked_for_there():
 
     with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        opener = urllib.request.build_opener(m.HttpsOnly, urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(files.HttpsOnly, urllib.request.ProxyHandler({}))
         with pytest.raises(OSError, match="redirected to http:"):
             opener.open(f"http://127.0.0.1:{server.server_port}/start", timeout=10)
         server.shutdown()

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import files
 import mnist_resnet9 as m
 import plot_figs
 from test_run import SMALL, arrays, assert_same_run
@@ -189,7 +190,7 @@ def test_each_version_continues_the_others_checkpoint(pair):
     runs = pair(**given)
     step_both(runs, range(5))
     for run, other in zip(runs, reversed(runs)):
-        run.save(other.last)
+        run.save(other.folder.last)
     swapped = pair(**given)
     assert all(run.resumed and run.state.step == 5 for run in swapped)
     step_both(swapped, range(5, 10))
@@ -258,7 +259,7 @@ def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsy
 def test_a_tiny_training_ends_alike_on_both_sides(pool, tolerance, tmp_path):
     flags = ("--save-dir", str(tmp_path), "--pool", pool, "--train-images", "320", "--epochs-max", "3", "--tag", "x")
     assert m.main([*TINY, *flags]) == 0 and torch_main(*flags) == 0
-    one, two = (np.array(m.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("x", "torch_x"))
+    one, two = (np.array(files.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("x", "torch_x"))
     np.testing.assert_allclose(one[0, :6], two[0, :6], rtol=1e-5)  # the network before training
     np.testing.assert_allclose(one[:, [2, 4]], two[:, [2, 4]], atol=tolerance)
     assert two[-1, 2] < two[0, 2] - 0.1
@@ -270,9 +271,9 @@ def test_weights_go_both_ways_and_the_run_has_its_files(tmp_path, capsys, monkey
     assert torch_main(*flags, "--weights", tmp_path / "resnet9" / "checkpoint_last.npz") == 0
     folder = tmp_path / "torch_resnet9"
     code = {path.name for path in (folder / "code").iterdir()}
-    assert code == {"resnet9_torch.py", "mnist_resnet9.py", "plot_figs.py"}
+    assert code == {"resnet9_torch.py", "mnist_resnet9.py", "files.py", "plot_figs.py"}
     assert "PyTorch" in (folder / "log.txt").read_text()
-    ours, theirs = (m.read_metrics(path / "metrics.csv") for path in (tmp_path / "resnet9", folder))
+    ours, theirs = (files.read_metrics(path / "metrics.csv") for path in (tmp_path / "resnet9", folder))
     assert theirs[0][2:6] == pytest.approx(ours[1][2:6], rel=1e-5)  # it starts where ours ended
 
     settings, data = m.Settings(channels=(4, 16, 16, 16)), m.load_mnist("")
@@ -316,7 +317,7 @@ def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monk
 
 def test_weights_of_another_network_are_refused(tmp_path, capsys):
     params = m.init_params(m.Settings(channels=(1, 16, 16, 16)))  # NumPy would stretch one channel to four
-    m.save_arrays(tmp_path / "other.npz", **params)
+    files.save_arrays(tmp_path / "other.npz", **params)
     assert torch_main("--save-dir", tmp_path / "save", "--weights", tmp_path / "other.npz") == 2
     assert "conv1.weight has the shape (3, 3, 1, 1)" in capsys.readouterr().err
 

@@ -32,9 +32,9 @@ except ImportError as error:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mnist_resnet9 import (HERE, SHARD_IMAGES, Run, Settings, UserError, augment, dropout, init_params,
-                           main, over_shards, parse_settings, run, setting, shard_streams, thread_count,
-                           to_input)  # fmt: skip
+from files import HERE, UserError
+from mnist_resnet9 import (SCRIPTS, SHARD_IMAGES, Run, Settings, augment, dropout, init_params, main, over_shards,
+                           parse_settings, run, setting, shard_streams, thread_count, to_input)  # fmt: skip
 
 EVALUATION_BATCH = 100  # images; larger ones leave the caches and are no faster
 
@@ -213,8 +213,7 @@ def start(arguments):
     settings = parse_settings(arguments, TorchSettings)
     settings = replace(settings, tag=f"torch_{settings.tag.removeprefix('torch_')}",
                        weights=settings.weights and os.path.abspath(settings.weights))  # fmt: skip
-    scripts = (Path(__file__).resolve(), HERE / "mnist_resnet9.py", HERE / "plot_figs.py")
-    return run(settings, scripts=scripts, kind=TorchRun)
+    return run(settings, scripts=(Path(__file__).resolve(), *SCRIPTS), kind=TorchRun)
 
 if __name__ == "__main__":
     sys.exit(main(start=start))
