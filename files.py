@@ -4,6 +4,7 @@ Nothing here has to do with learning; mnist_resnet9.py reads well without it. Tw
 all of it has been checked, and a crash at any moment leaves each file as it was or as it should become.
 """
 
+import argparse
 import contextlib
 import errno
 import gzip
@@ -36,6 +37,14 @@ HERE = Path(__file__).resolve().parent
 class UserError(ValueError):
     """Something the user can put right. main() prints it as one line and ends with exit status 2."""
 
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises a UserError in place of printing its usage."""
+
+    def error(self, message):
+        if "unrecognized arguments" in message:
+            message += f"; the flags are {' '.join(a.option_strings[-1] for a in self._actions if a.option_strings)}"
+        raise UserError(message)
 
 # ── MNIST ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -381,14 +390,14 @@ class RunFolder:
                 others = {row[0]: row[len(HISTORY) :] for row in read_metrics(path)}
         rows = [[*row, *others.get(row[0], lost)] for row in history]
         if path.exists():
-            self.write(path, lambda: write_metrics(path, rows))
-        self.write(self.path / "log.txt", lambda: restore_log(self.path / "log.txt", rows))
+            self.write(path, lambda path: write_metrics(path, rows))
+        self.write(self.path / "log.txt", lambda path: restore_log(path, rows))
         return rows
 
     def write(self, path, save):
-        """Calls save(), which writes path. Returns whether it could; training goes on without it."""
+        """Calls save(path), which writes that file. Returns whether it could; training goes on without it."""
         try:
-            save()
+            save(path)
             return True
         except OSError as error:
             self.save_failed = True
@@ -401,7 +410,7 @@ class RunFolder:
         with contextlib.suppress(OSError):  # the terminal may be gone: the run goes on
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-        self.write(self.path / "log.txt", lambda: append_line(self.path / "log.txt", line))
+        self.write(self.path / "log.txt", lambda path: append_line(path, line))
 
     def close(self):
         self.lock.close()

@@ -10,7 +10,7 @@ The network has nine layers with weights. Letters: H, W rows and columns of the 
 coming in, K channels going out, F features of one image.
 
     layer          what it does                                               output (H, W, N, K)   parameters
-    conv1          3×3 convolution, relu                                      28, 28, N,  4                 40
+    conv1          3×3 convolution, relu (what is below 0 becomes 0)          28, 28, N,  4                 40
     conv2          3×3 convolution, relu                                      28, 28, N, 16                592
     conv3, conv4   residual block: relu(x + conv4(relu(conv3(x))))            28, 28, N, 16              4,640
     pool           the largest (or the mean) of each 2×2 window               14, 14, N, 16
@@ -19,7 +19,7 @@ coming in, K channels going out, F features of one image.
     conv7, conv8   residual block                                             14, 14, N, 64             73,856
     pool           the largest (or the mean) of each 2×2 window                7,  7, N, 64
     dropout        switches a random share of the features off                N, 3136
-    fc9            linear: ten logits, one a digit                            N, 10                     31,370
+    fc9            linear: ten scores (logits); the largest is the answer     N, 10                     31,370
 
 How to read it. Every operation is a pair of functions: `y, cache = op(x, …)`, and directly under it
 `op_backward(dy, cache)`. dy is the gradient of the loss with respect to y and has y's shape; the backward pass
@@ -34,6 +34,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
@@ -46,9 +47,8 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from files import (HERE, RunFolder, UserError, duration, load_mnist, log_header, log_line, read_checkpoint,
+from files import (HERE, Parser, RunFolder, UserError, duration, load_mnist, log_header, log_line, read_checkpoint,
                    save_arrays, write_checkpoint, write_metrics)  # fmt: skip
-
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -59,19 +59,17 @@ def setting(default, help, between=None, choices=None):
 @dataclass(frozen=True)
 class Settings:
     """What defines a run. Edit the defaults here, or give them as flags: epochs_max is --epochs-max."""
-
     tag: str = setting("resnet9", "name of the run; its files go to save/<tag>/")
     seed: int = setting(0, "start of all random numbers: the same seed gives the same run", between=(0, 2**63 - 1))
     device: str = setting("auto", "auto takes the GPU when CuPy can use it", choices=("auto", "cpu", "gpu"))
     data_dir: str = setting("data", "folder with the four MNIST idx files; they are downloaded there if missing")
     save_dir: str = setting("save", "folder that holds one folder for each run")
     train_images: int = setting(0, "use only the first so many training images; 0 = all", between=(0, 10**9))
-    validation_images: int = setting(0, "hold out so many of these, the last ones, to choose settings with",
-                                     between=(0, 10**9))  # fmt: skip
+    validation_images: int = setting(0, "hold out so many, the last ones, to choose settings", between=(0, 10**9))
     epochs_max: int = setting(200, "passes over the training images", between=(1, 10**6))
-    batch_size: int = setting(64, "images a step: small for many updates, large for fast GEMM", between=(1, 10**6))
+    batch_size: int = setting(64, "images a step: small for many updates, large for fast matrix products", between=(1, 10**6))
     learning_rate: float = setting(1e-4, "step size of the optimizer; the peak of one_cycle", between=(0, 1000))
-    optimizer: str = setting("adam", "adam divides each step by the gradient's usual size", choices=("sgd", "adam"))
+    optimizer: str = setting("adam", "sgd steps down the gradient, adam divides by its usual size", choices=("sgd", "adam"))
     momentum: float = setting(0.9, "how much of its last step sgd keeps", between=(0, 0.9999))
     beta2: float = setting(0.999, "how much of its mean squared gradient adam keeps a step", between=(0, 0.999999))
     weight_decay: float = setting(0.0, "share taken off each weight, times the learning rate", between=(0, 1000))
@@ -80,9 +78,8 @@ class Settings:
     dropout: float = setting(0.9, "share of the features that a training step switches off", between=(0, 0.9999))
     pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
     channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
-    augment: float = setting(0.0, "random affine distortions: 1 = ±12° and ±2 pixels, 0 = off", between=(0, 10))
-    ema: float = setting(0.0, "evaluate with a running mean of the weights that keeps this share a step; 0 = off",
-                         between=(0, 0.999999))  # fmt: skip
+    augment: float = setting(0.0, "random turn, scale, shear and shift: 1 = ±12°, ±2 pixels; 0 = off", between=(0, 10))
+    ema: float = setting(0.0, "share kept a step by the mean of the weights to evaluate with; 0 = off", between=(0, 0.999999))
     threads: int = setting(0, "worker threads on the CPU, without influence on the result; 0 = one a core", between=(0, 256))
 
     def __post_init__(self):
@@ -110,14 +107,6 @@ RECIPES = {
 # These say where and how a run is computed, not what is computed: they may differ when it is continued.
 NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message):
-        if "unrecognized arguments" in message:
-            message += f"; the flags are {' '.join(a.option_strings[-1] for a in self._actions if a.option_strings)}"
-        raise UserError(message)
-
 def whole_numbers(text):
     """'4,16,32,64' → (4, 16, 32, 64)."""
     return tuple(int(part) for part in text.split(","))
@@ -138,9 +127,7 @@ def parse_settings(arguments=None, kind=Settings, **preset):
         given[name] = str(Path(given[name]).absolute())
     return kind(**{**preset, **recipe, **given})
 
-
 # ── Array module ──────────────────────────────────────────────────────────────────────────────────────────────────
-#
 # xp is NumPy or CuPy; both have the same functions, so the network is written once for CPU and GPU.
 
 xp = np
@@ -153,11 +140,10 @@ def use_device(device):
         return "CPU"
     try:
         import cupy
-
         if not cupy.is_available():
             raise RuntimeError("CuPy finds no CUDA device")
         a = cupy.arange(6, dtype=cupy.float32).reshape(2, 3)
-        if float((a @ a.T + cupy.exp(-a).sum()).sum()) <= 0:  # a kernel, a GEMM and a reduction, compiled and run
+        if float((a @ a.T + cupy.exp(-a).sum()).sum()) <= 0:  # elementwise, matrix product (GEMM), sum
             raise RuntimeError("a first computation on the GPU gave a wrong result")
         xp = cupy
         return f"GPU, {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
@@ -171,14 +157,13 @@ def to_host(a):
     """A NumPy array with the contents of a."""
     return a if isinstance(a, np.ndarray) else a.get()
 
-
 # ── Threads ───────────────────────────────────────────────────────────────────────────────────────────────────────
-#
-# The network has no batch normalisation, so a batch's gradient is exactly the sum of its images' gradients: a batch
-# is cut into shards, each core takes shards, and the results are added in the order of the shards. The size of a
-# shard is fixed, so the result has the same bits on one core or sixteen. NumPy releases Python's lock while it works.
+# Nothing in the network mixes images (no batch normalisation), so a batch's gradient is the sum of its images': a batch
+# is cut into shards, each core takes shards, and the results are added in the order of the shards. The size of a shard
+# is fixed, so the result has the same bits on one core or sixteen. While it works, NumPy releases Python's lock (GIL).
 
 SHARD_IMAGES = 16  # small enough for the caches, large enough that a NumPy call outweighs handing the lock over
+PREDICT_SHARD_IMAGES = 64  # there are many images to predict, so shards may be larger: fewer NumPy calls, less waiting
 
 @functools.lru_cache(maxsize=1)
 def worker_pool(threads):
@@ -188,45 +173,36 @@ def worker_pool(threads):
 
 @functools.lru_cache(maxsize=1)
 def prepare_process():
-    """One BLAS thread a worker (BLAS threads of their own would fight the workers), and no page faults.
-
+    """One thread a worker in BLAS, NumPy's matrix products (more would fight the workers), and no page faults.
     malloc gives large arrays back to the system and asks for them again, and each new page costs a fault: thousands
-    a step. With these two limits raised it reuses them. Other C libraries than glibc are left as they are.
-    """
+    a step. With these two limits raised it reuses them. Other C libraries than glibc are left as they are."""
     blas = ctypes.CDLL(sys.modules["numpy.linalg._umath_linalg"].__file__)  # finds the BLAS that NumPy is linked to
     for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads"):
         if hasattr(blas, name):
             getattr(blas, name)(1)
-            break
     if platform.libc_ver()[0] == "glibc":
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-        for limit, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**26)):
+        for limit, size in ((-3, 2**25), (-1, 2**30), (-2, 2**26)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL(None).mallopt(limit, size)
 
 def thread_count(settings):
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return settings.threads or cores
+    return settings.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 def over_shards(work, N, size, threads):
     """[work(shard, i) for the i-th slice of `size` images], on several threads; on a GPU all images are one shard."""
     if xp is not np:
         return [work(slice(0, N), 0)]
+    prepare_process()
     shards = [slice(start, min(start + size, N)) for start in range(0, N, size)]
-    if threads == 1 or len(shards) == 1:
-        prepare_process()
-        return [work(shard, i) for i, shard in enumerate(shards)]
-    return list(worker_pool(threads).map(work, shards, range(len(shards))))
-
+    apply = map if threads == 1 or len(shards) == 1 else worker_pool(threads).map
+    return list(apply(work, shards, range(len(shards))))
 
 # ── Random numbers ────────────────────────────────────────────────────────────────────────────────────────────────
 
 ORDER, STEP, INIT = 1, 2, 3  # what random numbers are for; each purpose has a stream of its own
 
 def random_stream(seed, purpose, epoch=0, step=0):
-    """A generator that is a function of its arguments alone (Philox counts, it remembers nothing).
-
-    So a run that is continued needs no saved state of a generator, and draws exactly what it would have drawn.
-    """
+    """A generator that is a function of its arguments alone (Philox scrambles key and counter, and remembers nothing).
+    So a run that is continued needs no saved state of a generator, and draws exactly what it would have drawn."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
 
 def shard_streams(rng, count):
@@ -236,9 +212,7 @@ def shard_streams(rng, count):
         return [xp.random.Generator(xp.random.Philox4x3210(int(keys[0])))]
     return [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
-
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-#
 # files.py finds, downloads and checks MNIST: load_mnist() gives 60,000 images to train on and 10,000 to test with.
 
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0…1
@@ -250,10 +224,8 @@ def to_input(images, dtype):
 
 def augment(images, strength, rng):
     """Each image turned, scaled, sheared and shifted at random: (N, 28, 28) → (N, 28, 28) float32, pixels 0…255.
-
     Every pixel of the result looks up where it came from: source = A (pixel − centre) + centre + shift, and takes
-    the mean of the four pixels around that point, weighted by nearness (bilinear). Outside the image all is 0.
-    """
+    the mean of the four pixels around that point, weighted by nearness (bilinear). Outside the image all is 0."""
     N, H, W = images.shape
     r = strength * (2 * rng.random((6, N), dtype=xp.float32) - 1)  # (6, N) uniform in ±strength
     turn, shear = math.radians(12) * r[0], 0.15 * r[1]
@@ -275,19 +247,18 @@ def augment(images, strength, rng):
     lower = pixels[at + W + 3] * (1 - right) + pixels[at + W + 4] * right
     return (upper * (1 - down) + lower * down).reshape(N, H, W)
 
-
 # ── Operations ────────────────────────────────────────────────────────────────────────────────────────────────────
-#
 # Each comes with its backward pass directly underneath. The chain rule is the only rule: from dy, the gradient of
 # the loss with respect to y, follows dx = dy · ∂y/∂x. Where x goes into y in several ways, its gradients add.
 
 def relu(x, out=None):
     """y = max(x, 0), element by element; out is where to write y, x itself if nobody needs it any more."""
     mask = x > 0
-    return xp.multiply(x, mask, out=out), mask  # cache: one bit a number is all that the backward pass needs
+    return xp.multiply(x, mask, out=out), mask  # cache: where x > 0; the slope needs no more
 
 def relu_backward(dy, mask):
-    return dy * mask  # the slope is 1 where x > 0, and 0 elsewhere
+    """dx = dy where x > 0, and 0 elsewhere: the slope is 1 or 0."""
+    return dy * mask
 
 def softmax(x):
     """probs = exp(x) / Σ exp(x), row by row: (N, K) numbers → (N, K) probabilities."""
@@ -296,33 +267,32 @@ def softmax(x):
     return probs, probs
 
 def softmax_backward(dprobs, probs):
-    # ∂probs_i/∂x_j = probs_i (1[i=j] − probs_j), so dx = probs · (dprobs − Σ dprobs · probs)
+    """From ∂probs_i/∂x_j = probs_i (1[i=j] − probs_j): dx = probs · (dprobs − Σ dprobs · probs)."""
     return probs * (dprobs - (dprobs * probs).sum(axis=1, keepdims=True))
 
 def cross_entropy(probs, labels):
-    """loss = −mean log probs[label]: 0 when the right class has probability 1."""
+    """loss = −mean log probs[n, labels[n]]: probs (N, K), labels (N,) → a number; 0 when all are right and sure."""
     N = len(labels)
     return -xp.log(probs[xp.arange(N), labels]).mean(), (probs, labels)
 
 def cross_entropy_backward(dloss, cache):
+    """dprobs = −dloss / (N · probs) at the label, 0 elsewhere."""
     probs, labels = cache
     rows = xp.arange(len(labels))
     dprobs = xp.zeros_like(probs)
-    dprobs[rows, labels] = -dloss / (len(labels) * probs[rows, labels])  # 1/N enters here, from the mean
+    dprobs[rows, labels] = -dloss / (len(labels) * probs[rows, labels])  # 1/N comes from the mean
     return dprobs
 
 def cross_entropy_loss(logits, labels):
     """Softmax and cross-entropy in one: loss = mean (log Σ exp(logits) − logits[label]). What the training uses.
-
-    Working with logarithms throughout, it stays exact where a probability is too small for a float.
-    """
+    Working with logarithms throughout, it stays exact where a probability is too small for a float."""
     shifted = logits - logits.max(axis=1, keepdims=True)  # (N, K)
     log_sum = xp.log(xp.exp(shifted).sum(axis=1))  # (N,)
     loss = (log_sum - shifted[xp.arange(len(labels)), labels]).mean()
     return loss, (shifted - log_sum[:, None], labels)  # cache: the logarithms of the probabilities
 
 def cross_entropy_loss_backward(dloss, cache):
-    # d(log Σ exp)/dlogits = probs and d(logits[label])/dlogits = onehot, so dlogits = (probs − onehot) / N
+    """From d(log Σ exp)/dlogits = probs and d(logits[label])/dlogits = onehot: dlogits = (probs − onehot) dloss / N."""
     log_probs, labels = cache
     dlogits = xp.exp(log_probs)
     dlogits[xp.arange(len(labels)), labels] -= 1
@@ -330,22 +300,22 @@ def cross_entropy_loss_backward(dloss, cache):
 
 def dropout(x, rate, rng):
     """Switches each feature off with probability `rate`; the others grow by 1/(1 − rate), so the expectation stays.
-
-    Without rng (evaluation) y = x. Srivastava et al. 2014, in its inverted form.
-    """
+    Without rng (evaluation) y = x. Srivastava et al. 2014, in its inverted form."""
     if rng is None or rate == 0:
         return x, None
     mask = (rng.random(x.shape, dtype=xp.float32) >= rate) * x.dtype.type(1 / (1 - rate))
     return x * mask, mask  # cache: which features were on, and their factor
 
 def dropout_backward(dy, mask):
-    return dy if mask is None else dy * mask  # y = x · mask
+    """From y = x · mask: dx = dy · mask."""
+    return dy if mask is None else dy * mask
 
 def linear(x, w, b):
     """y = x @ w + b: (N, F) @ (F, K) + (K,)."""
     return x @ w + b, (x, w)  # cache: each factor is the other one's slope
 
 def linear_backward(dy, cache):
+    """From y = x @ w + b: dx = dy wᵀ, dw = xᵀ dy, db = Σ dy."""
     x, w = cache
     dx = dy @ w.T  # (N, F)
     dw = x.T @ dy  # (F, K), the sum over the images
@@ -373,16 +343,15 @@ def avg_pool2d(x, size=2):
     return windows(x, size).mean(axis=(1, 3)), (x.shape, size)
 
 def avg_pool2d_backward(dy, cache):
-    shape, size = cache  # every pixel of a window has the slope 1/size²
+    """dx = dy / size²: every pixel of a window has that slope."""
+    shape, size = cache  # a mean is linear, so no value of x was kept
     share = xp.broadcast_to((dy / size**2)[:, None, :, None], (dy.shape[0], size, dy.shape[1], size, *dy.shape[2:]))
     return from_windows(share, shape)
 
 def max_pool2d(x, size=2):
     """y = maximum of each size×size window: (H, W, N, C) → (H/size, W/size, N, C).
-
     The cache is a mask of every position that equals the maximum, ties included. Pixels whose surroundings are
-    equal (background) tie, but their values were summed up in different orders: equal means up to that rounding.
-    """
+    equal (background) tie, but their values were summed up in different orders: equal means up to that rounding."""
     v = windows(x, size)
     y = functools.reduce(xp.maximum, (v[:, i, :, j] for i in range(size) for j in range(size)))
     rounding = 1e-5 if x.dtype == xp.float32 else 1e-12
@@ -390,20 +359,20 @@ def max_pool2d(x, size=2):
     return y, (mask, x.shape)
 
 def max_pool2d_backward(dy, cache):
+    """dx = dy at every maximum of the window, and 0 elsewhere."""
     mask, shape = cache
-    return from_windows(dy[:, None, :, None] * mask, shape)  # the gradient goes to every maximum, and nowhere else
+    return from_windows(dy[:, None, :, None] * mask, shape)
 
 # A convolution slides a k×k kernel over the image: y[h, w] = b + Σ x[h+i−r, w+j−r] @ w[i, j] over i, j = 0 … k−1,
 # with r = (k−1)/2 and zeros beyond the border ("same" padding: y is as large as x). x is (H, W, N, C), w is
-# (k, k, C, K), y is (H, W, N, K). Two ways to compute it follow: the first explains, the second is fast.
+# (k, k, C, K), y is (H, W, N, K). From that, dw[i, j] = Σ x[h+i−r, w+j−r]ᵀ dy[h, w], db = Σ dy and
+# dx[h, w] = Σ dy[h−i+r, w−j+r] @ w[i, j]ᵀ. Of the two ways below the first, im2col, explains, the second is fast.
 
 def conv2d(x, w, b):
-    """y = x * w + b, (H, W, N, C) → (H, W, N, K), any odd k, stride 1. It takes the faster of the two ways."""
-    if is_fast(w):
-        y, cache = conv2d_winograd(x, w, b)
-        return y, (conv2d_winograd_backward, cache)
-    y, cache = conv2d_im2col(x, w, b)
-    return y, (conv2d_im2col_backward, cache)
+    """y = conv(x, w) + b, (H, W, N, C) → (H, W, N, K), any odd k, stride 1 (the kernel moves a pixel at a time)."""
+    way, back = (conv2d_winograd, conv2d_winograd_backward) if is_fast(w) else (conv2d_im2col, conv2d_im2col_backward)
+    y, cache = way(x, w, b)
+    return y, (back, cache)
 
 def conv2d_backward(dy, cache, need_dx=True):
     """dx, dw, db; the first layer of a network does without dx, since images are not learnt."""
@@ -412,18 +381,15 @@ def conv2d_backward(dy, cache, need_dx=True):
 
 def conv2d_im2col(x, w, b):
     """The convolution as one matrix product: every pixel's k×k surroundings become a column ("image to columns").
-
-    The bias is the weight of one more input that is always 1, so the product adds it too.
-    """
+    The bias is the weight of one more input that is always 1, so the product adds it too."""
     (H, W, N, C), (k, _, _, K) = x.shape, w.shape
     r = k // 2
     padded = xp.zeros((C, H + 2 * r, W + 2 * r, N), x.dtype)
     padded[:, r : r + H, r : r + W] = x.transpose(3, 0, 1, 2)
     cols = xp.ones((k * k * C + 1, H * W * N), x.dtype)  # the last row stays 1
     taps = cols[:-1].reshape(k, k, C, H, W, N)
-    for i in range(k):
-        for j in range(k):
-            taps[i, j] = padded[:, i : i + H, j : j + W]  # the image, seen from tap (i, j) of the kernel
+    for i, j in np.ndindex(k, k):
+        taps[i, j] = padded[:, i : i + H, j : j + W]  # the image, seen from tap (i, j) of the kernel
     wb = xp.concatenate([w.reshape(k * k * C, K), b[None]])  # (k·k·C + 1, K)
     y = cols.T @ wb  # (H·W·N, K)
     return y.reshape(H, W, N, K), (cols, w, x.shape)  # cache: as in linear, each factor is the other one's slope
@@ -439,19 +405,17 @@ def conv2d_im2col_backward(dy, cache, need_dx=True):
         return None, dw, db
     dcols = (w.reshape(k * k * C, K) @ dy.T).reshape(k, k, C, H, W, N)
     dpadded = xp.zeros((C, H + 2 * r, W + 2 * r, N), dy.dtype)
-    for i in range(k):
-        for j in range(k):
-            dpadded[:, i : i + H, j : j + W] += dcols[i, j]  # a pixel was in k² columns, so k² gradients add
+    for i, j in np.ndindex(k, k):
+        dpadded[:, i : i + H, j : j + W] += dcols[i, j]  # a pixel was in k² columns, so k² gradients add
     return dpadded[:, r : r + H, r : r + W].transpose(1, 2, 3, 0), dw, db
 
-# The fast way (Winograd; Lavin and Gray 2016, arXiv:1509.09308). Take the pixels of a row as coefficients of one
-# polynomial and the kernel's three taps as those of another. Convolution is multiplying polynomials, and a product
-# of polynomials is known when its values at enough points are known: evaluate both at n = m+2 points, multiply the
-# values, interpolate. That costs n multiplications for m outputs instead of 3m; in two dimensions n² for m² instead
-# of 9m², with m = 7 between a fifth and a sixth. So a row is cut into T tiles of m outputs, each made from n pixels (tiles
-# overlap by 2). Cutting, evaluating and interpolating are linear in the row, so they are matrices: y = Q (P x ⊙ G w).
-# An image has rows and columns, so each matrix is applied from both sides: P x Pᵀ, G w Gᵀ, Q (…) Qᵀ. Being linear in
-# x and in w, the backward pass is the same with transposed matrices.
+# The fast way (Winograd; Lavin and Gray 2016, arXiv:1509.09308). Two polynomials are multiplied by evaluating both at
+# enough points, multiplying the values, and interpolating: g·d = Bᵀ (G g ⊙ Aᵀ d), with the coefficients as vectors.
+# For a fixed kernel g this is a matrix times d; its transpose slides g over a row, and that is our convolution:
+# y = A (G g ⊙ B x). m outputs cost n = m+2 multiplications, not 3m; in two dimensions n² for m², not 9m²: with m = 7
+# between a fifth and a sixth. A row is cut into tiles of m outputs, each made from n pixels (neighbours share 2). P
+# and Q are B and A for a strip of T tiles. An image has rows and columns, so each matrix is applied from both sides:
+# P x Pᵀ, G w Gᵀ, Q (…) Qᵀ. All is linear in x and in w, so the backward pass is the same with transposed matrices.
 
 POINTS = (1, -1, 1 / 4, -1 / 4, 2 / 3, -2 / 3, 2, -2)  # in pairs around 1: a third of the usual points' rounding errors
 n = len(POINTS) + 1  # values for each tile; the last point is infinity
@@ -461,7 +425,7 @@ WINOGRAD_MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multi
 
 @functools.lru_cache(maxsize=None)
 def winograd_tile(dtype, _xp):
-    """A (m, n), B (n, n) and G (n, 3) for one tile: y = A (B x ⊙ G w), Cook and Toom's construction."""
+    """A (m, n) and B (n, n) of a tile, and G from both sides (n·n, 9), after Cook and Toom. _xp only keys the cache."""
     points = np.array(POINTS)
     A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))
     for j, p in enumerate(points):
@@ -471,7 +435,7 @@ def winograd_tile(dtype, _xp):
         G[j] = p ** np.arange(3) / np.prod(p - others)
     A[m - 1, n - 1] = G[n - 1, 2] = 1  # infinity reads the highest coefficient
     B[n - 1] = np.poly(points)[::-1]
-    return A, B, xp.asarray(np.einsum("ia,jb->jiab", G, G).reshape(n * n, 9), dtype)  # G from both sides
+    return A, B, xp.asarray(np.einsum("ia,jb->jiab", G, G).reshape(n * n, 9), dtype)
 
 @functools.lru_cache(maxsize=None)
 def winograd_strips(L, dtype, _xp):
@@ -488,17 +452,12 @@ def winograd_strips(L, dtype, _xp):
         first, stop, end = max(start - 1, 0), min(start + T * m + 1, L), min(start + T * m, L)  # without the padding
         reads.append((slice(first, stop), xp.asarray(P[:, first - start + 1 : stop - start + 1], dtype)))
         makes.append((slice(start, end), xp.asarray(Q[: end - start], dtype)))
-    return reads, makes
-
-def transposed(strips):
-    return [(pixels, M.T) for pixels, M in strips]
+    return reads, makes, *([(pixels, M.T) for pixels, M in strips] for strips in (reads, makes))
 
 def spaced(*shape, dtype):
     """An empty array whose last axis has a gap of 64 bytes after it.
-
     Lengths are often powers of two, and addresses a multiple of 4,096 bytes apart compete for the same few places in
-    the cache: without the gaps, a matrix product over such rows takes up to half as long again.
-    """
+    the cache: without the gaps, a matrix product over such rows takes up to half as long again."""
     *outer, last = shape
     return xp.empty((*outer, last + 64 // dtype.itemsize), dtype)[..., :last]
 
@@ -540,8 +499,7 @@ def is_fast(w):
     return len(w.shape) == 4 and w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS
 
 class WinogradKernel:
-    """The values U of a kernel w (3, 3, C, K) at the points. Needed as often as there are shards, but computed once."""
-
+    """U = G w Gᵀ (n, n, C, K) of a kernel w (3, 3, C, K), and its transpose UT: once a step, not once a shard."""
     def __init__(self, w):
         (_, _, C, K), GG = w.shape, winograd_tile(w.dtype, xp)[2]
         self.shape, U, UT = w.shape, spaced(n * n, C * K, dtype=w.dtype), spaced(n * n, K * C, dtype=w.dtype)
@@ -551,7 +509,7 @@ class WinogradKernel:
 def conv2d_winograd(x, w, b):
     """The same convolution for k = 3, with (m+2)² instead of 9m² multiplications for every m×m outputs."""
     H, W, N, C = x.shape
-    (P, Q), (P2, Q2) = winograd_strips(H, x.dtype, xp), winograd_strips(W, x.dtype, xp)
+    (P, Q, *_), (P2, Q2, *_) = winograd_strips(H, x.dtype, xp), winograd_strips(W, x.dtype, xp)
     w = w if isinstance(w, WinogradKernel) else WinogradKernel(w)
     X = to_points(P, x, P2)  # (strips, strips, n, n, T·S·N, C)
     M = X @ w.U  # (strips, strips, n, n, T·S·N, K): at each pair of points, a matrix product over the channels
@@ -560,29 +518,27 @@ def conv2d_winograd(x, w, b):
 
 def conv2d_winograd_backward(dy, cache, need_dx=True):
     X, w, (H, W, N, C) = cache
-    (P, Q), (P2, Q2) = winograd_strips(H, dy.dtype, xp), winograd_strips(W, dy.dtype, xp)
-    dM = to_points(transposed(Q), dy, transposed(Q2))
+    (*_, PT, QT), (*_, PT2, QT2) = winograd_strips(H, dy.dtype, xp), winograd_strips(W, dy.dtype, xp)
+    dM = to_points(QT, dy, QT2)
     db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
-    dU = functools.reduce(xp.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, n, n, *w.shape[2:]))  # (n, n, C, K), from M = X @ U
+    dU = functools.reduce(xp.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, n, n, *w.shape[2:]))  # from M = X @ U
     dw = (winograd_tile(dy.dtype, xp)[2].T @ dU.reshape(n * n, -1)).reshape(w.shape)
     if not need_dx:
         return None, dw, db
     dX = dM @ w.UT  # (strips, strips, n, n, T·S·N, C)
-    return from_points(transposed(P), dX, transposed(P2), N), dw, db
-
+    return from_points(PT, dX, PT2, N), dw, db
 
 # ── Blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def conv_block(x, w, b):
-    """relu(x * w + b)."""
+    """y = relu(conv(x, w) + b), (H, W, N, C) → (H, W, N, K)."""
     h, conv = conv2d(x, w, b)
     y, act = relu(h, out=h)
     return y, (conv, act)
 
 def conv_block_backward(dy, cache, need_dx=True):
     conv, act = cache
-    dh = relu_backward(dy, act)
-    return conv2d_backward(dh, conv, need_dx)  # dx, dw, db
+    return conv2d_backward(relu_backward(dy, act), conv, need_dx)  # dx, dw, db
 
 def residual_block(x, w1, b1, w2, b2):
     """relu(x + conv(relu(conv(x)))): two convolutions learn what to add to x. He et al. 2015, arXiv:1512.03385."""
@@ -600,14 +556,11 @@ def residual_block_backward(dy, cache):
     dh += dsum
     return dh, dw1, db1, dw2, db2  # x forked: the straight way and the way through the block add
 
-
 # ── The network ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 class Parameters(dict):
-    """name → array, each a view of one flat vector: `.flat`. So an update of all parameters is a few array operations."""
-
+    """name → array, each a view of one flat vector: `.flat`. So an update of all of them is a few array operations."""
     def __init__(self, arrays):
-        super().__init__()
         self.flat = xp.concatenate([a.reshape(-1) for a in arrays.values()])
         start = 0
         for name, a in arrays.items():
@@ -615,16 +568,14 @@ class Parameters(dict):
             start += a.size
 
 def init_params(settings, dtype=np.float32):
-    """He initialisation: normal with variance 2 / (inputs of one output), so relu keeps the size of the signal.
+    """Normal with variance 2 / (inputs of one output), so relu keeps the size of the signal: arXiv:1502.01852.
 
-    A residual block adds its branch to its input, so the branch starts small (its second convolution at half size);
-    fc9 starts small too, so the first probabilities are near 1/10 and the first loss is near ln 10. Biases start a
-    little above 0: where a background has switched off all inputs of a relu, 0 would be its kink, without a slope.
-    """
+    A residual block adds its branch to its input, so the branch starts small (its second convolution at half size); fc9
+    starts small too, so the first probabilities are near 1/10 and the first loss is near −ln(1/10). Biases start a
+    little above 0: where a background has switched off all inputs of a relu, 0 would be its kink, without a slope."""
     rng = random_stream(settings.seed, INIT)
     c1, c2, c3, c4 = settings.channels
-    arrays = {}
-    shapes = [(1, c1), (c1, c2), (c2, c2), (c2, c2), (c2, c3), (c3, c4), (c4, c4), (c4, c4)]
+    arrays, shapes = {}, [(1, c1), (c1, c2), (c2, c2), (c2, c2), (c2, c3), (c3, c4), (c4, c4), (c4, c4)]
     for i, (C, K) in enumerate(shapes, start=1):
         scale = 0.5 if i in (4, 8) else 1
         arrays[f"conv{i}.weight"] = rng.standard_normal((3, 3, C, K)) * scale * math.sqrt(2 / (9 * C))
@@ -646,34 +597,29 @@ def forward(params, x, settings, rng=None):
     h, conv6 = conv_block(h, p["conv6.weight"], p["conv6.bias"])  # (14, 14, N, 64)
     h, res78 = residual_block(h, p["conv7.weight"], p["conv7.bias"], p["conv8.weight"], p["conv8.bias"])
     h, pool8 = pool2d(h)  # (7, 7, N, 64)
-    shape = h.transpose(2, 0, 1, 3).shape  # (N, 7, 7, 64)
-    features = h.transpose(2, 0, 1, 3).reshape(len(x[0, 0]), -1)  # (N, 3136)
-    features, drop = dropout(features, settings.dropout, rng)
+    h = h.transpose(2, 0, 1, 3)  # (N, 7, 7, 64)
+    features, drop = dropout(h.reshape(len(h), -1), settings.dropout, rng)  # (N, 3136)
     logits, fc9 = linear(features, p["fc9.weight"], p["fc9.bias"])  # (N, 10)
-    return logits, (conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, shape, drop, fc9)
+    return logits, (conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, h.shape, drop, fc9)
 
 def backward(dlogits, caches, settings):
     """dlogits (N, 10) → the gradient of every parameter. Read it beside forward: the same lines from bottom to top."""
     d, (_, pool2d_backward) = {}, POOLS[settings.pool]
     conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, shape, drop, fc9 = caches
     dfeatures, d["fc9.weight"], d["fc9.bias"] = linear_backward(dlogits, fc9)
-    dfeatures = dropout_backward(dfeatures, drop)
-    dh = dfeatures.reshape(shape).transpose(1, 2, 0, 3)  # (7, 7, N, 64)
+    dh = dropout_backward(dfeatures, drop).reshape(shape).transpose(1, 2, 0, 3)  # (7, 7, N, 64)
     dh = pool2d_backward(dh, pool8)
-    dh, *d78 = residual_block_backward(dh, res78)
-    d["conv7.weight"], d["conv7.bias"], d["conv8.weight"], d["conv8.bias"] = d78
+    dh, d["conv7.weight"], d["conv7.bias"], d["conv8.weight"], d["conv8.bias"] = residual_block_backward(dh, res78)
     dh, d["conv6.weight"], d["conv6.bias"] = conv_block_backward(dh, conv6)
     dh, d["conv5.weight"], d["conv5.bias"] = conv_block_backward(dh, conv5)
     dh = pool2d_backward(dh, pool4)
-    dh, *d34 = residual_block_backward(dh, res34)
-    d["conv3.weight"], d["conv3.bias"], d["conv4.weight"], d["conv4.bias"] = d34
+    dh, d["conv3.weight"], d["conv3.bias"], d["conv4.weight"], d["conv4.bias"] = residual_block_backward(dh, res34)
     dh, d["conv2.weight"], d["conv2.bias"] = conv_block_backward(dh, conv2)
     _, d["conv1.weight"], d["conv1.bias"] = conv_block_backward(dh, conv1, need_dx=False)
     return d
 
 class Network(NamedTuple):
     """What the training needs to know of a network."""
-
     init_params: Callable  # (settings, dtype) → Parameters
     forward: Callable  # (params, x, settings, rng) → logits, caches
     backward: Callable  # (dlogits, caches, settings) → {name: gradient}
@@ -686,9 +632,7 @@ def transformed(params):
 
 def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
     """(mean loss, {name: gradient}) of a batch: images (N, 28, 28) pixels 0…255, labels (N,) digits.
-
-    rng (any NumPy generator) turns dropout and augmentation on. All is in the dtype of params.
-    """
+    rng (any NumPy generator) turns dropout and augmentation on. All is in the dtype of params."""
     N, dtype = len(images), next(iter(params.values())).dtype
     streams = [None] * N if rng is None else shard_streams(rng, -(-N // SHARD_IMAGES))
     kernels = transformed(params)
@@ -711,13 +655,12 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
 
 def predict(params, images, settings=Settings(), network=RESNET9):
     """images (N, 28, 28), pixels 0…255 → logits (N, 10), without dropout, in the dtype of params."""
-    kernels = transformed(params)
+    kernels, dtype = transformed(params), next(iter(params.values())).dtype
 
     def work(shard, _):
-        return network.forward(kernels, to_input(images[shard], next(iter(params.values())).dtype), settings)[0]
+        return network.forward(kernels, to_input(images[shard], dtype), settings)[0]
 
-    return xp.concatenate(over_shards(work, len(images), SHARD_IMAGES, thread_count(settings)))
-
+    return xp.concatenate(over_shards(work, len(images), PREDICT_SHARD_IMAGES, thread_count(settings)))
 
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -738,9 +681,7 @@ def sgd(w, dw, moments, rate, momentum):
 
 def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
     """w ← w − rate · m / (√v + eps), where m and v are running means of dw and dw². Kingma and Ba 2015, arXiv:1412.6980.
-
-    Both start at 0; dividing by 1 − beta^t makes up for that.
-    """
+    Both start at 0; dividing by 1 − beta^t makes up for that."""
     m, v = moments
     m += (1 - beta1) * (dw - m)
     v += (1 - beta2) * (dw * dw - v)
@@ -750,7 +691,6 @@ def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
 @dataclass
 class State:
     """All that training changes: what a checkpoint holds."""
-
     params: Parameters
     moments: Any  # (1 or 2, parameters): what the optimizer remembers
     ema: Any  # running mean of the parameters, or None
@@ -761,9 +701,6 @@ class State:
         """name → array of all that a checkpoint holds in numbers of the parameters' kind."""
         ema = {f"ema.{name}": a for name, a in (self.ema or {}).items()}
         return {**self.params, **ema, "moments": self.moments}
-
-    def arrays(self):
-        return {name: to_host(a) for name, a in self.views().items()}
 
     def is_finite(self):
         return all(bool(xp.isfinite(a).all()) for a in self.views().values())
@@ -794,7 +731,6 @@ def update(state, gradients, settings, rate):
         state.ema.flat += (1 - keep) * (w - state.ema.flat)
     state.step += 1
 
-
 # ── Evaluation, log, checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
 TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first so many, without dropout
@@ -811,24 +747,23 @@ def save_checkpoint(path, state, settings, previous=None):
     if not state.is_finite():
         raise UserError(f"the parameters are no longer finite at step {state.step}; {path.name} stays as it was")
     experiment = {name: value for name, value in asdict(settings).items() if name not in ("tag", *NOT_THE_EXPERIMENT)}
-    write_checkpoint(path, state.arrays(), state.step, state.history, experiment, previous)
+    arrays = {name: to_host(a) for name, a in state.views().items()}
+    write_checkpoint(path, arrays, state.step, state.history, experiment, previous)
 
 def load_checkpoint(path, settings, network=RESNET9):
     """The State that save_checkpoint wrote. UserError if the file is damaged or of another network."""
     state = init_state(settings, network)
     like = {"pool": settings.pool, "optimizer": settings.optimizer}  # the arrays' shapes show the other settings
-    arrays, state.step, state.history = read_checkpoint(path, state.arrays(), like)
+    arrays, state.step, state.history = read_checkpoint(path, state.views(), like)
     for name, a in state.views().items():
         if name in arrays or name != "moments":  # a run that was made small has only the weights: they are their mean
             a[...] = xp.asarray(arrays[name if name in arrays else name.removeprefix("ema.")])
     return state
 
-
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 class Run:
     """One training run: its data, its folder and its state, as new or as the last checkpoint left it."""
-
     use_device = staticmethod(use_device)
 
     def __init__(self, settings, network, data, device, scripts):
@@ -838,11 +773,15 @@ class Run:
         if held_out >= count:
             raise UserError(f"validation_images is {held_out}, but should leave some of the {count} images to train on")
         self.settings, self.network = settings, network
-        self.folder = open_folder(settings, data, device, scripts)
+        config = {
+            "settings": asdict(settings) | {"channels": list(settings.channels)},
+            "data": {"name": data.name, "sha256": data.hashes}, "device": device,
+            "versions": {"python": platform.python_version(), "numpy": np.__version__, xp.__name__: xp.__version__}}
+        free = set(NOT_THE_EXPERIMENT) - (set() if settings.schedule == "constant" else {"epochs_max"})
+        self.folder = RunFolder(HERE / settings.save_dir / settings.tag, config, free, asdict(Settings()), scripts)
         state = self.folder.restore(lambda path: load_checkpoint(path, settings, network))
         self.resumed, self.state = state is not None, state or init_state(settings, network)
         self.metrics = self.folder.restore_metrics(self.state.history, lost=[math.nan] * (2 + bool(held_out)))
-
         images, labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
         count -= held_out
         self.images, self.labels = images[:count], labels[:count]
@@ -857,32 +796,31 @@ class Run:
         settings, state, folder, steps, B = self.settings, self.state, self.folder, self.steps, self.settings.batch_size
         if not state.history:
             self.end_epoch(0, time.perf_counter(), 0)
-        first_step, first_time = state.step, time.perf_counter()
+        first_step, first_time, timed = state.step, time.perf_counter(), min(20, steps - state.step % steps)
         while len(state.history) <= settings.epochs_max and not self.stop:
             epoch, start = len(state.history), time.perf_counter()
             order = xp.asarray(random_stream(settings.seed, ORDER, epoch).permutation(len(self.images)))
             done = state.step - (epoch - 1) * steps  # 0, or where this epoch was interrupted
-            bar = tqdm(range(done, steps), f"epoch {epoch}", initial=done, total=steps, unit="step", leave=False,
-                       disable=None, dynamic_ncols=True)  # fmt: skip
-            for step in bar:
-                batch = order[step * B : (step + 1) * B]
-                rng = random_stream(settings.seed, STEP, epoch, step)
-                rate = learning_rate(state.step, steps * settings.epochs_max, settings)
-                loss = self.step(self.images[batch], self.labels[batch], rng, rate)
-                if not self.on_gpu or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
-                    self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
-                    bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-                if state.step == first_step + min(20, steps):
-                    self.say_how_long((time.perf_counter() - first_time) / min(20, steps))
-                if self.stop:
-                    break
-            bar.close()
+            with tqdm(range(done, steps), f"epoch {epoch}", initial=done, total=steps, unit="step", leave=False,
+                       disable=None, dynamic_ncols=True) as bar:  # fmt: skip
+                for step in bar:
+                    batch = order[step * B : (step + 1) * B]
+                    rng = random_stream(settings.seed, STEP, epoch, step)
+                    rate = learning_rate(state.step, steps * settings.epochs_max, settings)
+                    loss = self.step(self.images[batch], self.labels[batch], rng, rate)
+                    if not self.on_gpu or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
+                        self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
+                        bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+                    if state.step == first_step + timed:
+                        self.say_how_long((time.perf_counter() - first_time) / timed)
+                    if self.stop:
+                        break
             if state.step == epoch * steps:
                 self.end_epoch(epoch, start, len(self.images) - done * B)
-        if self.stop:
-            saved = folder.write(folder.last, lambda: self.save(folder.last))
+        if self.stop and len(state.history) <= settings.epochs_max:
+            saved = folder.write(folder.last, self.save)
             what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
-            folder.log(f"Stopped after step {state.step:,}; {what}. To continue: {' '.join(['python', *sys.argv])}")
+            folder.log(f"Stopped after step {state.step:,}; {what}. To continue: {shlex.join(['python', *sys.argv])}")
             return 128 + self.stop
         folder.log(f"Finished. {self.result()} Figures: python {os.path.relpath(HERE / 'plot_figs.py')} {settings.tag}")
         if folder.save_failed:
@@ -901,6 +839,7 @@ class Run:
     def end_epoch(self, epoch, start, images_seen):
         """Evaluates, logs and saves; the checkpoint last, so that a crash before it leaves only what restore removes."""
         settings, state, folder, part = self.settings, self.state, self.folder, TRAIN_EVALUATION_IMAGES
+        trained = time.perf_counter() - start
         train_loss, train_accuracy, _ = self.evaluate(self.images[:part], self.labels[:part])
         test_loss, test_accuracy, probs = self.evaluate(self.test_images, self.test_labels)
         validation = [self.evaluate(self.validation_images, self.validation_labels)[1]] if settings.validation_images else []
@@ -910,16 +849,14 @@ class Run:
         best = test_accuracy > max((row[-1] for row in state.history), default=-1)
         state.history.append([epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy])
         self.metrics.append([*state.history[-1], seconds, images_seen / seconds, *validation])
-        whole = seconds * len(self.images) / max(1, images_seen)  # of an epoch that was not interrupted
+        whole = trained * len(self.images) / max(1, images_seen) + seconds - trained  # had it not been interrupted
         folder.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
-        metrics, predictions = folder.path / "metrics.csv", folder.path / "predictions.npz"
-        folder.write(metrics, lambda: write_metrics(metrics, self.metrics))
-        folder.write(predictions, lambda: save_arrays(
-            predictions, labels=to_host(self.test_labels), predictions=to_host(probs.argmax(axis=1)),
-            probabilities=to_host(probs)))  # fmt: skip
-        if best:
-            folder.write(folder.best, lambda: self.save(folder.best))
-        folder.write(folder.last, lambda: self.save(folder.last))
+        predictions = dict(labels=self.test_labels, predictions=probs.argmax(axis=1), probabilities=probs)
+        folder.write(folder.path / "metrics.csv", lambda path: write_metrics(path, self.metrics))
+        folder.write(folder.path / "predictions.npz",
+                     lambda path: save_arrays(path, **{name: to_host(a) for name, a in predictions.items()}))  # fmt: skip
+        for path in (folder.best, folder.last) if best else (folder.last,):
+            folder.write(path, self.save)
 
     def save(self, path):
         previous = self.folder.previous if path == self.folder.last else None
@@ -927,29 +864,23 @@ class Run:
 
     def check_finite(self, loss, where):
         if not math.isfinite(loss):
-            rate = self.settings.learning_rate
-            raise UserError(f"the loss is {float(loss)} at {where}: learning rate {rate:g} is probably too high; the "
-                            f"checkpoints in {self.folder.path} are those from before; try a lower one, with another --tag")  # fmt: skip
+            rate, folder = self.settings.learning_rate, self.folder.path
+            raise UserError(f"the loss is {float(loss)} at {where}: learning rate {rate:g} is probably too high; "
+                            f"the checkpoints in {folder} are those from before; try a lower one, with another --tag")  # fmt: skip
 
     def say_how_long(self, step_seconds):
         state, settings = self.state, self.settings
         evaluation = (len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)) / settings.batch_size / 3
-        steps = self.steps * settings.epochs_max - state.step  # a forward pass is a third of a step
-        steps += evaluation * (settings.epochs_max + 1 - len(state.history))
+        steps = self.steps * settings.epochs_max - state.step + evaluation * (settings.epochs_max + 1 - len(state.history))
         self.folder.log(f"About {duration(step_seconds * steps)} to epoch {settings.epochs_max} on this "
                         "machine. Ctrl-C is safe: the same command continues.")  # fmt: skip
+
+    def ask_to_stop(self, number, _frame):
+        self.stop = number
 
     def result(self):
         last, best = self.state.history[-1], max(self.state.history, key=lambda row: row[-1])
         return f"Test accuracy {last[-1]:.2%} at the last epoch ({last[0]:.0f}), {best[-1]:.2%} at the best ({best[0]:.0f})."
-
-def open_folder(settings, data, device, scripts):
-    """The RunFolder of these settings. UserError if it holds anything but an earlier part of this run."""
-    versions = {"python": platform.python_version(), "numpy": np.__version__, xp.__name__: xp.__version__}
-    config = {"settings": asdict(settings) | {"channels": list(settings.channels)},
-              "data": {"name": data.name, "sha256": data.hashes}, "device": device, "versions": versions}  # fmt: skip
-    free = set(NOT_THE_EXPERIMENT) - (set() if settings.schedule == "constant" else {"epochs_max"})
-    return RunFolder(HERE / settings.save_dir / settings.tag, config, free, asdict(Settings()), scripts)
 
 SCRIPTS = (HERE / "mnist_resnet9.py", HERE / "files.py", HERE / "plot_figs.py")  # what save/<tag>/code/ keeps of a run
 
@@ -968,11 +899,7 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
                  *([f"Continuing after step {run.state.step:,} of {run.steps * settings.epochs_max:,}."] * run.resumed),
                  log_header(settings.validation_images)):  # fmt: skip
         run.folder.log(line)
-
-    def ask_to_stop(number, _frame):
-        run.stop = number
-
-    previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, run.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return run.train()
     finally:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +155,59 @@ def test_stopped_within_an_epoch_it_continues_bit_for_bit(whole, tmp_path, monke
     assert_same_run(folder, tmp_path / "resnet9")
     epochs = [line[:5].strip() for line in (tmp_path / "resnet9" / "log.txt").read_text().splitlines()]
     assert [e for e in epochs if e.isdigit()] == ["0", "1", "2", "3"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time as the program sees it: a step takes 1 second, an evaluation 10."""
+    now, update, evaluate = [0.0], m.update, m.evaluate
+
+    def slow(function, seconds):
+        def slowed(*args):
+            now[0] += seconds
+            return function(*args)
+        return slowed
+
+    monkeypatch.setattr(m, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(m, "update", slow(update, 1))
+    monkeypatch.setattr(m, "evaluate", slow(evaluate, 10))
+    monkeypatch.chdir(m.HERE)
+
+
+def stop_when(monkeypatch, name, condition):
+    """Ctrl-C as soon as the function of this name in the script was called with what meets the condition."""
+    function, stopped = getattr(m, name), []
+
+    def call_and_stop(*args):
+        result = function(*args)
+        if not stopped and condition(*args):
+            stopped.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(m, name, call_and_stop)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_the_time_left_is_right_after_a_stop_near_the_end_of_an_epoch(clock, tmp_path, monkeypatch, capsys):
+    flags = [*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "3"]
+    stop_when(monkeypatch, "update", lambda state, *_: state.step == 33)
+    assert m.main(flags) == 130
+    capsys.readouterr()
+    assert m.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    about, second = (next(i for i, line in enumerate(lines) if line.startswith(start)) for start in ("About", "    2 "))
+    assert about < second  # after the seven steps that were left, not with an evaluation among them
+    assert lines[second].endswith("  40 s")  # 20 steps and two evaluations
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_stop_after_the_last_step_leaves_a_finished_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(m.HERE)
+    stop_when(monkeypatch, "save_checkpoint", lambda path, state, *_: state.step == 20)
+    assert m.main([*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "Finished." in out and "Stopped" not in out
 
 
 def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
