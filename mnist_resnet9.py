@@ -79,6 +79,7 @@ class Settings:
     pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
     channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
     augment: float = setting(0.0, "random turn, scale, shear and shift: 1 = ±12°, ±2 pixels; 0 = off", between=(0, 10))
+    elastic: float = setting(0.0, "random smooth bending of the images, in pixels (standard deviation)", between=(0, 10))
     ema: float = setting(0.0, "share kept a step by the mean of the weights to evaluate with; 0 = off", between=(0, 0.999999))
     threads: int = setting(0, "worker threads on the CPU, without influence on the result; 0 = one a core", between=(0, 256))
 
@@ -222,10 +223,24 @@ def to_input(images, dtype):
     x = images.astype(dtype) / 255
     return ((x - PIXEL_MEAN) / PIXEL_STD).transpose(1, 2, 0)[..., None]
 
-def augment(images, strength, rng):
-    """Each image turned, scaled, sheared and shifted at random: (N, 28, 28) → (N, 28, 28) float32, pixels 0…255.
-    Every pixel of the result looks up where it came from: source = A (pixel − centre) + centre + shift, and takes
-    the mean of the four pixels around that point, weighted by nearness (bilinear). Outside the image all is 0."""
+BEND_PIXELS = 4  # over about this distance neighbouring pixels move together
+
+@functools.lru_cache(maxsize=None)
+def bumps(H, W, _xp):
+    """(J, H·W): J round bumps on a grid. Their sums with normal weights are smooth, with variance 1 at every pixel."""
+    rows, cols = [], []
+    for L, bell in ((H, rows), (W, cols)):
+        for centre in np.linspace(0, L - 1, round(L / (BEND_PIXELS * math.sqrt(2))) + 1):
+            bell.append(np.exp(-((np.arange(L) - centre) ** 2) / (2 * BEND_PIXELS**2)))  # (L,), Gauss's curve
+    both = np.kron(rows, cols)
+    return xp.asarray(both / np.sqrt((both**2).sum(axis=0)), np.float32)
+
+def augment(images, strength, rng, elastic=0):
+    """Each image turned, scaled, sheared, shifted and bent at random: (N, 28, 28) → the same in float32, pixels 0…255.
+
+    Every pixel of the result looks up where it came from: source = A (pixel − centre) + centre + shift + bend, and takes
+    the mean of the four pixels around that point, weighted by nearness (bilinear). Outside the image all is 0. The bend
+    is smooth: like ink on rubber, strokes keep their topology (Simard, Steinkraus and Platt 2003)."""
     N, H, W = images.shape
     r = strength * (2 * rng.random((6, N), dtype=xp.float32) - 1)  # (6, N) uniform in ±strength
     turn, shear = math.radians(12) * r[0], 0.15 * r[1]
@@ -236,6 +251,10 @@ def augment(images, strength, rng):
     y, x = y.ravel().astype(xp.float32), x.ravel().astype(xp.float32)  # (H·W,) from the centre
     row = A[0][:, None] * y + A[1][:, None] * x + (2 * r[4] + (H - 1) / 2)[:, None]  # (N, H·W)
     col = A[2][:, None] * y + A[3][:, None] * x + (2 * r[5] + (W - 1) / 2)[:, None]
+    if elastic:
+        smooth = bumps(H, W, xp)  # (J, H·W)
+        row += elastic * (rng.standard_normal((N, len(smooth)), dtype=xp.float32) @ smooth)
+        col += elastic * (rng.standard_normal((N, len(smooth)), dtype=xp.float32) @ smooth)
     row, col = xp.clip(row, -1, H), xp.clip(col, -1, W)  # all that lies outside meets the border of zeros
     padded = xp.zeros((N, H + 3, W + 3), xp.float32)
     padded[:, 1 : H + 1, 1 : W + 1] = images
@@ -639,8 +658,8 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
 
     def work(shard, i):
         x = images[shard]
-        if rng is not None and settings.augment:
-            x = augment(x, settings.augment, streams[i])
+        if rng is not None and (settings.augment or settings.elastic):
+            x = augment(x, settings.augment, streams[i], settings.elastic)
         logits, caches = network.forward(kernels, to_input(x, dtype), settings, streams[i])
         loss, cache = cross_entropy_loss(logits, labels[shard])
         share = len(x) / N  # the batch's mean is the mean of the shards' means, weighted by their sizes

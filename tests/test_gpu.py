@@ -47,8 +47,8 @@ def test_cupy_takes_every_keyword_that_the_script_gives():
             parameters = inspect.signature(function).parameters
             variadic = inspect.Parameter.VAR_KEYWORD in {p.kind for p in parameters.values()}
             known = f"{' '.join(parameters)} {inspect.getsource(function) if variadic else ''}"
-        elif owner == "rng" and name == "random":  # the only generator that is ever on a device
-            known = cupy.random.Generator.random.__doc__
+        elif owner == "rng" and name in ("random", "standard_normal"):  # what is drawn on a device
+            known = getattr(cupy.random.Generator, name).__doc__
         elif name in ("sum", "max", "mean", "argmax"):
             known = getattr(cupy.ndarray, name).__doc__ + " axis keepdims" * (name != "argmax")
         elif owner == "xp" and isinstance(getattr(cupy, name), (type(cupy.matmul), cupy.ufunc)):
@@ -166,7 +166,8 @@ class Module:
 
     random = SimpleNamespace(
         Philox4x3210=np.random.Philox,
-        Generator=lambda bits: SimpleNamespace(random=lift(np.random.Generator(bits).random)),
+        Generator=lambda bits: SimpleNamespace(**{name: lift(getattr(np.random.Generator(bits), name))
+                                                  for name in ("random", "standard_normal")}),
     )
 
 
@@ -262,7 +263,7 @@ def test_random_numbers_of_the_device_are_a_function_of_the_stream(any_device, s
     assert np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[0], masks[2])
     assert masks[0].dtype == np.float32 and set(np.unique(masks[0])) == {0, 4} and abs(masks[0].mean() - 1) < 0.05
     images = any_device.asarray(sample.train_images[:20])
-    found = host(m.augment(images, 1.0, streams[0][0]))
+    found = host(m.augment(images, 1.0, streams[0][0], elastic=1.0))
     assert found.shape == (20, 28, 28) and found.dtype == np.float32 and 0 <= found.min() and found.max() <= 255
     assert 0.8 < found.mean() / sample.train_images[:20].mean() < 1.2
 

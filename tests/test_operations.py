@@ -537,3 +537,42 @@ def test_augment_equals_a_loop_over_pixels(kind, rng):
     for image, out, (turn, shear, wide, high, down, right) in zip(images, m.augment(images, 1.0, Drawn(*r)), r.T):
         turn, wide, high = np.radians(12) * turn, 1 + 0.12 * wide, 1 + 0.12 * high
         assert np.abs(out - reference.distort(image, turn, 0.15 * shear, wide, high, 2 * down, 2 * right)).max() < 0.01
+
+
+class Bent(Drawn):
+    """A generator that draws no turn or shift, but known weights for the bumps: rows first, then columns."""
+
+    def __init__(self, rows, cols):
+        super().__init__(*np.zeros((6, len(rows))))
+        self.weights = [rows, cols]
+
+    def standard_normal(self, shape, dtype=float):
+        weights = self.weights.pop(0)
+        assert shape == weights.shape
+        return weights.astype(dtype)
+
+
+def test_bending_equals_a_loop_over_pixels(rng):
+    images, smooth = pattern(rng, 3, 9, 12), m.bumps(9, 12, np)
+    rows, cols = rng.standard_normal((2, 3, len(smooth)))
+    down, right = ((1.5 * (weights @ smooth)).reshape(3, 9, 12) for weights in (rows, cols))
+    for i, out in enumerate(m.augment(images, 0.0, Bent(rows, cols), 1.5)):
+        for y, x in np.ndindex(9, 12):
+            assert abs(out[y, x] - reference.bilinear(images[i], y + down[i, y, x], x + right[i, y, x])) < 0.01
+
+
+@pytest.mark.parametrize("H, W", [(28, 28), (9, 12), (1, 5)])
+def test_a_bend_is_smooth_and_as_large_as_asked(H, W, rng):
+    smooth = m.bumps(H, W, np)
+    assert smooth.dtype == np.float32 and smooth.shape[1] == H * W
+    np.testing.assert_allclose((smooth.astype(float) ** 2).sum(axis=0), 1, rtol=1e-5)  # variance 1 at every pixel
+    field = (rng.standard_normal((2000, len(smooth))) @ smooth).reshape(2000, H, W)
+    assert np.abs(field.std(axis=0) - 1).max() < 0.15
+    assert np.diff(field, axis=2).std() < 0.4  # neighbours move together
+
+
+def test_bending_leaves_everything_else_as_it_was(rng):
+    images = pattern(rng, 4)
+    plain, off, bent = (m.augment(images, 1.0, np.random.default_rng(1), elastic) for elastic in (0, 0.0, 1.0))
+    assert np.array_equal(plain, off) and not np.array_equal(plain, bent)
+    assert bent.dtype == np.float32 and 0 <= bent.min() and bent.max() <= 255 * (1 + 1e-6)

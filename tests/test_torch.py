@@ -150,7 +150,7 @@ def assert_together(runs, tolerance=1e-8):
         np.testing.assert_allclose(ours.ema.flat, theirs.ema.flat, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("given", [{}, {"pool": "avg", "augment": 1.0, "dropout": 0.5}, {"dropout": 0.0}])
+@pytest.mark.parametrize("given", [{}, {"pool": "avg", "augment": 1.0, "elastic": 1.0, "dropout": 0.5}, {"dropout": 0.0}])
 def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, rng, given):
     run, theirs = pair(**given)
     images, labels = batch(rng, 20)
@@ -237,7 +237,7 @@ def torch_main(*flags):
     return m.main([*TINY, *map(str, flags)], t.start)
 
 
-@pytest.mark.parametrize("flags", ["--augment 1 --ema 0.9 --weight-decay 0.1", "--optimizer sgd --schedule one_cycle"])
+@pytest.mark.parametrize("flags", ["--augment 1 --elastic 1 --ema 0.9 --weight-decay 0.1", "--optimizer sgd --schedule one_cycle"])
 def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsys):
     flags = ("--epochs-max", "3", *flags.split())
     assert torch_main("--save-dir", tmp_path / "whole", *flags) == 0

@@ -174,7 +174,9 @@ class TorchRun(Run):
         settings, streams = self.settings, shard_streams(rng, -(-len(images) // SHARD_IMAGES))
 
         def work(shard, i):
-            x = augment(images[shard], settings.augment, streams[i]) if settings.augment else images[shard]
+            x = images[shard]
+            if settings.augment or settings.elastic:
+                x = augment(x, settings.augment, streams[i], settings.elastic)
             ones = np.ones((len(x), self.net.fc9.in_features), self.state.params.flat.dtype)
             return x, dropout(ones, settings.dropout, streams[i])[1]
 
