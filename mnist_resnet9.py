@@ -414,11 +414,12 @@ def conv2d_im2col(x, w, b):
     return y.reshape(H, W, N, K), (cols, w, x.shape)  # cache: as in linear, each factor is the other one's slope
 
 def conv2d_im2col_backward(dy, cache, need_dx=True):
+    """From y = colsᵀ @ wb: dwb = cols @ dy, dcols = wb @ dyᵀ, and each pixel sums up what its copies in cols get."""
     cols, w, (H, W, N, C) = cache
     k, K = w.shape[0], w.shape[3]
     r = k // 2
     dy = dy.reshape(H * W * N, K)
-    dwb = cols @ dy  # (k·k·C + 1, K), from y = colsᵀ @ wb
+    dwb = cols @ dy  # (k·k·C + 1, K)
     dw, db = dwb[:-1].reshape(w.shape), dwb[-1]
     if not need_dx:
         return None, dw, db
@@ -515,6 +516,7 @@ def join(strips, xs, y):
         done = rows.stop
 
 def is_fast(w):
+    """Whether Winograd's way is the faster one for this kernel (or w is none)."""
     return len(w.shape) == 4 and w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS
 
 class WinogradKernel:
@@ -536,11 +538,12 @@ def conv2d_winograd(x, w, b):
     return from_points(Q, M, Q2, N), (X, w, x.shape)  # cache: what was multiplied, as everywhere
 
 def conv2d_winograd_backward(dy, cache, need_dx=True):
+    """From y = Q M Qᵀ, M = X @ U, X = P x Pᵀ, U = G w Gᵀ: the same products in reverse, each factor transposed."""
     X, w, (H, W, N, C) = cache
     (*_, PT, QT), (*_, PT2, QT2) = winograd_strips(H, dy.dtype, xp), winograd_strips(W, dy.dtype, xp)
     dM = to_points(QT, dy, QT2)
     db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
-    dU = functools.reduce(xp.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, n, n, *w.shape[2:]))  # from M = X @ U
+    dU = functools.reduce(xp.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, n, n, *w.shape[2:]))
     dw = (winograd_tile(dy.dtype, xp)[2].T @ dU.reshape(n * n, -1)).reshape(w.shape)
     if not need_dx:
         return None, dw, db
@@ -556,8 +559,9 @@ def conv_block(x, w, b):
     return y, (conv, act)
 
 def conv_block_backward(dy, cache, need_dx=True):
+    """dx, dw, db: first back through relu, then through the convolution."""
     conv, act = cache
-    return conv2d_backward(relu_backward(dy, act), conv, need_dx)  # dx, dw, db
+    return conv2d_backward(relu_backward(dy, act), conv, need_dx)
 
 def residual_block(x, w1, b1, w2, b2):
     """relu(x + conv(relu(conv(x)))): two convolutions learn what to add to x. He et al. 2015, arXiv:1512.03385."""
@@ -568,12 +572,13 @@ def residual_block(x, w1, b1, w2, b2):
     return y, (block, conv, act)
 
 def residual_block_backward(dy, cache):
+    """dx, dw1, db1, dw2, db2. x forked: what comes back on the straight way and through the block adds."""
     block, conv, act = cache
     dsum = relu_backward(dy, act)  # of x + h: the gradient goes to both alike
     dh, dw2, db2 = conv2d_backward(dsum, conv)
     dh, dw1, db1 = conv_block_backward(dh, block)
     dh += dsum
-    return dh, dw1, db1, dw2, db2  # x forked: the straight way and the way through the block add
+    return dh, dw1, db1, dw2, db2
 
 # ── The network ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -763,6 +768,7 @@ def evaluate(params, images, labels, settings, network=RESNET9):
     return float(cross_entropy_loss(logits, labels)[0]), accuracy, softmax(logits)[0]
 
 def save_checkpoint(path, state, settings, previous=None):
+    """Writes the State; the file from before stays under the name `previous`. UserError if it is no longer finite."""
     if not state.is_finite():
         raise UserError(f"the parameters are no longer finite at step {state.step}; {path.name} stays as it was")
     experiment = {name: value for name, value in asdict(settings).items() if name not in ("tag", *NOT_THE_EXPERIMENT)}
