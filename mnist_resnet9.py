@@ -101,7 +101,7 @@ class Settings:
 # training images, not on the test set: benchmarks/README.md.
 RECIPES = {
     "reference": {},
-    "quick": dict(epochs_max=3, learning_rate=3e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.4,
+    "quick": dict(epochs_max=3, learning_rate=3e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.15,
                   augment=0.6, ema=0.99),  # fmt: skip
 }
 
