@@ -78,6 +78,7 @@ class Settings:
     dropout: float = setting(0.9, "share of the features that a training step switches off", between=(0, 0.9999))
     pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
     channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
+    label_smoothing: float = setting(0.0, "share of each label that goes to all ten classes alike", between=(0, 0.99))
     augment: float = setting(0.0, "random turn, scale, shear and shift: 1 = ±12°, ±2 pixels; 0 = off", between=(0, 10))
     elastic: float = setting(0.0, "random smooth bending of the images, in pixels (standard deviation)", between=(0, 10))
     ema: float = setting(0.0, "share kept a step by the mean of the weights to evaluate with; 0 = off", between=(0, 0.999999))
@@ -102,7 +103,7 @@ class Settings:
 RECIPES = {
     "reference": {},
     "quick": dict(epochs_max=3, learning_rate=3e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99, dropout=0.15,
-                  augment=0.6, ema=0.99),  # fmt: skip
+                  label_smoothing=0.05, augment=0.6, elastic=0.5, ema=0.99),  # fmt: skip
 }
 
 # These say where and how a run is computed, not what is computed: they may differ when it is continued.
@@ -302,19 +303,26 @@ def cross_entropy_backward(dloss, cache):
     dprobs[rows, labels] = -dloss / (len(labels) * probs[rows, labels])  # 1/N comes from the mean
     return dprobs
 
-def cross_entropy_loss(logits, labels):
+def cross_entropy_loss(logits, labels, smoothing=0):
     """Softmax and cross-entropy in one: loss = mean (log Σ exp(logits) − logits[label]). What the training uses.
-    Working with logarithms throughout, it stays exact where a probability is too small for a float."""
+
+    Working with logarithms throughout, it stays exact where a probability is too small for a float. smoothing is the
+    share of the label that all K classes get alike, so that logits need not grow for ever: Szegedy et al. 2016."""
     shifted = logits - logits.max(axis=1, keepdims=True)  # (N, K)
     log_sum = xp.log(xp.exp(shifted).sum(axis=1))  # (N,)
+    log_probs = shifted - log_sum[:, None]
     loss = (log_sum - shifted[xp.arange(len(labels)), labels]).mean()
-    return loss, (shifted - log_sum[:, None], labels)  # cache: the logarithms of the probabilities
+    if smoothing:
+        loss = (1 - smoothing) * loss - smoothing * log_probs.mean()
+    return loss, (log_probs, labels, smoothing)  # cache: exp(log_probs) are the probabilities
 
 def cross_entropy_loss_backward(dloss, cache):
-    """From d(log Σ exp)/dlogits = probs and d(logits[label])/dlogits = onehot: dlogits = (probs − onehot) dloss / N."""
-    log_probs, labels = cache
+    """From d(log Σ exp)/dlogits = probs and d(logits[label])/dlogits = onehot: dlogits = (probs − onehot) dloss / N.
+    With smoothing, (1 − smoothing) onehot + smoothing / K takes the place of onehot."""
+    log_probs, labels, smoothing = cache
     dlogits = xp.exp(log_probs)
-    dlogits[xp.arange(len(labels)), labels] -= 1
+    dlogits[xp.arange(len(labels)), labels] -= 1 - smoothing
+    dlogits -= smoothing / dlogits.shape[1]
     return dlogits * (dloss / len(labels))  # 1/N enters here, from the mean
 
 def dropout(x, rate, rng):
@@ -666,7 +674,7 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
         if rng is not None and (settings.augment or settings.elastic):
             x = augment(x, settings.augment, streams[i], settings.elastic)
         logits, caches = network.forward(kernels, to_input(x, dtype), settings, streams[i])
-        loss, cache = cross_entropy_loss(logits, labels[shard])
+        loss, cache = cross_entropy_loss(logits, labels[shard], settings.label_smoothing)
         share = len(x) / N  # the batch's mean is the mean of the shards' means, weighted by their sizes
         gradients = network.backward(cross_entropy_loss_backward(share, cache), caches, settings)
         return loss * share, Parameters({name: gradients[name] for name in params})

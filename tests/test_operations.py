@@ -70,10 +70,13 @@ def after_softmax(rng, dtype):
     return Case(lambda p: m.cross_entropy(p, labels), m.cross_entropy_backward, probs)
 
 
-def fused(rng, dtype):
-    labels = rng.integers(10, size=6)
-    logits = normal(rng, (6, 10), dtype)
-    return Case(lambda x: m.cross_entropy_loss(x, labels), m.cross_entropy_loss_backward, logits)
+def fused(smoothing):
+    def case(rng, dtype):
+        labels = rng.integers(10, size=6)
+        logits = normal(rng, (6, 10), dtype)
+        return Case(lambda x: m.cross_entropy_loss(x, labels, smoothing), m.cross_entropy_loss_backward, logits)
+
+    return case
 
 
 def pooling(pool, backward, size):
@@ -85,7 +88,8 @@ CASES = {
     "relu": lambda rng, dtype: Case(m.relu, m.relu_backward, spread(rng, (5, 4, 2, 3), dtype)),
     "softmax": lambda rng, dtype: Case(m.softmax, m.softmax_backward, normal(rng, (6, 10), dtype)),
     "cross_entropy": after_softmax,
-    "cross_entropy_loss": fused,
+    "cross_entropy_loss": fused(smoothing=0),
+    "cross_entropy_loss, smoothed": fused(smoothing=0.2),
     "dropout": lambda rng, dtype: Case(
         lambda x: m.dropout(x, 0.4, np.random.default_rng(3)), m.dropout_backward, normal(rng, (6, 20), dtype)
     ),
@@ -223,6 +227,15 @@ def test_fused_loss_equals_softmax_then_cross_entropy(N, K, seed):
     assert abs(loss - fused_loss) < 1e-13 and abs(loss - reference.cross_entropy(probs, labels)) < 1e-13
     dx = m.softmax_backward(m.cross_entropy_backward(dloss, loss_cache), probs_cache)
     assert error(m.cross_entropy_loss_backward(dloss, fused_cache), dx, scale=dloss) < 1e-13
+
+
+@given(N=few, K=st.integers(1, 12), smoothing=st.floats(0, 0.99), seed=seeds)
+def test_a_smoothed_loss_is_that_of_a_label_that_is_spread(N, K, smoothing, seed):
+    rng = np.random.default_rng(seed)
+    x, labels = 3 * normal(rng, (N, K)), rng.integers(K, size=N)
+    target = (1 - smoothing) * np.eye(K)[labels] + smoothing / K
+    loss = -np.mean(np.sum(target * np.log(reference.softmax(x)), axis=1))
+    assert m.cross_entropy_loss(x, labels, smoothing)[0] == pytest.approx(loss, rel=1e-12, abs=1e-13)
 
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))

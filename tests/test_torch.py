@@ -150,7 +150,8 @@ def assert_together(runs, tolerance=1e-8):
         np.testing.assert_allclose(ours.ema.flat, theirs.ema.flat, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("given", [{}, {"pool": "avg", "augment": 1.0, "elastic": 1.0, "dropout": 0.5}, {"dropout": 0.0}])
+@pytest.mark.parametrize("given", [{}, {"pool": "avg", "augment": 1.0, "elastic": 1.0, "dropout": 0.5},
+                                   {"dropout": 0.0, "label_smoothing": 0.1}])  # fmt: skip
 def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, rng, given):
     run, theirs = pair(**given)
     images, labels = batch(rng, 20)

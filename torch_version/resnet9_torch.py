@@ -188,7 +188,8 @@ class TorchRun(Run):
         settings, state = self.settings, self.state
         x, mask = self.draw(images, rng)
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.net(x, mask), torch.tensor(labels, dtype=torch.long, device=self.device))
+        labels = torch.tensor(labels, dtype=torch.long, device=self.device)
+        loss = F.cross_entropy(self.net(x, mask), labels, label_smoothing=settings.label_smoothing)
         loss.backward()
         with torch.no_grad():
             if settings.weight_decay:  # like AdamW's, for SGD too: decoupled from the gradient, biases left out
