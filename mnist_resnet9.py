@@ -177,7 +177,7 @@ def worker_pool(threads):
 def prepare_process():
     """One thread a worker in BLAS, NumPy's matrix products (more would fight the workers), and no page faults.
     malloc gives large arrays back to the system and asks for them again, and each new page costs a fault: thousands
-    a step. With these two limits raised it reuses them. Other C libraries than glibc are left as they are."""
+    a step. With these limits raised it reuses them. Other libraries than OpenBLAS and glibc stay as they are."""
     blas = ctypes.CDLL(sys.modules["numpy.linalg._umath_linalg"].__file__)  # finds the BLAS that NumPy is linked to
     for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads"):
         if hasattr(blas, name):
@@ -903,8 +903,9 @@ class Run:
 
     def say_how_long(self, step_seconds):
         state, settings = self.state, self.settings
-        evaluation = (len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)) / settings.batch_size / 3
-        steps = self.steps * settings.epochs_max - state.step + evaluation * (settings.epochs_max + 1 - len(state.history))
+        evaluation = (len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)) / settings.batch_size
+        evaluations = evaluation / 3 * (settings.epochs_max + 1 - len(state.history))  # forward is a third of a step
+        steps = self.steps * settings.epochs_max - state.step + evaluations
         self.folder.log(f"About {duration(step_seconds * steps)} to epoch {settings.epochs_max} on this "
                         "machine. Ctrl-C is safe: the same command continues.")  # fmt: skip
 
