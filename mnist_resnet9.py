@@ -124,10 +124,9 @@ def parse_settings(arguments=None, kind=Settings, **preset):
                             metavar=None if choices else f.type.__name__.upper().replace("TUPLE", "K,K,K,K"),
                             help=f"{f.metadata['help']} (default: {default})")  # fmt: skip
     given = vars(parser.parse_args(arguments))
-    recipe = RECIPES[given.pop("recipe")]
     for name in given.keys() & {"data_dir", "save_dir"}:  # a path on the command line starts where the user is
         given[name] = str(Path(given[name]).absolute())
-    return kind(**{**preset, **recipe, **given})
+    return kind(**{**preset, **RECIPES[given.pop("recipe")], **given})
 
 # ── Array module ──────────────────────────────────────────────────────────────────────────────────────────────────
 # xp is NumPy or CuPy; both have the same functions, so the network is written once for CPU and GPU.
@@ -229,11 +228,11 @@ BEND_PIXELS = 4  # over about this distance neighbouring pixels move together
 @functools.lru_cache(maxsize=None)
 def bumps(H, W, _xp):
     """(J, H·W): J round bumps on a grid. Their sums with normal weights are smooth, with variance 1 at every pixel."""
-    rows, cols = [], []
-    for L, bell in ((H, rows), (W, cols)):
-        for centre in np.linspace(0, L - 1, round(L / (BEND_PIXELS * math.sqrt(2))) + 1):
-            bell.append(np.exp(-((np.arange(L) - centre) ** 2) / (2 * BEND_PIXELS**2)))  # (L,), Gauss's curve
-    both = np.kron(rows, cols)
+    bells = []
+    for L in (H, W):
+        centres = np.linspace(0, L - 1, round(L / (BEND_PIXELS * math.sqrt(2))) + 1)[:, None]
+        bells.append(np.exp(-((np.arange(L) - centres) ** 2) / (2 * BEND_PIXELS**2)))  # (centres, L), Gauss's curves
+    both = np.kron(*bells)
     return xp.asarray(both / np.sqrt((both**2).sum(axis=0)), np.float32)
 
 def augment(images, strength, rng, elastic=0):
@@ -298,9 +297,8 @@ def cross_entropy(probs, labels):
 def cross_entropy_backward(dloss, cache):
     """dprobs = −dloss / (N · probs) at the label, 0 elsewhere."""
     probs, labels = cache
-    rows = xp.arange(len(labels))
-    dprobs = xp.zeros_like(probs)
-    dprobs[rows, labels] = -dloss / (len(labels) * probs[rows, labels])  # 1/N comes from the mean
+    at, dprobs = (xp.arange(len(labels)), labels), xp.zeros_like(probs)
+    dprobs[at] = -dloss / (len(labels) * probs[at])  # 1/N comes from the mean
     return dprobs
 
 def cross_entropy_loss(logits, labels, smoothing=0):
@@ -424,8 +422,7 @@ def conv2d_im2col(x, w, b):
 def conv2d_im2col_backward(dy, cache, need_dx=True):
     """From y = colsᵀ @ wb: dwb = cols @ dy, dcols = wb @ dyᵀ, and each pixel sums up what its copies in cols get."""
     cols, w, (H, W, N, C) = cache
-    k, K = w.shape[0], w.shape[3]
-    r = k // 2
+    k, K, r = w.shape[0], w.shape[3], w.shape[0] // 2
     dy = dy.reshape(H * W * N, K)
     dwb = cols @ dy  # (k·k·C + 1, K)
     dw, db = dwb[:-1].reshape(w.shape), dwb[-1]
@@ -772,8 +769,8 @@ def evaluate(params, images, labels, settings, network=RESNET9):
     """(mean loss, accuracy 0…1, probabilities (N, 10)) of images (N, 28, 28) with labels (N,), without dropout."""
     starts = range(0, len(images), PREDICT_IMAGES)
     logits = xp.concatenate([predict(params, images[i : i + PREDICT_IMAGES], settings, network) for i in starts])
-    accuracy = float((logits.argmax(axis=1) == labels).mean())
-    return float(cross_entropy_loss(logits, labels)[0]), accuracy, softmax(logits)[0]
+    right = logits.argmax(axis=1) == labels
+    return float(cross_entropy_loss(logits, labels)[0]), float(right.mean()), softmax(logits)[0]
 
 def save_checkpoint(path, state, settings, previous=None):
     """Writes the State; the file from before stays under the name `previous`. UserError if it is no longer finite."""
@@ -892,8 +889,7 @@ class Run:
             folder.write(path, self.save)
 
     def save(self, path):
-        previous = self.folder.previous if path == self.folder.last else None
-        save_checkpoint(path, self.state, self.settings, previous)
+        save_checkpoint(path, self.state, self.settings, self.folder.previous if path == self.folder.last else None)
 
     def check_finite(self, loss, where):
         if not math.isfinite(loss):
@@ -920,8 +916,7 @@ SCRIPTS = (HERE / "mnist_resnet9.py", HERE / "files.py", HERE / "plot_figs.py") 
 
 def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     """Starts or continues the run that settings define. Returns the exit status."""
-    device = kind.use_device(settings.device)
-    data = load_mnist(settings.data_dir)
+    device, data = kind.use_device(settings.device), load_mnist(settings.data_dir)
     run = kind(settings, network, data, device, scripts)
     if len(run.state.history) > settings.epochs_max:
         print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
