@@ -164,7 +164,7 @@ def to_host(a):
 # is fixed, so the result has the same bits on one core or sixteen. While it works, NumPy releases Python's lock (GIL).
 
 SHARD_IMAGES = 16  # small enough for the caches, large enough that a NumPy call outweighs handing the lock over
-PREDICT_SHARD_IMAGES = 64  # there are many images to predict, so shards may be larger: fewer NumPy calls, less waiting
+PREDICT_SHARD_IMAGES = 32  # there is more to predict than a batch, so shards may be larger: fewer NumPy calls
 
 @functools.lru_cache(maxsize=1)
 def worker_pool(threads):
