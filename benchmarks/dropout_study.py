@@ -43,7 +43,8 @@ def draw(found, epochs):
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     ax.plot(list(found), list(found.values()), "o-", color=BLUE, lw=1.2)
     for rate, accuracy in found.items():
-        ax.annotate(f"{accuracy:.2%}", (rate, accuracy), (-4, -12), textcoords="offset points", ha="right", size=8)
+        ax.annotate(f"{accuracy:.2%}", (rate, accuracy), (6, 6), textcoords="offset points", size=8,
+                    bbox=dict(facecolor="white", edgecolor="none", pad=0.5))  # fmt: skip
     scale_accuracy(ax, min(found.values()), max(found.values()))
     ax.set(title=f"The reference experiment after {epochs} epochs, one run for each rate", xlabel="dropout rate",
            ylabel="test accuracy", xticks=RATES[:-2] + RATES[-1:])  # fmt: skip
