@@ -28,7 +28,6 @@ need of the forward pass. That is all of backpropagation: the network calls the 
 """
 
 import argparse
-import ctypes
 import functools
 import math
 import os
@@ -39,7 +38,6 @@ import signal
 import sys
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -49,6 +47,7 @@ from tqdm import tqdm
 
 from files import (HERE, Parser, RunFolder, UserError, duration, load_mnist, log_header, log_line, read_checkpoint,
                    save_arrays, write_checkpoint, write_metrics)  # fmt: skip
+from workers import Workers
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -82,7 +81,7 @@ class Settings:
     augment: float = setting(0.0, "random turn, scale, shear and shift: 1 = ±12°, ±2 pixels; 0 = off", between=(0, 10))
     elastic: float = setting(0.0, "random smooth bending of the images, in pixels (standard deviation)", between=(0, 10))
     ema: float = setting(0.0, "share kept a step by the mean of the weights to evaluate with; 0 = off", between=(0, 0.999999))
-    threads: int = setting(0, "worker threads on the CPU, without influence on the result; 0 = one a core", between=(0, 256))
+    threads: int = setting(0, "CPU cores to compute on, a process on each, without influence on the result; 0 = all", between=(0, 256))
 
     def __post_init__(self):
         for f in fields(self):
@@ -158,44 +157,37 @@ def to_host(a):
     """A NumPy array with the contents of a."""
     return a if isinstance(a, np.ndarray) else a.get()
 
-# ── Threads ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Cores ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Nothing in the network mixes images (no batch normalisation), so a batch's gradient is the sum of its images': a batch
-# is cut into shards, each core takes shards, and the results are added in the order of the shards. The size of a shard
-# is fixed, so the result has the same bits on one core or sixteen. While it works, NumPy releases Python's lock (GIL).
+# is cut into shards, each core takes some, and the results are added in the order of the shards. The size of a shard is
+# fixed, so the result has the same bits on one core or sixteen. workers.py has the processes that compute beside this.
 
-SHARD_IMAGES = 16  # small enough for the caches, large enough that a NumPy call outweighs handing the lock over
+SHARD_IMAGES = 16  # small enough for the caches, large enough that a NumPy call costs more than calling it
 PREDICT_SHARD_IMAGES = 32  # there is more to predict than a batch, so shards may be larger: fewer NumPy calls
-
-@functools.lru_cache(maxsize=1)
-def worker_pool(threads):
-    """Worker threads, made once; each calls BLAS for itself, and memory that was used once is kept for the next step."""
-    prepare_process()
-    return ThreadPoolExecutor(threads, thread_name_prefix="shard")
-
-@functools.lru_cache(maxsize=1)
-def prepare_process():
-    """One thread a worker in BLAS, NumPy's matrix products (more would fight the workers), and no page faults.
-    malloc gives large arrays back to the system and asks for them again, and each new page costs a fault: thousands
-    a step. With these limits raised it reuses them. Other libraries than OpenBLAS and glibc stay as they are."""
-    blas = ctypes.CDLL(sys.modules["numpy.linalg._umath_linalg"].__file__)  # finds the BLAS that NumPy is linked to
-    for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads"):
-        if hasattr(blas, name):
-            getattr(blas, name)(1)
-    if platform.libc_ver()[0] == "glibc":
-        for limit, size in ((-3, 2**25), (-1, 2**30), (-2, 2**26)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL(None).mallopt(limit, size)
 
 def thread_count(settings):
     return settings.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
-def over_shards(work, N, size, threads):
-    """[work(shard, i) for the i-th slice of `size` images], on several threads; on a GPU all images are one shard."""
+workers = Workers(0)  # none, until use_cores() starts some
+
+def use_cores(count):
+    """Spreads the shards from now on over so many processes, this one among them; a GPU needs no more than this one."""
+    global workers
+    workers.close()
+    workers = Workers(count - 1 if xp is np else 0)
+
+def shards_of(N, size):
+    """[(0, the first `size` images), (1, the next), …] as slices of a batch of N; on a GPU all images are one shard."""
     if xp is not np:
-        return [work(slice(0, N), 0)]
-    prepare_process()
-    shards = [slice(start, min(start + size, N)) for start in range(0, N, size)]
-    apply = map if threads == 1 or len(shards) == 1 else worker_pool(threads).map
-    return list(apply(work, shards, range(len(shards))))
+        return [(0, slice(0, N))]
+    return list(enumerate(slice(start, min(start + size, N)) for start in range(0, N, size)))
+
+def over_cores(work, shards):
+    """The list work(shards), which has a result for each shard, made of such lists for some shards a core."""
+    cores = min(1 + len(workers.workers), len(shards))
+    bounds = [i * len(shards) // cores for i in range(cores + 1)]
+    parts = workers.map(work, [shards[start:stop] for start, stop in zip(bounds, bounds[1:])])
+    return [result for part in parts for result in part]
 
 # ── Random numbers ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,12 +198,11 @@ def random_stream(seed, purpose, epoch=0, step=0):
     So a run that is continued needs no saved state of a generator, and draws exactly what it would have drawn."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
 
-def shard_streams(rng, count):
-    """One generator for each shard, on the device that xp computes on; for a GPU a batch is one shard."""
-    keys = rng.integers(2**63, size=count)
+def device_stream(key):
+    """A generator that is a function of the key, on the device that xp computes on."""
     if xp is not np:
-        return [xp.random.Generator(xp.random.Philox4x3210(int(keys[0])))]
-    return [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+        return xp.random.Generator(xp.random.Philox4x3210(int(key)))
+    return np.random.Generator(np.random.Philox(key=key))
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # files.py finds, downloads and checks MNIST: load_mnist() gives 60,000 images to train on and 10,000 to test with.
@@ -589,8 +580,9 @@ def residual_block_backward(dy, cache):
 
 class Parameters(dict):
     """name → array, each a view of one flat vector: `.flat`. So an update of all of them is a few array operations."""
-    def __init__(self, arrays):
-        self.flat = xp.concatenate([a.reshape(-1) for a in arrays.values()])
+    def __init__(self, arrays, flat=None):
+        """A copy of the arrays; or views of `flat`, shaped as they are."""
+        self.flat = xp.concatenate([a.reshape(-1) for a in arrays.values()]) if flat is None else flat
         start = 0
         for name, a in arrays.items():
             self[name] = self.flat[start : start + a.size].reshape(a.shape)
@@ -659,37 +651,41 @@ def transformed(params):
     """params, with what every shard would otherwise compute of them again."""
     return {name: WinogradKernel(p) if is_fast(p) else p for name, p in params.items()}
 
+def gradients_of_shards(params, images, labels, settings, keys, forward, backward, shards):
+    """[(loss, gradient of all parameters as one vector)] of some shards: their shares in those of the batch."""
+    kernels, dtype, results = transformed(params), next(iter(params.values())).dtype, []
+    for i, shard in shards:
+        x, rng = images[shard], device_stream(keys[i]) if keys is not None else None
+        if rng is not None and (settings.augment or settings.elastic):
+            x = augment(x, settings.augment, rng, settings.elastic)
+        logits, caches = forward(kernels, to_input(x, dtype), settings, rng)
+        loss, cache = cross_entropy_loss(logits, labels[shard], settings.label_smoothing)
+        share = len(x) / len(images)  # the batch's mean is the mean of the shards' means, weighted by their sizes
+        gradients = backward(cross_entropy_loss_backward(share, cache), caches, settings)
+        results.append((loss * share, xp.concatenate([gradients[name].reshape(-1) for name in params])))
+    return results
+
 def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
     """(mean loss, {name: gradient}) of a batch: images (N, 28, 28) pixels 0…255, labels (N,) digits.
     rng (any NumPy generator) turns dropout and augmentation on. All is in the dtype of params."""
-    N, dtype = len(images), next(iter(params.values())).dtype
-    streams = [None] * N if rng is None else shard_streams(rng, -(-N // SHARD_IMAGES))
-    kernels = transformed(params)
-
-    def work(shard, i):
-        x = images[shard]
-        if rng is not None and (settings.augment or settings.elastic):
-            x = augment(x, settings.augment, streams[i], settings.elastic)
-        logits, caches = network.forward(kernels, to_input(x, dtype), settings, streams[i])
-        loss, cache = cross_entropy_loss(logits, labels[shard], settings.label_smoothing)
-        share = len(x) / N  # the batch's mean is the mean of the shards' means, weighted by their sizes
-        gradients = network.backward(cross_entropy_loss_backward(share, cache), caches, settings)
-        return loss * share, Parameters({name: gradients[name] for name in params})
-
-    (loss, gradients), *others = over_shards(work, N, SHARD_IMAGES, thread_count(settings))
-    for shard_loss, shard_gradients in others:
+    shards = shards_of(len(images), SHARD_IMAGES)
+    keys = rng.integers(2**63, size=len(shards)) if rng is not None else None  # a random stream for each shard
+    work = functools.partial(gradients_of_shards, dict(params), images, labels, settings, keys, network.forward, network.backward)
+    (loss, flat), *others = over_cores(work, shards)
+    for shard_loss, shard_flat in others:
         loss = loss + shard_loss
-        gradients.flat += shard_gradients.flat
-    return loss, gradients
+        flat += shard_flat
+    return loss, Parameters(params, flat)
+
+def logits_of_shards(params, images, settings, forward, shards):
+    """[logits] of some shards, without dropout."""
+    kernels, dtype = transformed(params), next(iter(params.values())).dtype
+    return [forward(kernels, to_input(images[shard], dtype), settings)[0] for _, shard in shards]
 
 def predict(params, images, settings=Settings(), network=RESNET9):
     """images (N, 28, 28), pixels 0…255 → logits (N, 10), without dropout, in the dtype of params."""
-    kernels, dtype = transformed(params), next(iter(params.values())).dtype
-
-    def work(shard, _):
-        return network.forward(kernels, to_input(images[shard], dtype), settings)[0]
-
-    return xp.concatenate(over_shards(work, len(images), PREDICT_SHARD_IMAGES, thread_count(settings)))
+    work = functools.partial(logits_of_shards, dict(params), images, settings, network.forward)
+    return xp.concatenate(over_cores(work, shards_of(len(images), PREDICT_SHARD_IMAGES)))
 
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -794,7 +790,7 @@ def load_checkpoint(path, settings, network=RESNET9):
 
 class Run:
     """One training run: its data, its folder and its state, as new or as the last checkpoint left it."""
-    use_device = staticmethod(use_device)
+    use_device, use_cores = staticmethod(use_device), staticmethod(use_cores)
 
     def __init__(self, settings, network, data, device, scripts):
         count, held_out = settings.train_images or len(data.train_images), settings.validation_images
@@ -912,7 +908,7 @@ class Run:
         last, best = self.state.history[-1], max(self.state.history, key=lambda row: row[-1])
         return f"Test accuracy {last[-1]:.2%} at the last epoch ({last[0]:.0f}), {best[-1]:.2%} at the best ({best[0]:.0f})."
 
-SCRIPTS = (HERE / "mnist_resnet9.py", HERE / "files.py", HERE / "plot_figs.py")  # what save/<tag>/code/ keeps of a run
+SCRIPTS = tuple(HERE / f"{name}.py" for name in ("mnist_resnet9", "files", "workers", "plot_figs"))  # for save/<tag>/code/
 
 def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     """Starts or continues the run that settings define. Returns the exit status."""
@@ -921,20 +917,22 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     if len(run.state.history) > settings.epochs_max:
         print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
         return 0
-    threads = f", {thread_count(settings)} threads" if not run.on_gpu else ""
+    cores = f", {thread_count(settings)} cores" if not run.on_gpu else ""
     for line in (*(f"*** {note}" for note in data.notes),
                  f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch",
-                 f"{run.state.params.flat.size:,} parameters; {device}{threads}; files in {os.path.relpath(run.folder.path)}",
+                 f"{run.state.params.flat.size:,} parameters; {device}{cores}; files in {os.path.relpath(run.folder.path)}",
                  *([f"Continuing after step {run.state.step:,} of {run.steps * settings.epochs_max:,}."] * run.resumed),
                  log_header(settings.validation_images)):  # fmt: skip
         run.folder.log(line)
     previous = {number: signal.signal(number, run.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        kind.use_cores(thread_count(settings))
         return run.train()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         run.folder.close()
+        workers.close()
 
 def main(arguments=None, start=lambda arguments: run(parse_settings(arguments))):
     """Runs a command line. Returns the exit status: 0, 2 after a UserError (one line says it), 128 + a stop signal."""

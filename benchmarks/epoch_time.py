@@ -28,6 +28,7 @@ SETTINGS = m.Settings(tag="epoch", epochs_max=1, augment=1.0, dropout=0.5, learn
 def train_ours(settings):
     data, device = m.load_mnist(), m.use_device("cpu")
     run = m.Run(settings, m.RESNET9, data, device, ())
+    m.use_cores(m.thread_count(settings))
     start = time.perf_counter()
     run.folder.log(m.log_header(settings.validation_images))
     run.train()

@@ -7,7 +7,7 @@
     python benchmarks/step_time.py --memory                   resident memory over 1,000 steps
 
 Same network, batch, threads, images and Adam on both sides: forward, backward, update. Each side is a process of
-its own (so that each one's peak memory is its own) and only one computes at a time: they take turns of a few steps
+its own (with workers of its own, whose memory counts) and only one computes at a time: they take turns of a few steps
 until each has done --steps, so a machine that gets slower meanwhile does so for all. Figures are medians.
 
 The floor is the time that the multiplications alone would take, in the fewest that we know of (Winograd's, without its
@@ -15,9 +15,10 @@ transforms), at the speed of a large matrix product on this machine, measured in
 """
 
 import argparse
+import functools
 import itertools
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,8 @@ WIDE = [16, 32, 64, 64]
 
 
 def our_step(o):
-    settings = m.Settings(threads=o.threads, channels=tuple(o.channels), dropout=0.9)
+    settings = m.Settings(channels=tuple(o.channels), dropout=0.9)
+    m.use_cores(o.threads)
     data = m.load_mnist()
     images, labels = data.train_images[: o.batch], data.train_labels[: o.batch]
     state = m.init_state(settings)
@@ -123,10 +125,15 @@ def serve(o):
             start = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - start)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        answer = {"seconds": seconds, "peak_mib": used.ru_maxrss / 1024, "resident_mib": resident / 2**20}
-        print(json.dumps(answer), flush=True)
+        processes = [os.getpid(), *(worker.process.pid for worker in m.workers.workers)]
+        peak, resident = (sum(memory_of(pid, field) for pid in processes) for field in ("VmHWM", "VmRSS"))
+        print(json.dumps({"seconds": seconds, "peak_mib": peak, "resident_mib": resident}), flush=True)
+
+
+def memory_of(pid, field):
+    """MiB. What processes share is counted in each of them."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
 class Side:
@@ -157,6 +164,7 @@ def start_sides(o, names):
 def compare(o, names):
     """{name: (median seconds, seconds, peak MiB)}; the sides take turns. And the floor in seconds."""
     sides, peaks = start_sides(o, names), []
+    m.use_cores(o.threads)
     for _ in range(-(-o.steps // TURN)):
         for side in sides:
             side.seconds += side.turn(TURN)
@@ -167,12 +175,17 @@ def compare(o, names):
     return {side.name: (statistics.median(side.seconds), side.seconds, side.peak) for side in sides}, floor
 
 
-def gemm_peak(threads, size=1024, repeats=4):
-    """Floating point operations a second of a large float32 matrix product on each of the threads."""
+def multiply(size, repeats):
     a = np.ones((size, size), np.float32)
     start = time.perf_counter()
-    list(m.worker_pool(threads).map(lambda _: [a @ a for _ in range(repeats)], range(threads)))
-    return threads * repeats * 2 * size**3 / (time.perf_counter() - start)
+    for _ in range(repeats):
+        a @ a
+    return repeats * 2 * size**3 / (time.perf_counter() - start)
+
+
+def gemm_peak(threads):
+    """Floating point operations a second of large float32 matrix products, on all of the threads together."""
+    return sum(m.workers.map(functools.partial(multiply, 1024), [4] * threads))
 
 
 def multiplications(o):

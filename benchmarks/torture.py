@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE))
 import files  # noqa: E402  (it lies in the folder that was just added)
 import mnist_resnet9 as m  # noqa: E402
 
-FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4",
+FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "2", "--channels", "2,4,4,4",
          "--train-images", "256", "--batch-size", "32", "--augment", "1", "--ema", "0.9")  # fmt: skip
 
 

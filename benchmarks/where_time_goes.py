@@ -1,6 +1,6 @@
 """Where the time of a training step goes: per layer and per kind of work, and what more cores would make of it.
 
-    python benchmarks/where_time_goes.py                 batch 64, one thread, then every core
+    python benchmarks/where_time_goes.py                 batch 64, one core, then all
 
 The functions of mnist_resnet9.py are wrapped with a clock that counts each one's own time, without that of the
 functions it calls. A convolution's own time is its matrix products (with adding the bias); to_points and from_points
@@ -11,10 +11,10 @@ import argparse
 import functools
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,10 +33,10 @@ LAYERS = ("images", *(f"conv{i}" for i in range(1, 9)), "fc9")  # what lies betw
 
 
 class Clock:
-    """Own time of every wrapped function, by layer and kind. Each thread has a stack of the calls it is in."""
+    """Own time of every wrapped function, by layer and kind. Works on one core."""
 
     def __init__(self):
-        self.seconds, self.here = Counter(), threading.local()
+        self.seconds, self.here = Counter(), SimpleNamespace()
         for kind, names in KINDS.items():
             for name in names:
                 setattr(m, name, self.wrap(getattr(m, name), kind))
@@ -66,28 +66,29 @@ class Clock:
         return timed
 
 
+def timed(work, shards):
+    """work(shards), each result with its share of the processor time that this took."""
+    start = time.process_time()
+    results = work(shards)
+    share = (time.process_time() - start) / len(shards)
+    return [(result, share) for result in results]
+
+
 def measure(threads, batch, steps, clock=None):
-    """Mean seconds of a step, of its shards side by side, and of the shards one by one (as their threads computed)."""
-    settings, data, network = m.Settings(threads=threads), m.load_mnist(), clock.network if clock else m.RESNET9
-    images, labels, state = data.train_images[:batch], data.train_labels[:batch], m.init_state(m.Settings())
-    over_shards, shards, busy, whole = m.over_shards, [], [], []
+    """Median seconds of a step, of its shards side by side, and of the shards one by one (as their cores computed)."""
+    settings, data, network = m.Settings(), m.load_mnist(), clock.network if clock else m.RESNET9
+    images, labels, state = data.train_images[:batch], data.train_labels[:batch], m.init_state(settings)
+    over_cores, shards, busy, whole = m.over_cores, [], [], []
+    m.use_cores(threads)
 
-    def timed_over_shards(work, *args):
-        spent = []
-
-        def timed_work(shard, i):
-            start = time.thread_time()
-            result = work(shard, i)
-            spent.append(time.thread_time() - start)
-            return result
-
+    def timed_over_cores(work, of):
         start = time.perf_counter()
-        results = over_shards(timed_work, *args)
+        results = over_cores(functools.partial(timed, work), of)
         shards.append(time.perf_counter() - start)
-        busy.append(sum(spent))
-        return results
+        busy.append(sum(share for _, share in results))
+        return [result for result, _ in results]
 
-    m.over_shards = timed_over_shards
+    m.over_cores = timed_over_cores
     for step in range(steps + 5):
         if step == 5:  # warm
             for times in (shards, busy, whole, *([clock.seconds] if clock else [])):
@@ -97,13 +98,13 @@ def measure(threads, batch, steps, clock=None):
         _, gradients = m.loss_and_gradients(state.params, images, labels, settings, rng, network)
         m.update(state, gradients, settings, settings.learning_rate)
         whole.append(time.perf_counter() - start)
-    m.over_shards = over_shards
+    m.over_cores = over_cores
     return [statistics.median(times) for times in (whole, shards, busy)]
 
 
 def print_parts(clock, steps, busy):
     ms = {key: 1000 * seconds / steps for key, seconds in clock.seconds.items()}
-    print("one thread, milliseconds a step (the clock costs some, too)")
+    print("one core, milliseconds a step (the clock costs some, too)")
     print(f"{'':8s}{''.join(f'{kind:>13s}' for kind in KINDS)}{'sum':>13s}")
     for layer in (*LAYERS, "sum"):
         row = [sum(v for (at, of), v in ms.items() if of == kind and layer in (at, "sum")) for kind in KINDS]
@@ -117,7 +118,7 @@ def main():
     o = p.parse_args()
     cores, shards = m.thread_count(m.Settings()), -(-o.batch // m.SHARD_IMAGES)
     results = {threads: measure(threads, o.batch, o.steps) for threads in sorted({1, cores})}
-    print("threads   step ms   serial   shards   computing   waiting (of all threads)")
+    print("  cores   step ms   serial   shards   computing   waiting (of all cores)")
     for threads, (whole, side_by_side, busy) in results.items():
         waiting = threads * side_by_side - busy
         times = (whole, whole - side_by_side, side_by_side, busy, waiting)
@@ -125,7 +126,7 @@ def main():
 
     whole, side_by_side, busy = results[1]
     serial, shard = whole - side_by_side, busy / shards
-    print(f"\npredicted from one thread: serial {1000 * serial:.2f} ms, and {shards} shards of {1000 * shard:.2f} ms each")
+    print(f"\npredicted from one core: serial {1000 * serial:.2f} ms, and {shards} shards of {1000 * shard:.2f} ms each")
     for threads in (1, 2, 4, 8, 16):
         step = serial + -(-shards // threads) * shard
         measured = f", measured {1000 * results[threads][0]:.1f}" if threads in results else ""

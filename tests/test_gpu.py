@@ -256,14 +256,14 @@ def test_the_device_agrees_with_the_cpu_in_float32(pool, any_device, sample, mon
 
 
 def test_random_numbers_of_the_device_are_a_function_of_the_stream(any_device, sample):
-    """One generator is made for a batch, whatever its size, and dropout and augmentation draw from it what they should."""
-    streams = [m.shard_streams(m.random_stream(0, m.STEP, 1, step), 64) for step in (3, 3, 4)]
-    assert [len(s) for s in streams] == [1, 1, 1]
-    masks = [host(m.dropout(m.xp.ones((50, 400), np.float32), 0.75, s[0])[1]) for s in streams]
+    """A batch is one shard, whatever its size, and dropout and augmentation draw from its generator what they should."""
+    assert m.shards_of(1000, 16) == [(0, slice(0, 1000))]
+    streams = [m.device_stream(m.random_stream(0, m.STEP, 1, step).integers(2**63)) for step in (3, 3, 4)]
+    masks = [host(m.dropout(m.xp.ones((50, 400), np.float32), 0.75, stream)[1]) for stream in streams]
     assert np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[0], masks[2])
     assert masks[0].dtype == np.float32 and set(np.unique(masks[0])) == {0, 4} and abs(masks[0].mean() - 1) < 0.05
     images = any_device.asarray(sample.train_images[:20])
-    found = host(m.augment(images, 1.0, streams[0][0], elastic=1.0))
+    found = host(m.augment(images, 1.0, streams[0], elastic=1.0))
     assert found.shape == (20, 28, 28) and found.dtype == np.float32 and 0 <= found.min() and found.max() <= 255
     assert 0.8 < found.mean() / sample.train_images[:20].mean() < 1.2
 

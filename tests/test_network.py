@@ -90,16 +90,16 @@ def test_fast_and_plain_path_share_ten_steps(rng, monkeypatch, dtype, tolerance)
     np.testing.assert_allclose(fast, losses(), rtol=tolerance)
 
 
-def test_number_of_threads_changes_no_bit(sample):
-    results = []
-    for threads in (1, 2):
-        settings = m.Settings(threads=threads, augment=1.0)
+def test_number_of_cores_changes_no_bit(sample):
+    results, settings = [], m.Settings(augment=1.0)
+    for cores in (2, 3, 1):
+        m.use_cores(cores)
         params = m.init_params(settings)
         rng = m.random_stream(3, m.STEP, 1, 2)
         loss, gradients = m.loss_and_gradients(params, sample.train_images[:40], sample.train_labels[:40], settings, rng)
         results.append((loss, gradients.flat, m.predict(params, sample.test_images[:40], settings)))
-    for one, two in zip(*results):
-        assert np.array_equal(one, two)
+    for one, two, three in zip(*results):
+        assert np.array_equal(one, two) and np.array_equal(one, three)
 
 
 def test_without_rng_there_is_no_dropout_and_no_augmentation(rng):

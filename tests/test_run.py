@@ -52,7 +52,7 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
     folder, out = whole
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["augment"] == 1 and config["data"]["name"] == "MNIST sample"
-    assert {path.name for path in (folder / "code").iterdir()} == {"mnist_resnet9.py", "files.py", "plot_figs.py"}
+    assert {path.name for path in (folder / "code").iterdir()} == {"mnist_resnet9.py", "files.py", "workers.py", "plot_figs.py"}
     rows = files.read_metrics(folder / "metrics.csv")
     assert [row[0] for row in rows] == [0, 1, 2, 3] and rows[0][2] == pytest.approx(math.log(10), abs=0.6)
     predictions = arrays(folder / "predictions.npz")
@@ -105,6 +105,19 @@ def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(whole, tmp_p
     assert train(tmp_path, "--epochs-max", "1", "--augment", "1", "--ema", "0.9").returncode == 0
     assert train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--threads", "1").returncode == 0
     assert_same_run(folder, tmp_path / "resnet9")
+
+
+def test_where_processes_cannot_be_copied_the_bits_are_the_same(whole, tmp_path):
+    """As on macOS and Windows: each worker reads the script anew, and arrays go through the pipe."""
+    for name in ("mnist_resnet9.py", "files.py", "workers.py", "plot_figs.py"):
+        shutil.copy(m.HERE / name, tmp_path)
+    path = tmp_path / "workers.py"
+    path.write_text(path.read_text().replace('"fork" if sys.platform == "linux" else "spawn"', '"spawn"'))
+    flags = [*SMALL, "--data-dir", m.HERE / "data" / "sample", "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
+    command = [sys.executable, tmp_path / "mnist_resnet9.py", *flags, "--device", "cpu", "--threads", "2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert_same_run(whole[0], tmp_path / "save" / "resnet9")
 
 
 def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):

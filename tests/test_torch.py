@@ -64,7 +64,7 @@ def test_logits_loss_and_all_gradients_agree(rng, pool, dropout):
     images, labels = batch(rng)
     params = m.init_params(settings, np.float64)
     params.flat += 0.01 * rng.standard_normal(params.flat.size)
-    stream = m.shard_streams(np.random.default_rng(5), 1)[0]
+    stream = m.device_stream(np.random.default_rng(5).integers(2**63, size=1)[0])
     _, mask = m.dropout(np.ones((len(images), 3136)), dropout, stream)
     p = tensors(params)
     expected = logits(p, images, pool, mask)
@@ -272,7 +272,7 @@ def test_weights_go_both_ways_and_the_run_has_its_files(tmp_path, capsys, monkey
     assert torch_main(*flags, "--weights", tmp_path / "resnet9" / "checkpoint_last.npz") == 0
     folder = tmp_path / "torch_resnet9"
     code = {path.name for path in (folder / "code").iterdir()}
-    assert code == {"resnet9_torch.py", "mnist_resnet9.py", "files.py", "plot_figs.py"}
+    assert code == {"resnet9_torch.py", "mnist_resnet9.py", "files.py", "workers.py", "plot_figs.py"}
     assert "PyTorch" in (folder / "log.txt").read_text()
     ours, theirs = (files.read_metrics(path / "metrics.csv") for path in (tmp_path / "resnet9", folder))
     assert theirs[0][2:6] == pytest.approx(ours[1][2:6], rel=1e-5)  # it starts where ours ended

@@ -33,8 +33,9 @@ except ImportError as error:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from files import HERE, UserError
-from mnist_resnet9 import (SCRIPTS, SHARD_IMAGES, Run, Settings, augment, dropout, init_params, main, over_shards,
-                           parse_settings, run, setting, shard_streams, thread_count, to_input)  # fmt: skip
+from mnist_resnet9 import (SCRIPTS, SHARD_IMAGES, Run, Settings, augment, device_stream, dropout, init_params, main,
+                           parse_settings, run, setting, shards_of, to_input)  # fmt: skip
+from workers import prepare_process
 
 EVALUATION_BATCH = 100  # images; larger ones leave the caches and are no faster
 
@@ -126,6 +127,11 @@ class TorchRun(Run):
 
     use_device = staticmethod(use_device)
 
+    @staticmethod
+    def use_cores(count):
+        prepare_process()
+        torch.set_num_threads(count)  # their number can change the last digits here
+
     def __init__(self, settings, network, data, device, scripts):
         folder = HERE / settings.save_dir / settings.tag
         if settings.weights and not any(folder.glob("checkpoint_*.npz")):
@@ -134,7 +140,6 @@ class TorchRun(Run):
         super().__init__(settings, network, data, device, scripts)
         self.on_gpu = device.startswith("GPU")
         self.device = torch.device("cuda" if self.on_gpu else "cpu")
-        torch.set_num_threads(thread_count(settings))  # their number can change the last digits here
 
         state, self.copies = self.state, []
         self.flat, self.ema = self.tensor(state.params.flat), None
@@ -171,16 +176,15 @@ class TorchRun(Run):
 
     def draw(self, images, rng):
         """The images augmented, and dropout's mask: both from the random streams of the shards that our step uses."""
-        settings, streams = self.settings, shard_streams(rng, -(-len(images) // SHARD_IMAGES))
-
-        def work(shard, i):
-            x = images[shard]
+        settings, parts = self.settings, []
+        shards = shards_of(len(images), SHARD_IMAGES)
+        for key, (_, shard) in zip(rng.integers(2**63, size=len(shards)), shards):
+            x, stream = images[shard], device_stream(key)
             if settings.augment or settings.elastic:
-                x = augment(x, settings.augment, streams[i], settings.elastic)
+                x = augment(x, settings.augment, stream, settings.elastic)
             ones = np.ones((len(x), self.net.fc9.in_features), self.state.params.flat.dtype)
-            return x, dropout(ones, settings.dropout, streams[i])[1]
-
-        x, masks = zip(*over_shards(work, len(images), SHARD_IMAGES, threads=1))
+            parts.append((x, dropout(ones, settings.dropout, stream)[1]))
+        x, masks = zip(*parts)
         mask = torch.from_numpy(np.concatenate(masks)).to(self.device) if settings.dropout else None
         return self.to_input(np.concatenate(x)), mask
 
