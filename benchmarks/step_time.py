@@ -163,8 +163,8 @@ def start_sides(o, names):
 
 def compare(o, names):
     """{name: (median seconds, seconds, peak MiB)}; the sides take turns. And the floor in seconds."""
+    m.use_cores(o.threads)  # first: copies of this process that are made later would hold the sides' pipes open
     sides, peaks = start_sides(o, names), []
-    m.use_cores(o.threads)
     for _ in range(-(-o.steps // TURN)):
         for side in sides:
             side.seconds += side.turn(TURN)
