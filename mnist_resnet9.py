@@ -917,7 +917,8 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     if len(run.state.history) > settings.epochs_max:
         print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
         return 0
-    cores = f", {thread_count(settings)} cores" if not run.on_gpu else ""
+    count = thread_count(settings)
+    cores = f", {count} core{'s' * (count > 1)}" if not run.on_gpu else ""
     for line in (*(f"*** {note}" for note in data.notes),
                  f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch",
                  f"{run.state.params.flat.size:,} parameters; {device}{cores}; files in {os.path.relpath(run.folder.path)}",
@@ -926,7 +927,7 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
         run.folder.log(line)
     previous = {number: signal.signal(number, run.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        kind.use_cores(thread_count(settings))
+        kind.use_cores(count)
         return run.train()
     finally:
         for number, handler in previous.items():

@@ -19,7 +19,7 @@ import warnings
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
-import numpy  # noqa: F401  (it loads the BLAS that is to be prepared)
+from numpy.linalg import _umath_linalg
 from tqdm import tqdm
 
 SHARED_BYTES = 2**26  # for the arrays of one message; only what a message fills takes memory
@@ -32,7 +32,7 @@ def prepare_process():
     malloc gives large arrays back to the system and asks for them again, and each new page costs a fault: thousands
     a step. With these limits raised it reuses them. Other libraries than OpenBLAS and glibc stay as they are.
     """
-    blas = ctypes.CDLL(sys.modules["numpy.linalg._umath_linalg"].__file__)  # finds the BLAS that NumPy is linked to
+    blas = ctypes.CDLL(_umath_linalg.__file__)  # finds the BLAS that NumPy is linked to
     for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads"):
         if hasattr(blas, name):
             getattr(blas, name)(1)
@@ -90,13 +90,18 @@ class Workers:
             return
         self.inbox = shared_memory()
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process starts with what is set here
-        for _ in range(count):
-            (here, there), outbox = context.Pipe(), shared_memory()
-            process = context.Process(target=serve, args=(there, self.inbox, outbox), daemon=True)
-            process.start()
-            there.close()
-            self.workers.append(Worker(process, here, outbox))
-        signal.signal(signal.SIGINT, previous)
+        try:
+            for _ in range(count):
+                (here, there), outbox = context.Pipe(), shared_memory()
+                process = context.Process(target=serve, args=(there, self.inbox, outbox), daemon=True)
+                process.start()
+                there.close()
+                self.workers.append(Worker(process, here, outbox))
+        except OSError as error:  # a limit on processes, files or memory
+            tqdm.write(f"*** Only {len(self.workers)} of {count} worker processes started ({error.strerror}); "
+                       "fewer cores go on.", file=sys.stderr)  # fmt: skip
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def map(self, function, parts):
         """[function(part) for part in parts], the first by this process, each other one by a worker.

@@ -1,4 +1,4 @@
-"""The whole network: its gradient, the fast path against the plain one, shards and threads, optimizers, schedule."""
+"""The whole network: its gradient, the fast path against the plain one, shards and cores, optimizers, schedule."""
 
 import math
 

@@ -2,6 +2,7 @@
 
 import functools
 import mmap
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -151,6 +152,21 @@ def test_ctrl_c_reaches_the_workers_too_and_they_leave_it_to_the_program(three):
         os.kill(worker.process.pid, signal.SIGINT)
     time.sleep(0.1)
     assert three.map(abs, [-1, -2, -3]) == [1, 2, 3] and len(three.workers) == 2
+
+
+def test_a_limit_on_processes_leaves_fewer_workers(monkeypatch, capsys):
+    start, started = multiprocessing.process.BaseProcess.start, []
+
+    def start_one(process):
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(start(process))
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_one)
+    pool = workers.Workers(3)
+    assert "Only 1 of 3 worker processes started (Resource temporarily unavailable)" in capsys.readouterr().err
+    assert pool.map(abs, [-1, -2, -3, -4]) == [1, 2, 3, 4]
+    pool.close()
 
 
 def test_use_cores_starts_and_ends_workers(monkeypatch):
