@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from files import (HERE, Parser, RunFolder, UserError, duration, load_mnist, log_header, log_line, read_checkpoint,
                    save_arrays, write_checkpoint, write_metrics)  # fmt: skip
-from workers import Workers
+from workers import Workers, available_cores
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -164,9 +164,6 @@ def to_host(a):
 
 SHARD_IMAGES = 16  # small enough for the caches, large enough that a NumPy call costs more than calling it
 PREDICT_SHARD_IMAGES = 32  # there is more to predict than a batch, so shards may be larger: fewer NumPy calls
-
-def thread_count(settings):
-    return settings.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 workers = Workers(0)  # none, until use_cores() starts some
 
@@ -917,7 +914,7 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     if len(run.state.history) > settings.epochs_max:
         print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
         return 0
-    count = thread_count(settings)
+    count = settings.threads or available_cores()
     cores = f", {count} core{'s' * (count > 1)}" if not run.on_gpu else ""
     for line in (*(f"*** {note}" for note in data.notes),
                  f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch",

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import mmap
 import multiprocessing
+import os
 import pickle
 import platform
 import signal
@@ -24,6 +25,9 @@ from tqdm import tqdm
 
 SHARED_BYTES = 2**26  # for the arrays of one message; only what a message fills takes memory
 METHOD = "fork" if sys.platform == "linux" else "spawn"  # elsewhere a copy of a running process is not safe
+
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 @functools.lru_cache(maxsize=1)
 def prepare_process():

@@ -28,7 +28,7 @@ SETTINGS = m.Settings(tag="epoch", epochs_max=1, augment=1.0, dropout=0.5, learn
 def train_ours(settings):
     data, device = m.load_mnist(), m.use_device("cpu")
     run = m.Run(settings, m.RESNET9, data, device, ())
-    m.use_cores(m.thread_count(settings))
+    m.use_cores(m.available_cores())
     start = time.perf_counter()
     run.folder.log(m.log_header(settings.validation_images))
     run.train()
@@ -42,7 +42,7 @@ def train_torch(settings):
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(m.thread_count(settings))
+    torch.set_num_threads(m.available_cores())
     torch.manual_seed(settings.seed)
     data, folder, form = m.load_mnist(), Path(settings.save_dir), torch.channels_last
     images, test_images = (torch.from_numpy(a.copy()) for a in (data.train_images, data.test_images))

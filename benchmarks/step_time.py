@@ -227,7 +227,7 @@ def memory(o, names):
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--threads", type=int, default=m.thread_count(m.Settings()))
+    p.add_argument("--threads", type=int, default=m.available_cores())
     p.add_argument("--channels", type=int, nargs=4, default=[4, 16, 32, 64])
     p.add_argument("--steps", type=int, default=40, help="steps a side")
     p.add_argument("--evaluate", action="store_true", help="forward only")

@@ -116,7 +116,7 @@ def main():
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--steps", type=int, default=40)
     o = p.parse_args()
-    cores, shards = m.thread_count(m.Settings()), -(-o.batch // m.SHARD_IMAGES)
+    cores, shards = m.available_cores(), -(-o.batch // m.SHARD_IMAGES)
     results = {threads: measure(threads, o.batch, o.steps) for threads in sorted({1, cores})}
     print("  cores   step ms   serial   shards   computing   waiting (of all cores)")
     for threads, (whole, side_by_side, busy) in results.items():
