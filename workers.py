@@ -86,7 +86,10 @@ class Worker(NamedTuple):
     outbox: mmap.mmap
 
 class Workers:
-    """So many processes beside this one. They end with it, however it ends."""
+    """So many processes beside this one. They end with it, however it ends.
+
+    Messages are pickles, as everywhere in multiprocessing: the pipes are inherited, so nobody else can write to them.
+    """
 
     def __init__(self, count):
         context, self.inbox, self.workers = multiprocessing.get_context(METHOD), b"", []
