@@ -282,6 +282,7 @@ def test_evaluation_takes_part_after_part_and_finds_the_same(sample, monkeypatch
 EVERYTHING = [
     {"augment": 1.0, "ema": 0.9, "weight_decay": 0.1},
     {"optimizer": "sgd", "pool": "avg", "channels": (4, 8, 8, 8), "schedule": "one_cycle"},
+    {"optimizer": "muon", "channels": (4, 8, 8, 8), "weight_decay": 0.1},
 ]
 
 

@@ -144,10 +144,32 @@ def test_parameters_are_views_of_one_vector():
     assert (params["conv1.weight"] == 1).all() and (params.flat[-10:] == 2).all()
 
 
-@pytest.mark.parametrize("optimizer, beta2", [("sgd", 0.999), ("adam", 0.999), ("adam", 0.9)])
+def polar(x):
+    """What orthogonal(x) should be, by a singular value decomposition."""
+    U, S, Vt = np.linalg.svd(x, full_matrices=False)
+    S = S / np.linalg.norm(S)
+    for _ in range(5):
+        S = 3.4445 * S - 4.775 * S**3 + 2.0315 * S**5
+    return U @ np.diag(S) @ Vt
+
+
+@pytest.mark.parametrize("shape", [(36, 16), (144, 32), (9, 16), (1, 1), (7, 1)])
+def test_orthogonal_agrees_with_a_singular_value_decomposition(rng, shape):
+    x = rng.standard_normal(shape)
+    x *= np.geomspace(0.1, 1, shape[1])  # directions of unlike strength
+    y = m.orthogonal(x)
+    np.testing.assert_allclose(y, polar(x), atol=1e-5)  # the 1e-7 that keeps 0 / 0 away is seen in the last digits
+    S = np.linalg.svd(y, compute_uv=False)
+    assert 0.68 < S.min() and S.max() < 1.14
+    np.testing.assert_allclose(m.orthogonal(1000 * x), y, atol=1e-5)  # only directions count
+    assert not m.orthogonal(np.zeros(shape, np.float32)).any()
+
+
+@pytest.mark.parametrize("optimizer, beta2", [("sgd", 0.999), ("adam", 0.999), ("adam", 0.9), ("muon", 0.9)])
 def test_optimizers_agree_with_their_formulas(rng, optimizer, beta2):
     settings = m.Settings(channels=(2, 3, 3, 4), optimizer=optimizer, beta2=beta2, weight_decay=0.1, ema=0.9)
     state = m.init_state(settings)
+    beta1 = 0.95 if optimizer == "muon" else 0.9
     w = {name: a.astype(float) for name, a in state.params.items()}
     ema, first, second = dict(w), dict.fromkeys(w, 0.0), dict.fromkeys(w, 0.0)
     for t in range(1, 6):
@@ -160,10 +182,14 @@ def test_optimizers_agree_with_their_formulas(rng, optimizer, beta2):
                 first[name] = 0.9 * first[name] + g
                 w[name] = w[name] - 0.01 * first[name]
             else:
-                first[name] = 0.9 * first[name] + 0.1 * g
+                first[name] = beta1 * first[name] + (1 - beta1) * g
                 second[name] = beta2 * second[name] + (1 - beta2) * g**2
-                m_hat, v_hat = first[name] / (1 - 0.9**t), second[name] / (1 - beta2**t)
-                w[name] = w[name] - 0.01 * m_hat / (np.sqrt(v_hat) + 1e-8)
+                m_hat, v_hat = first[name] / (1 - beta1**t), second[name] / (1 - beta2**t)
+                step = m_hat / (np.sqrt(v_hat) + 1e-8)
+                if optimizer == "muon" and name.startswith("conv") and name.endswith("weight") and name != "conv1.weight":
+                    x = (beta1 * first[name] + (1 - beta1) * g).reshape(-1, g.shape[3])
+                    step = 0.2 * np.sqrt(max(x.shape)) * polar(x).reshape(g.shape)
+                w[name] = w[name] - 0.01 * step
             keep = min(0.9, t / (9 + t))
             ema[name] = keep * ema[name] + (1 - keep) * w[name]
     for name in w:

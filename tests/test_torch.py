@@ -174,6 +174,8 @@ OPTIMIZERS = [
     {"optimizer": "adam"},
     {"optimizer": "adam", "beta2": 0.9},
     {"optimizer": "adam", "weight_decay": 0.1, "ema": 0.9},
+    {"optimizer": "muon"},
+    {"optimizer": "muon", "weight_decay": 0.1, "ema": 0.9},
 ]
 
 
@@ -238,7 +240,7 @@ def torch_main(*flags):
     return m.main([*TINY, *map(str, flags)], t.start)
 
 
-@pytest.mark.parametrize("flags", ["--augment 1 --elastic 1 --ema 0.9 --weight-decay 0.1", "--optimizer sgd --schedule one_cycle"])
+@pytest.mark.parametrize("flags", ["--augment 1 --elastic 1 --ema 0.9 --weight-decay 0.1", "--optimizer sgd --schedule one_cycle", "--optimizer muon"])
 def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsys):
     flags = ("--epochs-max", "3", *flags.split())
     assert torch_main("--save-dir", tmp_path / "whole", *flags) == 0

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from files import HERE, UserError
 from mnist_resnet9 import (SCRIPTS, SHARD_IMAGES, Run, Settings, augment, device_stream, dropout, init_params, main,
-                           parse_settings, run, setting, shards_of, to_input)  # fmt: skip
+                           orthogonal, parse_settings, run, setting, shards_of, to_input)  # fmt: skip
 from workers import prepare_process
 
 EVALUATION_BATCH = 100  # images; larger ones leave the caches and are no faster
@@ -147,11 +147,12 @@ class TorchRun(Run):
         if settings.ema:
             self.ema = self.tensor(state.ema.flat)
             self.evaluated = build(settings, self.ema, state.params)
-        if settings.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(self.net.parameters(), betas=(0.9, settings.beta2), fused=True)
-        else:
+        if settings.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(self.net.parameters(), momentum=settings.momentum, fused=True)
-        moments = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}[settings.optimizer]
+        else:
+            self.beta1 = 0.95 if settings.optimizer == "muon" else 0.9
+            self.optimizer = torch.optim.Adam(self.net.parameters(), betas=(self.beta1, settings.beta2), fused=True)
+        moments = ("momentum_buffer",) if settings.optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
         for moment, array in zip(moments, state.moments):
             views = named_views(self.tensor(array), state.params)
             for name, w in self.net.named_parameters():
@@ -201,12 +202,23 @@ class TorchRun(Run):
                     if name.endswith("weight"):
                         w.mul_(1 - rate * settings.weight_decay)
             self.optimizer.param_groups[0]["lr"] = rate
+            before = named_views(self.flat.clone(), state.params)
             self.optimizer.step()
+            if settings.optimizer == "muon":
+                self.orthogonal_steps(before, rate)
             if settings.ema:
                 keep = min(settings.ema, (1 + state.step) / (10 + state.step))
                 self.ema.lerp_(self.flat, 1 - keep)
         state.step += 1
         return loss.detach()
+
+    def orthogonal_steps(self, before, rate):
+        """Puts Muon's steps from `before` in place of Adam's, between two hidden layers: torch.optim.Muon takes matrices
+        only, and computes in bfloat16."""
+        for name, w in self.net.named_parameters():
+            if w.ndim == 4 and name != "conv1.weight":
+                mean = w.grad.lerp(self.optimizer.state[w]["exp_avg"], self.beta1).flatten(1)  # (K, 9C)
+                w.copy_(before[name] - rate * 0.2 * max(mean.shape) ** 0.5 * orthogonal(mean.T).T.reshape(w.shape))
 
     @torch.inference_mode()
     def evaluate(self, images, labels):
