@@ -1,4 +1,4 @@
-"""The files that the program reads and writes: those of MNIST, and those of a run in save/<tag>/.
+"""What comes in and goes out: the command line, the files of MNIST, and those of a run in save/<tag>/.
 
 Nothing here has to do with learning; mnist_resnet9.py reads well without it. Two promises: no file is trusted before
 all of it has been checked, and a crash at any moment leaves each file as it was or as it should become.
@@ -19,7 +19,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +38,42 @@ class UserError(ValueError):
     """Something the user can put right. main() prints it as one line and ends with exit status 2."""
 
 
+# ── Settings and command line ─────────────────────────────────────────────────────────────────────────────────────
+
+def setting(default, help, between=None, choices=None):
+    """A dataclass field: its default, what it does, and which values make sense."""
+    return field(default=default, metadata={"help": help, "between": between, "choices": choices})
+
+def check_settings(settings):
+    """UserError if a field has a value of another type than its own, or one that makes no sense."""
+    for f in fields(settings):
+        value, between, choices = getattr(settings, f.name), f.metadata["between"], f.metadata["choices"]
+        if type(value) is not f.type and (f.type, type(value)) != (float, int):
+            raise UserError(f"{f.name} is {value!r}, but should be of type {f.type.__name__}")
+        if choices and value not in choices:
+            raise UserError(f"{f.name} is {value!r}, but should be one of {', '.join(choices)}")
+        if between and not between[0] <= value <= between[1]:
+            raise UserError(f"{f.name} is {value}, but should be from {between[0]} to {between[1]}")
+
+def whole_numbers(text):
+    """'4,16,32,64' → (4, 16, 32, 64)."""
+    return tuple(int(part) for part in text.split(","))
+
 class Parser(argparse.ArgumentParser):
-    """argparse that raises a UserError in place of printing its usage."""
+    """argparse with a flag for each setting, and a UserError in place of printing its usage."""
+
+    def read_settings(self, kind, arguments):
+        """{name: value} of the flags that are given, those of the fields of `kind` among them: epochs_max is --epochs-max."""
+        for f in fields(kind):
+            read, choices = whole_numbers if f.type is tuple else f.type, f.metadata["choices"]
+            default = ",".join(map(str, f.default)) if f.type is tuple else f.default
+            self.add_argument(f"--{f.name.replace('_', '-')}", type=read, choices=choices, default=argparse.SUPPRESS,
+                              metavar=None if choices else f.type.__name__.upper().replace("TUPLE", "K,K,K,K"),
+                              help=f"{f.metadata['help']} (default: {default})")  # fmt: skip
+        given = vars(self.parse_args(arguments))
+        for name in given.keys() & {"data_dir", "save_dir"}:  # a path on the command line starts where the user is
+            given[name] = str(Path(given[name]).absolute())
+        return given
 
     def error(self, message):
         if "unrecognized arguments" in message:

@@ -27,7 +27,6 @@ turns it into dx, dw and db, the gradients with respect to what went in. The cac
 need of the forward pass. That is all of backpropagation: the network calls the pairs in order, then in reverse.
 """
 
-import argparse
 import functools
 import math
 import os
@@ -38,22 +37,18 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from files import (HERE, Parser, RunFolder, UserError, duration, load_mnist, log_header, log_line, read_checkpoint,
-                   save_arrays, write_checkpoint, write_metrics)  # fmt: skip
+from files import (HERE, Parser, RunFolder, UserError, check_settings, duration, load_mnist, log_header, log_line,
+                   read_checkpoint, save_arrays, setting, write_checkpoint, write_metrics)  # fmt: skip
 from workers import Workers, available_cores
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-def setting(default, help, between=None, choices=None):
-    """One setting: its default, what it does, and which values make sense."""
-    return field(default=default, metadata={"help": help, "between": between, "choices": choices})
 
 @dataclass(frozen=True)
 class Settings:
@@ -68,8 +63,7 @@ class Settings:
     epochs_max: int = setting(200, "passes over the training images", between=(1, 10**6))
     batch_size: int = setting(64, "images a step: small for many updates, large for fast matrix products", between=(1, 10**6))
     learning_rate: float = setting(1e-4, "step size of the optimizer; the peak of one_cycle", between=(0, 1000))
-    optimizer: str = setting("adam", "sgd steps down the gradient, adam divides by its usual size, muon turns as much in "
-                             "every direction", choices=("sgd", "adam", "muon"))  # fmt: skip
+    optimizer: str = setting("adam", "sgd: down the gradient; adam: evened out; muon: by whole directions", choices=("sgd", "adam", "muon"))
     momentum: float = setting(0.9, "how much of its last step sgd keeps", between=(0, 0.9999))
     beta2: float = setting(0.999, "how much of its mean squared gradient adam or muon keeps a step", between=(0, 0.999999))
     weight_decay: float = setting(0.0, "share taken off each weight, times the learning rate", between=(0, 1000))
@@ -85,49 +79,29 @@ class Settings:
     threads: int = setting(0, "CPU cores to compute on, a process on each, without influence on the result; 0 = all", between=(0, 256))
 
     def __post_init__(self):
-        for f in fields(self):
-            value, between, choices = getattr(self, f.name), f.metadata["between"], f.metadata["choices"]
-            if type(value) is not f.type and (f.type, type(value)) != (float, int):
-                raise UserError(f"{f.name} is {value!r}, but should be of type {f.type.__name__}")
-            if choices and value not in choices:
-                raise UserError(f"{f.name} is {value!r}, but should be one of {', '.join(choices)}")
-            if between and not between[0] <= value <= between[1]:
-                raise UserError(f"{f.name} is {value}, but should be from {between[0]} to {between[1]}")
+        check_settings(self)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tag):
             raise UserError(f"tag {self.tag!r} is no folder name: letters, digits, '.', '_' and '-', at most 100")
         if len(self.channels) != 4 or not all(isinstance(c, int) and 1 <= c <= 1024 for c in self.channels):
             raise UserError(f"channels {self.channels} should be four whole numbers from 1 to 1024, as 4,16,32,64")
 
-# What a recipe changes in the settings; `--recipe NAME` applies it before the other flags. Chosen on held-out
-# training images, not on the test set: benchmarks/README.md.
+# What `--recipe NAME` changes, before the other flags; chosen on held-out training images: benchmarks/README.md.
 RECIPES = {
     "reference": {},
     "quick": dict(epochs_max=3, optimizer="muon", learning_rate=2e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99,
                   weight_decay=0.3, dropout=0.15, label_smoothing=0.05, augment=0.6, elastic=0.5, ema=0.99),
 }
-RECIPES["record"] = {**RECIPES["quick"], "channels": (16, 16, 48, 96), "epochs_max": 9, "learning_rate": 1.5e-3,
-                     "weight_decay": 0.2, "ema": 0.995}  # fmt: skip
+RECIPES["record"] = RECIPES["quick"] | dict(epochs_max=9, channels=(16, 16, 48, 96), learning_rate=1.5e-3,
+                                            weight_decay=0.2, ema=0.995)  # fmt: skip
 
 # These say where and how a run is computed, not what is computed: they may differ when it is continued.
 NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
-
-def whole_numbers(text):
-    """'4,16,32,64' → (4, 16, 32, 64)."""
-    return tuple(int(part) for part in text.split(","))
 
 def parse_settings(arguments=None, kind=Settings, **preset):
     """The settings of a command line: defaults, then preset, then the recipe, then the flags. UserError if wrong."""
     parser = Parser(description="Train ResNet9 on MNIST.", allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES, default="reference", help="a tried set of settings; flags come on top")
-    for f in fields(kind):
-        read, choices = whole_numbers if f.type is tuple else f.type, f.metadata["choices"]
-        default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=read, choices=choices, default=argparse.SUPPRESS,
-                            metavar=None if choices else f.type.__name__.upper().replace("TUPLE", "K,K,K,K"),
-                            help=f"{f.metadata['help']} (default: {default})")  # fmt: skip
-    given = vars(parser.parse_args(arguments))
-    for name in given.keys() & {"data_dir", "save_dir"}:  # a path on the command line starts where the user is
-        given[name] = str(Path(given[name]).absolute())
+    given = parser.read_settings(kind, arguments)
     return kind(**{**preset, **RECIPES[given.pop("recipe")], **given})
 
 # ── Array module ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -714,10 +688,10 @@ def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
     w -= (rate / (1 - beta1**t)) * m / (xp.sqrt(v / (1 - beta2**t)) + eps)
 
 def orthogonal(x):
-    """About U Vᵀ, where U S Vᵀ is the singular value decomposition of x (rows, K): as far in every direction.
+    """About U Vᵀ, where U S Vᵀ is the singular value decomposition of x (rows, K): all directions as long as each other.
 
-    Each round takes every singular value s to 3.4445 s − 4.775 s³ + 2.0315 s⁵. Five rounds bring what lies between 0.01
-    and 1 to between 0.68 and 1.14, in a few matrix products: no decomposition is needed. Jordan and others 2024, Muon."""
+    Without a decomposition: each round takes every singular value s to 3.4445 s − 4.775 s³ + 2.0315 s⁵, and five bring
+    what lies between 0.01 and 1 to between 0.68 and 1.14. Jordan and others 2024, kellerjordan.github.io/posts/muon."""
     x = x / ((x * x).sum() ** 0.5 + 1e-7)  # so no singular value is above 1
     for _ in range(5):
         A = x.T @ x  # (K, K)
@@ -725,16 +699,15 @@ def orthogonal(x):
     return x
 
 def muon(params, gradients, moments, rate, step, beta2, beta1=0.95):
-    """Adam, except between two hidden layers, where a step is orthogonal(running mean of dw), about as long as Adam's.
+    """Adam, except between two hidden layers: w ← w − 0.2 rate √(longer side) orthogonal(running mean of dw).
 
     A gradient is mostly a few strong directions. Adam evens out single numbers, this whole directions, so that weak ones
-    are learnt too. 0.2 √(its longer side) makes a step as large as Adam's: Liu and others 2025, arXiv:2502.16982."""
+    are learnt too. The factor makes a step about as long as Adam's: Liu and others 2025, arXiv:2502.16982."""
     before, m = Parameters(params), Parameters(params, moments[0])
     adam(params.flat, gradients.flat, moments, rate, step, beta2, beta1)
     for name, w in params.items():
-        if w.ndim == 4 and name != "conv1.weight":  # (3, 3, C, K): as a matrix (9C, K)
-            mean = (1 - beta1) * gradients[name] + beta1 * m[name]  # one step ahead: Nesterov's momentum
-            mean = mean.reshape(-1, w.shape[3])
+        if w.ndim == 4 and name != "conv1.weight":  # (3, 3, C, K), as a matrix (9C, K)
+            mean = ((1 - beta1) * gradients[name] + beta1 * m[name]).reshape(-1, w.shape[3])  # one ahead: Nesterov's
             w[...] = before[name] - rate * 0.2 * math.sqrt(max(mean.shape)) * orthogonal(mean).reshape(w.shape)
 
 @dataclass

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -348,5 +348,5 @@ def test_two_damaged_checkpoints_are_reported_and_not_overwritten(whole, tmp_pat
 
 def test_help_explains_every_setting():
     out = subprocess.run([sys.executable, "mnist_resnet9.py", "--help"], cwd=m.HERE, capture_output=True, text=True).stdout
-    for f in m.fields(m.Settings):
+    for f in fields(m.Settings):
         assert f"--{f.name.replace('_', '-')} " in out

@@ -32,9 +32,9 @@ except ImportError as error:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files import HERE, UserError
+from files import HERE, UserError, setting
 from mnist_resnet9 import (SCRIPTS, SHARD_IMAGES, Run, Settings, augment, device_stream, dropout, init_params, main,
-                           orthogonal, parse_settings, run, setting, shards_of, to_input)  # fmt: skip
+                           orthogonal, parse_settings, run, shards_of, to_input)  # fmt: skip
 from workers import prepare_process
 
 EVALUATION_BATCH = 100  # images; larger ones leave the caches and are no faster
