@@ -1,7 +1,7 @@
 """ResNet9 on MNIST, every forward and backward pass written by hand on NumPy or CuPy.
 
     python mnist_resnet9.py                  train; the same command again continues a run that was stopped
-    python mnist_resnet9.py --recipe quick   three epochs, to a test accuracy of 99.64 % (mean of six seeds)
+    python mnist_resnet9.py --recipe quick   three epochs, to a test accuracy of 99.64 % (mean of ten seeds)
     python mnist_resnet9.py --help           every setting; each can also be edited below, under "Settings"
     python plot_figs.py                      curves and failures of the run, afterwards or while it is going on
     python predict.py my_digit.png           what the network takes your own digit for
