@@ -202,10 +202,10 @@ class TorchRun(Run):
                     if name.endswith("weight"):
                         w.mul_(1 - rate * settings.weight_decay)
             self.optimizer.param_groups[0]["lr"] = rate
-            before = named_views(self.flat.clone(), state.params)
+            before = self.flat.clone() if settings.optimizer == "muon" else None
             self.optimizer.step()
-            if settings.optimizer == "muon":
-                self.orthogonal_steps(before, rate)
+            if before is not None:
+                self.orthogonal_steps(named_views(before, state.params), rate)
             if settings.ema:
                 keep = min(settings.ema, (1 + state.step) / (10 + state.step))
                 self.ema.lerp_(self.flat, 1 - keep)
