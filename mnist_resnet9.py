@@ -356,11 +356,11 @@ def max_pool2d_backward(dy, cache):
 # A convolution slides a k×k kernel over the image: y[h, w] = b + Σ x[h+i−r, w+j−r] @ w[i, j] over i, j = 0 … k−1,
 # with r = (k−1)/2 and zeros beyond the border ("same" padding: y is as large as x). x is (H, W, N, C), w is
 # (k, k, C, K), y is (H, W, N, K). From that, dw[i, j] = Σ x[h+i−r, w+j−r]ᵀ dy[h, w], db = Σ dy and
-# dx[h, w] = Σ dy[h−i+r, w−j+r] @ w[i, j]ᵀ. Of the two ways below the first, im2col, explains, the second is fast.
+# dx[h, w] = Σ dy[h−i+r, w−j+r] @ w[i, j]ᵀ. Of the two ways below the first explains; the second is fast, on a CPU.
 
 def conv2d(x, w, b):
     """y = conv(x, w) + b, (H, W, N, C) → (H, W, N, K), any odd k, stride 1 (the kernel moves a pixel at a time)."""
-    way, back = (conv2d_winograd, conv2d_winograd_backward) if is_fast(w) else (conv2d_im2col, conv2d_im2col_backward)
+    way, back = (conv2d_winograd, conv2d_winograd_backward) if is_fast(w) else (conv2d_plain, conv2d_plain_backward)
     y, cache = way(x, w, b)
     return y, (back, cache)
 
@@ -369,35 +369,35 @@ def conv2d_backward(dy, cache, need_dx=True):
     backward, cache = cache
     return backward(dy, cache, need_dx)
 
-def conv2d_im2col(x, w, b):
-    """The convolution as one matrix product: every pixel's k×k surroundings become a column ("image to columns").
-    The bias is the weight of one more input that is always 1, so the product adds it too."""
-    (H, W, N, C), (k, _, _, K) = x.shape, w.shape
-    r = k // 2
-    padded = xp.zeros((C, H + 2 * r, W + 2 * r, N), x.dtype)
-    padded[:, r : r + H, r : r + W] = x.transpose(3, 0, 1, 2)
-    cols = xp.ones((k * k * C + 1, H * W * N), x.dtype)  # the last row stays 1
-    taps = cols[:-1].reshape(k, k, C, H, W, N)
-    for i, j in np.ndindex(k, k):
-        taps[i, j] = padded[:, i : i + H, j : j + W]  # the image, seen from tap (i, j) of the kernel
-    wb = xp.concatenate([w.reshape(k * k * C, K), b[None]])  # (k·k·C + 1, K)
-    y = cols.T @ wb  # (H·W·N, K)
+def conv2d_plain(x, w, b):
+    """The convolution as one matrix product: each pixel's k×k surroundings are a row of `cols`."""
+    (H, W, N, _), (k, _, C, K) = x.shape, w.shape
+    cols = surroundings(x, k)  # (H·W·N, k·k·C)
+    y = cols @ w.reshape(k * k * C, K) + b  # (H·W·N, K)
     return y.reshape(H, W, N, K), (cols, w, x.shape)  # cache: as in linear, each factor is the other one's slope
 
-def conv2d_im2col_backward(dy, cache, need_dx=True):
-    """From y = colsᵀ @ wb: dwb = cols @ dy, dcols = wb @ dyᵀ, and each pixel sums up what its copies in cols get."""
+def surroundings(x, k):
+    """What the kernel sees at each pixel, zeros beyond the border: (H, W, N, C) → (H·W·N, k·k·C)."""
+    (H, W, N, C), r = x.shape, k // 2
+    padded = xp.zeros((H + 2 * r, W + 2 * r, N, C), x.dtype)
+    padded[r : r + H, r : r + W] = x
+    down, right, image, channel = padded.strides
+    # A view: at [h, w, n, i, j, c] it shows padded[h + i, w + j, n, c]. reshape then makes a copy of all that.
+    view = xp.lib.stride_tricks.as_strided(padded, (H, W, N, k, k, C), (down, right, image, down, right, channel))
+    return view.reshape(H * W * N, k * k * C)
+
+def conv2d_plain_backward(dy, cache, need_dx=True):
+    """From y = cols @ w + b: dw = colsᵀ @ dy, db = Σ dy. A pixel x[h, w] meets tap (i, j) in y[h−i+r, w−j+r]: so dx is
+    a convolution of dy too, with the kernel turned round, from K channels to C."""
     cols, w, (H, W, N, C) = cache
-    k, K, r = w.shape[0], w.shape[3], w.shape[0] // 2
-    dy = dy.reshape(H * W * N, K)
-    dwb = cols @ dy  # (k·k·C + 1, K)
-    dw, db = dwb[:-1].reshape(w.shape), dwb[-1]
+    k, K = w.shape[0], w.shape[3]
+    rows = dy.reshape(H * W * N, K)
+    dw = (cols.T @ rows).reshape(w.shape)
+    db = rows.sum(axis=0)
     if not need_dx:
         return None, dw, db
-    dcols = (w.reshape(k * k * C, K) @ dy.T).reshape(k, k, C, H, W, N)
-    dpadded = xp.zeros((C, H + 2 * r, W + 2 * r, N), dy.dtype)
-    for i, j in np.ndindex(k, k):
-        dpadded[:, i : i + H, j : j + W] += dcols[i, j]  # a pixel was in k² columns, so k² gradients add
-    return dpadded[:, r : r + H, r : r + W].transpose(1, 2, 3, 0), dw, db
+    turned = w[::-1, ::-1].swapaxes(2, 3).reshape(k * k * K, C)
+    return (surroundings(dy, k) @ turned).reshape(H, W, N, C), dw, db
 
 # The fast way (Winograd; Lavin and Gray 2016, arXiv:1509.09308). Two polynomials are multiplied by evaluating both at
 # enough points, multiplying the values, and interpolating: g·d = Bᵀ (G g ⊙ Aᵀ d), with the coefficients as vectors.
@@ -486,8 +486,8 @@ def join(strips, xs, y):
         done = rows.stop
 
 def is_fast(w):
-    """Whether Winograd's way is the faster one for this kernel (or w is none)."""
-    return len(w.shape) == 4 and w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS
+    """Whether Winograd's way is the faster one for this kernel (or w is none): made for a CPU's caches."""
+    return xp is np and len(w.shape) == 4 and w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS
 
 class WinogradKernel:
     """U = G w Gᵀ (n, n, C, K) of a kernel w (3, 3, C, K), and its transpose UT: once a step, not once a shard."""

@@ -79,7 +79,7 @@ def torch_step(m, data, settings, device, way="eager"):
         with torch.cuda.graph(graph):
             loss = work()
 
-        def replay():
+        def replay(used=(images, labels, net, optimizer)):  # the graph reads them, but does not keep them
             graph.replay()
             return loss
 

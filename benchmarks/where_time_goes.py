@@ -23,7 +23,7 @@ import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just ad
 KINDS = {
     "GEMM": ("conv2d_winograd", "conv2d_winograd_backward", "linear", "linear_backward"),
     "transforms": ("to_points", "from_points", "transformed"),
-    "im2col": ("conv2d_im2col", "conv2d_im2col_backward"),
+    "plain": ("conv2d_plain", "conv2d_plain_backward"),
     "elementwise": ("relu", "relu_backward", "residual_block", "residual_block_backward", "max_pool2d",
                     "max_pool2d_backward", "dropout", "dropout_backward", "cross_entropy_loss",
                     "cross_entropy_loss_backward", "to_input"),

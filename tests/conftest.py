@@ -30,5 +30,5 @@ def sample():
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Calling it makes every convolution take the way that explains, im2col, until the test ends."""
+    """Calling it makes every convolution take the way that explains, until the test ends."""
     return lambda: monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**9)

@@ -104,7 +104,7 @@ CASES = {
     "conv2d of 3": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 3, rng, dtype),
     "conv2d of 3, 16 channels": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 3, rng, dtype, C=16),
     "conv2d of 5": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 5, rng, dtype),
-    "conv2d_im2col": lambda rng, dtype: layer(m.conv2d_im2col, m.conv2d_im2col_backward, 3, rng, dtype),
+    "conv2d_plain": lambda rng, dtype: layer(m.conv2d_plain, m.conv2d_plain_backward, 3, rng, dtype),
     "conv2d_winograd": lambda rng, dtype: layer(m.conv2d_winograd, m.conv2d_winograd_backward, 3, rng, dtype, H=7, W=9),
     "conv_block": lambda rng, dtype: layer(m.conv_block, m.conv_block_backward, 3, rng, dtype),
     "residual_block": residual,
@@ -356,7 +356,7 @@ def test_convolution_equals_its_definition(k, H, W, N, C, K, seed):
     inputs = normal(rng, (H, W, N, C)), normal(rng, (k, k, C, K)), normal(rng, K)
     right = reference.conv2d(*inputs)
     size = reference.conv2d(*map(np.abs, inputs))  # the terms may cancel, so their sizes are what rounding scales with
-    ways = (m.conv2d, m.conv2d_im2col, m.conv2d_winograd) if k == 3 else (m.conv2d, m.conv2d_im2col)
+    ways = (m.conv2d, m.conv2d_plain, m.conv2d_winograd) if k == 3 else (m.conv2d, m.conv2d_plain)
     for way in ways:
         assert error(way(*inputs)[0], right, size) < 1e-12
 
@@ -381,7 +381,7 @@ def test_winograd_gradients_equal_central_differences(H, W, seed):
 
 
 def both_ways(x, w, b, dy):
-    for way, backward in ((m.conv2d_winograd, m.conv2d_winograd_backward), (m.conv2d_im2col, m.conv2d_im2col_backward)):
+    for way, backward in ((m.conv2d_winograd, m.conv2d_winograd_backward), (m.conv2d_plain, m.conv2d_plain_backward)):
         y, cache = way(x, w, b)
         yield (y, *backward(dy, cache))
 
@@ -392,7 +392,7 @@ def both_ways(x, w, b, dy):
 @example(H=1, W=1, N=1, C=1, K=1, seed=0)
 @example(H=28, W=28, N=2, C=16, K=16, seed=0)
 @example(H=14, W=14, N=2, C=64, K=64, seed=0)
-def test_winograd_equals_im2col_forward_and_backward(dtype, limit, H, W, N, C, K, seed):
+def test_winograd_equals_the_plain_convolution_forward_and_backward(dtype, limit, H, W, N, C, K, seed):
     rng = np.random.default_rng(seed)
     arrays = [normal(rng, shape, dtype) for shape in ((H, W, N, C), (3, 3, C, K), K, (H, W, N, K))]
     fast, plain = both_ways(*arrays)

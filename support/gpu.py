@@ -1,0 +1,475 @@
+"""The fast path on a GPU: a whole training step as one CUDA graph of the kernels in gpu.cu.
+
+A step of this network is some forty short computations. Asked for one by one from Python they take
+longer to ask for than to compute. A CUDA graph is a recording of them: it is asked for once, and
+runs without Python. What differs from step to step (which images, which random numbers, which
+learning rate) lies in tables on the device, written at the start of each epoch; a counter there
+says which row is next.
+
+Nothing here is needed to understand how the network learns: without this file a GPU computes the
+same with the plain operations of mnist_resnet9.py.
+"""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+SOURCE = Path(__file__).with_name("gpu.cu")
+BLOCKS = 264  # that a GPU is given at least to be busy: two for each of 132 multiprocessors
+BETA1 = {"sgd": 0.0, "adam": 0.9, "muon": 0.95}
+PLAN_LENGTH = 5  # numbers of a step in the table: see gpu.cu
+BIAS, WEIGHT, MUON_WEIGHT = 0, 1, 2
+NULL = np.int64(0)  # as a kernel's argument: no array
+
+
+def round_up(n, to):
+    return -(-n // to) * to
+
+
+def row_of_4x8(n):
+    """Floats of a row in shared memory that is read 4 rows by 8 columns: see gpu.cu."""
+    return n // 16 * 16 + 8 if n % 16 <= 8 else round_up(n, 16) + 8
+
+
+def row_of_8x4(n):
+    return round_up(n, 8) + 4
+
+
+# ── Which tile each convolution computes ──────────────────────────────────────────────────────────
+# The sizes of the tiles are compiled into the kernels. Best is a tile so large that both factors
+# are used often once they are in shared memory, and so small that every multiprocessor has one.
+
+
+def columns_of(channels):
+    """Columns of a tile for so many channels."""
+    padded = round_up(channels, 8)
+    return max(c for c in range(8, 72, 8) if padded % c == 0)
+
+
+class Convolution:
+    """A compiled `convolution`: its name, threads, shared memory and tiles."""
+
+    def __init__(self, side, C, K, back, limit):
+        taps = 1 if C >= 32 else 3 if C >= 8 else 9
+        depth = round_up(taps * C, 8)
+        columns = columns_of(K)
+        self.side, self.K = side, K
+        warps_n = 4 if columns == 64 else 2 if columns % 16 == 0 and side == 14 else 1
+        for rows in (128, 64, 32) if side == 28 else (32, 16):
+            warps_m = min(4 // warps_n, rows // 16)
+            tiles_m = rows // 16 // warps_m
+            kernel = columns * row_of_8x4(depth) if back else depth * row_of_4x8(columns)
+            self.shared = 4 * (2 if taps < 9 else 1) * (rows * row_of_8x4(depth) + kernel)
+            if self.shared <= limit:
+                break
+        sizes = side, side, C, K, str(back).lower(), warps_m, warps_n, tiles_m, columns // warps_n // 8
+        self.name = f"convolution<{', '.join(map(str, sizes))}>"
+        self.threads, self.rows, self.columns = 32 * warps_m * warps_n, rows, columns
+
+    def grid(self, N):
+        return -(-self.side * self.side * N // self.rows), -(-self.K // self.columns)
+
+
+class KernelGradient:
+    """A compiled `kernel_gradient`."""
+
+    def __init__(self, side, C, K, limit):
+        taps = 9 if C <= 16 else 3 if C <= 48 else 1
+        columns = columns_of(K)
+        warps_n = 2 if columns >= 48 and columns % 16 == 0 else 1
+        tiles = -(-taps * C // 16)
+        warps_m = next(w for w in (3, 2, 1) if tiles % w == 0 and tiles > 3 or w == 1)
+        self.side, self.size = side, 9 * C * K + K
+        for self.groups, rows in ((4, 128), (2, 64), (1, 32), (1, 16)):
+            warps = warps_m * warps_n * self.groups
+            pitch = row_of_4x8(tiles * 16) + row_of_4x8(columns)
+            self.shared = 4 * 2 * rows * pitch
+            if warps <= 8 and self.shared <= min(limit, 100_000):
+                break
+        sizes = (side, side, C, K, taps, warps_m, warps_n, self.groups, tiles // warps_m,
+                 columns // warps_n // 8, rows)  # fmt: skip
+        self.name = f"kernel_gradient<{', '.join(map(str, sizes))}>"
+        self.threads, self.rows = 32 * warps, rows
+        self.tiles = 9 // taps * -(-K // columns)
+
+    def split(self, N):
+        """The rows of N images over blocks: rows a block, blocks."""
+        rows = self.side * self.side * N
+        a_block = round_up(-(-rows // max(1, BLOCKS // self.tiles)), self.rows)
+        return a_block, -(-rows // a_block)
+
+
+def add_parts_name(count):
+    return "add_parts<8>" if count > 64 else "add_parts<32>"
+
+
+# ── The network ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Layer:
+    """Convolution number i: from C channels to K, images of side × side pixels."""
+
+    def __init__(self, i, side, C, K, limit):
+        self.i, self.side, self.C, self.K = i, side, C, K
+        self.forward = Convolution(side, C, K, False, limit)
+        self.gradient = KernelGradient(side, C, K, limit)
+        self.back = Convolution(side, K, C, True, limit) if i > 1 else None
+        self.muon_shared = 4 * 3 * round_up(K, 16) * row_of_4x8(round_up(K, 16))
+
+
+def layers_of(channels, limit):
+    c1, c2, c3, c4 = channels
+    shapes = [(28, 1, c1), (28, c1, c2), (28, c2, c2), (28, c2, c2),
+              (14, c2, c3), (14, c3, c4), (14, c4, c4), (14, c4, c4)]  # fmt: skip
+    return [Layer(i, *shape, limit) for i, shape in enumerate(shapes, start=1)]
+
+
+def unsupported(settings, limit):
+    """Why the kernels cannot compute this network on a GPU with so much shared memory, or None."""
+    if any(c % 4 or c > 128 for c in settings.channels):
+        return "channels should be multiples of 4, at most 128"
+    if settings.batch_size > 4000:
+        return "batch_size should be at most 4000"
+    needed = []
+    for layer in layers_of(settings.channels, limit):
+        needed += [layer.forward.shared, layer.gradient.shared]
+        if layer.back:
+            needed.append(layer.back.shared)
+            if settings.optimizer == "muon":
+                needed.append(layer.muon_shared)
+    return f"{max(needed):,} bytes of shared memory are needed" if max(needed) > limit else None
+
+
+# ── Recording ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Program:
+    """Kernels in the order in which they are launched, on a main branch (0) and some beside it.
+
+    A kernel beside the main branch waits for what the main branch has launched before it, and runs
+    while that goes on; join() makes the main branch wait for all.
+    """
+
+    def __init__(self, device):
+        self.device, self.entries, self.kept = device, [], []
+
+    def launch(self, name, grid, threads, *arguments, shared=0, branch=0):
+        grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)
+        self.entries.append((branch, name, grid, (threads, 1, 1), arguments, shared))
+
+    def join(self):
+        self.entries.append(None)
+
+    def empty(self, *shape, dtype=np.float32):
+        """An array that lives as long as the program."""
+        self.kept.append(self.device.xp.empty(shape, dtype))
+        return self.kept[-1]
+
+
+class Cuda:
+    """Compiles and runs programs with CuPy."""
+
+    def __init__(self):
+        import cupy
+
+        self.xp = cupy
+        self.limit = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+
+        self.modules = {}
+
+    def module(self, names):
+        if names not in self.modules:
+            code, options = SOURCE.read_text(encoding="utf-8"), ("-std=c++17",)
+            self.modules[names] = self.xp.RawModule(code=code, options=options, name_expressions=names)
+        return self.modules[names]
+
+    def launch(self, name, grid, threads, *arguments):
+        """Runs one kernel now, by itself."""
+        self.module(("fill_normal", "fill_uniform")).get_function(name)((grid, 1, 1), (threads, 1, 1), arguments)
+
+    def record(self, program):
+        """A function that runs the program, as one CUDA graph."""
+        xp = self.xp
+        launches = [entry for entry in program.entries if entry]
+        module = self.module(tuple(sorted({entry[1] for entry in launches})))
+        kernels = {}
+        for _, name, _, _, _, shared in launches:
+            kernels[name] = module.get_function(name)
+            if shared > 48 * 1024:
+                kernels[name].max_dynamic_shared_size_bytes = shared
+        main = xp.cuda.Stream(non_blocking=True, priority=-5)  # what the others wait for goes first
+        beside = {branch: xp.cuda.Stream(non_blocking=True) for branch, *_ in launches if branch}
+        used = set()
+
+        def wait(waiting, stream):
+            event = xp.cuda.Event(disable_timing=True)
+            event.record(stream)
+            waiting.wait_event(event)
+
+        main.begin_capture()
+        for entry in program.entries:
+            if entry is None:
+                for branch in sorted(used):
+                    wait(main, beside[branch])
+                used.clear()
+                continue
+            branch, name, grid, block, arguments, shared = entry
+            stream = beside[branch] if branch else main
+            if branch:
+                wait(stream, main)
+                used.add(branch)
+            with stream:
+                kernels[name](grid, block, arguments, shared_mem=shared)
+        graph = main.end_capture()
+        program.graph = graph
+        return lambda: graph.launch(xp.cuda.get_current_stream())
+
+
+# ── The network as a program ──────────────────────────────────────────────────────────────────────
+
+
+class Network:
+    """What training and predicting share: the layers, and the forward pass up to the last pooling."""
+
+    def __init__(self, device, settings):
+        self.device, self.settings = device, settings
+        self.layers = layers_of(settings.channels, device.limit)
+        self.max = str(settings.pool == "max").lower()
+        self.features = 49 * settings.channels[3]
+
+    def forward(self, program, params, x, N):
+        """Launches the convolutions and the first pooling. Returns every layer's input and output."""
+        inverse = np.uint32(-(-(2**32) // N) if N > 1 else 0)
+        outputs, inputs = {}, {}
+        h = x
+        for layer in self.layers:
+            i, K, side = layer.i, layer.K, layer.side
+            if i == 5:
+                h, size, NC = program.empty(14, 14, N, layer.C), 196 * N * layer.C, N * layer.C
+                pooled = outputs[4], h, np.int32(size), np.int32(NC)
+                program.launch(f"pool<28, {self.max}>", -(-size // 256), 256, *pooled)
+            inputs[i] = h
+            y = outputs[i] = program.empty(side, side, N, K)
+            shortcut = inputs[i - 1] if i in (4, 8) else NULL
+            program.launch(layer.forward.name, layer.forward.grid(N), layer.forward.threads, h,
+                           params[f"conv{i}.weight"], params[f"conv{i}.bias"], shortcut, NULL, y,
+                           np.int32(True), np.int32(N), inverse, shared=layer.forward.shared)  # fmt: skip
+            h = y
+        return inputs, outputs, inverse
+
+
+class Predictor(Network):
+    """Logits of images, N at a time, with given parameters."""
+
+    def __init__(self, device, settings, params, N):
+        super().__init__(device, settings)
+        self.N = N
+        program = Program(device)
+        self.images = program.empty(N, 28, 28, dtype=np.uint8)
+        self.logits = program.empty(N, 10)
+        x = program.empty(28, 28, N)
+        program.launch("read_images<false>", (N, 4), 256, self.images, NULL, np.int32(0), x, np.int32(N),
+                       np.float32(0), np.float32(0), NULL, np.int32(0), NULL, NULL, NULL)  # fmt: skip
+        _, outputs, _ = self.forward(program, params, x, N)
+        program.launch(f"head<{settings.channels[3]}, {self.max}>", N, 256, outputs[8], NULL,
+                       params["fc9.weight"], params["fc9.bias"], NULL, self.logits, NULL, NULL,
+                       np.int32(0), NULL, np.float32(0), NULL, NULL, np.int32(N))  # fmt: skip
+        self.run = device.record(program)
+
+    def __call__(self, images):
+        """images (any number, 28, 28) of bytes → logits (the same number, 10)."""
+        xp, N = self.device.xp, self.N
+        logits = xp.empty((len(images), 10), np.float32)
+        for start in range(0, len(images), N):
+            count = min(N, len(images) - start)
+            self.images[:count] = images[start : start + count]
+            self.run()
+            logits[start : start + count] = self.logits[:count]
+        return logits
+
+
+class Trainer(Network):
+    """Training steps, one CUDA graph each. Changes params, moments and ema in place.
+
+    params and ema: name → array, views of one flat vector in their order (flat, ema_flat); ema may
+    be None. moments: (1 or 2, parameters). images and labels: all that are trained on, in bytes.
+    bumps: what augmentation bends with.
+    """
+
+    def __init__(self, device, settings, params, flat, moments, ema, ema_flat, images, labels, bumps):
+        super().__init__(device, settings)
+        self.params, self.flat, self.moments, self.ema, self.ema_flat = params, flat, moments, ema, ema_flat
+        self.images, self.labels, self.bumps = images, labels, bumps
+        xp, steps = device.xp, -(-len(images) // settings.batch_size)
+        self.order = xp.empty(len(images), np.int32)
+        self.keys = xp.empty(steps, np.uint64)
+        self.plan = xp.empty((steps, PLAN_LENGTH), np.float32)
+        self.losses = xp.empty(steps, np.float32)
+        self.gradient = xp.empty(flat.size, np.float32)
+        self.next, self.now = xp.zeros(1, np.int32), xp.zeros(1, np.int32)  # step of the epoch
+        muon = {f"conv{i}.weight" for i in range(2, 9)} if settings.optimizer == "muon" else ()
+        kinds = [np.full(a.size, MUON_WEIGHT if name in muon else WEIGHT if name.endswith("weight") else BIAS, np.uint8)
+                 for name, a in params.items()]  # fmt: skip
+        self.kinds = xp.asarray(np.concatenate(kinds))
+        self.programs = {}
+
+    def begin_epoch(self, order, keys, rates, first_step, done=0):
+        """order: the images' numbers; keys: one for each step's random numbers; rates: learning rates.
+        first_step: steps before this epoch; done: steps of it that are already taken."""
+        settings, beta1, beta2 = self.settings, BETA1[self.settings.optimizer], self.settings.beta2
+        plan = np.empty((len(rates), PLAN_LENGTH))
+        for i, rate in enumerate(rates):
+            step = first_step + i
+            keep = min(settings.ema, (1 + step) / (10 + step))
+            plan[i] = (rate, 1 - rate * settings.weight_decay, rate / (1 - beta1 ** (step + 1)),
+                       1 - beta2 ** (step + 1), 1 - keep)  # fmt: skip
+        xp = self.device.xp
+        self.order[...] = xp.asarray(order.astype(np.int32))
+        self.keys[...] = xp.asarray(np.asarray(keys, np.uint64))
+        self.plan[...] = xp.asarray(plan.astype(np.float32))
+        self.next[...] = done
+
+    def __call__(self, number):
+        """Takes step `number` of the epoch, which must be the next one. Returns its loss."""
+        N = min(self.settings.batch_size, len(self.images) - number * self.settings.batch_size)
+        if N not in self.programs:
+            program = Program(self.device)
+            self.write(program, N)
+            self.programs[N] = self.device.record(program)
+        self.programs[N]()
+        return self.losses[number]
+
+    def moment(self, number, name):
+        """The part of the moments that belongs to a parameter."""
+        start = 0
+        for other, a in self.params.items():
+            if other == name:
+                return self.moments[number][start : start + a.size]
+            start += a.size
+        raise KeyError(name)
+
+    def write(self, program, N):
+        """One step with N images, from the images to the update."""
+        settings, params = self.settings, self.params
+        batch, F, C = np.int32(settings.batch_size), self.features, settings.channels[3]
+        augment = settings.augment > 0 or settings.elastic > 0
+        dw, start = {}, 0
+        for name, a in params.items():
+            dw[name] = self.gradient[start : start + a.size]
+            start += a.size
+
+        mask = NULL
+        if settings.dropout:
+            mask = program.empty(N, F)
+            J = len(self.bumps)
+            first = (round_up(6 * N, 8) + (2 * round_up(N * J, 8) if settings.elastic else 0)) if augment else 0
+            rate, kept = np.float32(settings.dropout), np.float32(1 / (1 - settings.dropout))
+            program.launch("dropout_mask", -(-N * F // 2048), 256, mask, np.int32(N * F), rate, kept,
+                           np.int32(first), self.keys, self.next, branch=1)  # fmt: skip
+        x = program.empty(28, 28, N)
+        program.launch(f"read_images<{str(augment).lower()}>", (N, 4), 256, self.images, self.order, batch, x,
+                       np.int32(N), np.float32(settings.augment), np.float32(settings.elastic), self.bumps,
+                       np.int32(len(self.bumps)), self.keys, self.next, self.now)  # fmt: skip
+        inputs, outputs, inverse = self.forward(program, params, x, N)
+        program.join()
+        features, logits = program.empty(N, F), program.empty(N, 10)
+        losses, dlogits = program.empty(N), program.empty(N, 10)
+        program.launch(f"head<{C}, {self.max}>", N, 256, outputs[8], mask, params["fc9.weight"],
+                       params["fc9.bias"], features, logits, self.labels, self.order, batch, self.now,
+                       np.float32(settings.label_smoothing), losses, dlogits, np.int32(N))  # fmt: skip
+        program.launch("linear_gradient", -(-(F + 1) // 32), 256, features, dlogits, dw["fc9.weight"],
+                       np.int32(F), np.int32(N), branch=1)  # fmt: skip
+
+        slopes = {8: program.empty(14, 14, N, C)}  # the gradient of each layer's output before its relu
+        program.launch(f"head_gradient<{C}, {self.max}>", -(-49 * N * C // 256), 256, outputs[8], mask,
+                       params["fc9.weight"], dlogits, slopes[8], np.int32(N))  # fmt: skip
+        for layer in reversed(self.layers):
+            i = layer.i
+            change = self.learn(program, layer, inputs[i], slopes[i], dw, N, inverse, branch=2 + i % 3)
+            if not layer.back:
+                break
+            dx = program.empty(layer.side, layer.side, N, layer.C)
+            gate = NULL if i == 5 else inputs[i]  # what comes from pooling did not pass a relu
+            shortcut = slopes[i + 1] if i in (3, 7) else NULL
+            program.launch(layer.back.name, layer.back.grid(N), layer.back.threads, slopes[i],
+                           params[f"conv{i}.weight"], NULL, shortcut, gate, dx, np.int32(False),
+                           np.int32(N), inverse, shared=layer.back.shared)  # fmt: skip
+            change()
+            slopes[i - 1] = dx
+            if i == 5:
+                slopes[4] = program.empty(28, 28, N, layer.C)
+                size, NC = np.int32(dx.size), np.int32(N * layer.C)
+                program.launch(f"pool_gradient<28, {self.max}>", -(-dx.size // 256), 256, outputs[4], dx,
+                               slopes[4], size, NC)  # fmt: skip
+        program.join()
+        optimizer = ("sgd", "adam", "muon").index(settings.optimizer)
+        beta1 = settings.momentum if settings.optimizer == "sgd" else BETA1[settings.optimizer]
+        ema = NULL if self.ema is None else self.ema_flat
+        program.launch(f"update<{optimizer}>", -(-self.flat.size // 256), 256, self.flat, self.gradient,
+                       self.moments, ema, self.kinds, np.int32(self.flat.size), np.float32(beta1),
+                       np.float32(settings.beta2), self.plan, losses, np.int32(N), self.losses, self.now, self.next)  # fmt: skip
+
+    def learn(self, program, layer, x, dy, dw, N, inverse, branch):
+        """The gradient of a layer's kernel and bias, beside the way back. Returns a function that launches
+        what changes the kernel, which the way back still reads."""
+        gradient, name = layer.gradient, f"conv{layer.i}.weight"
+        a_block, blocks = gradient.split(N)
+        count = blocks * gradient.groups
+        parts = program.empty(count, gradient.size)
+        program.launch(gradient.name, (blocks, gradient.tiles), gradient.threads, x, dy, parts, np.int32(a_block),
+                       np.int32(N), inverse, shared=gradient.shared, branch=branch)  # fmt: skip
+        columns = 8 if count > 64 else 32
+        program.launch(add_parts_name(count), -(-gradient.size // columns), 256, parts, dw[name],
+                       np.int32(gradient.size), np.int32(count), branch=branch)  # fmt: skip
+        if self.settings.optimizer == "muon" and layer.i > 1:
+            return self.orthogonal_step(program, layer, dw[name], branch)
+        return lambda: None
+
+    def orthogonal_step(self, program, layer, dw, branch):
+        """Muon's step with the gradient of a layer's kernel."""
+        name, R, K = f"conv{layer.i}.weight", 9 * layer.C, layer.K
+        padded, strips = round_up(K, 16), -(-R // 32)
+        X, parts = program.empty(32 * strips, padded), program.empty(strips, padded, padded)
+        Q, scale = program.empty(padded, padded), program.empty(1)
+        program.launch(f"muon_mean<{R}, {K}>", strips, 256, dw, self.moment(0, name), self.moment(1, name),
+                       X, parts, np.float32(BETA1["muon"]), np.float32(self.settings.beta2), branch=branch)  # fmt: skip
+        each = next(n for n in range(1, 99) if padded // 8 % n == 0 and padded // 16 * (padded // 8 // n) <= 32)
+        program.launch(f"muon_rounds<{K}>", 1, padded // 16 * (padded // 8 // each) * 32, parts, np.int32(strips),
+                       Q, scale, shared=layer.muon_shared, branch=branch)  # fmt: skip
+        ema = NULL if self.ema is None else self.ema[name]
+
+        def update():
+            program.launch(f"muon_update<{R}, {K}>", -(-R // 64), 128, self.params[name], ema, X, Q, scale,
+                           self.plan, self.now, branch=branch)  # fmt: skip
+
+        return update
+
+
+# ── Random numbers ────────────────────────────────────────────────────────────────────────────────
+
+
+class Stream:
+    """Random numbers that are a function of the key, with the two methods of NumPy's generator that
+    the script uses; each draw is one kernel. uniform numbers are those of NumPy's Philox(key=key)."""
+
+    def __init__(self, device, key):
+        self.device, self.key, self.used = device, np.uint64(key), 0
+
+    def draw(self, name, shape):
+        out = self.device.xp.empty(shape, np.float32)
+        self.device.launch(name, -(-out.size // 256), 256, out, np.int32(out.size), self.key, np.int32(self.used))
+        self.used += round_up(out.size, 8)  # each draw starts with a fresh word of four
+        return out
+
+    def random(self, shape, dtype=np.float32):
+        return self.draw("fill_uniform", shape)
+
+    def standard_normal(self, shape, dtype=np.float32):
+        return self.draw("fill_normal", shape)
+
+
+@lru_cache(maxsize=1)
+def cuda():
+    return Cuda()

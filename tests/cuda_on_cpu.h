@@ -1,0 +1,87 @@
+// Enough of CUDA to run kernels on a CPU: the threads of a block are coroutines that take turns at
+// each __syncthreads(), blocks run one after another. So a barrier holds, and a missing one shows:
+// every thread runs as far as it can before the next one starts.
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <ucontext.h>
+#include <utility>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(threads)
+#define SHARED_FLOATS(name) float* name = shared_memory
+
+struct Place { int x, y; };
+struct float2 { float x, y; };
+static Place threadIdx, blockIdx, blockDim;
+alignas(16) static float shared_memory[1 << 16];
+
+static int __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
+static unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+  return (unsigned __int128)a * b >> 64;
+}
+
+static const int STACK = 1 << 16;
+static ucontext_t outside;
+static std::vector<ucontext_t> threads;
+static std::vector<char> stacks, finished;
+static void (*body)(void*);
+static void* body_arguments;
+
+static void next_thread(bool done) {
+  int me = threadIdx.x, count = threads.size(), next = me;
+  finished[me] = done;
+  do next = (next + 1) % count;
+  while (finished[next] && next != me);
+  if (next == me) {
+    if (done) setcontext(&outside);
+    return;
+  }
+  threadIdx.x = next;
+  if (done) setcontext(&threads[next]);
+  swapcontext(&threads[me], &threads[next]);
+}
+
+static void __syncthreads() { next_thread(false); }
+
+static void start() {
+  body(body_arguments);
+  next_thread(true);
+}
+
+template <typename F>
+static void run(int blocks_x, int blocks_y, int block, F kernel) {
+  body = [](void* f) { (*(F*)f)(); };
+  body_arguments = &kernel;
+  blockDim = {block, 1};
+  stacks.resize((size_t)block * STACK);
+  for (int y = 0; y < blocks_y; y++)
+    for (int x = 0; x < blocks_x; x++) {
+      blockIdx = {x, y};
+      for (float& f : shared_memory) f = NAN;  // what a kernel reads, it must have written
+      threads.assign(block, ucontext_t());
+      finished.assign(block, 0);
+      for (int i = 0; i < block; i++) {
+        getcontext(&threads[i]);
+        threads[i].uc_stack.ss_sp = &stacks[(size_t)i * STACK];
+        threads[i].uc_stack.ss_size = STACK;
+        makecontext(&threads[i], start, 0);
+      }
+      threadIdx = {0, 0};
+      swapcontext(&outside, &threads[0]);
+    }
+}
+
+template <typename... P, size_t... I>
+static void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
+  kernel(*(P*)arguments[I]...);
+}
+
+template <typename... P>
+static void launch(void (*kernel)(P...), int x, int y, int block, void** arguments) {
+  run(x, y, block, [&] { call(kernel, arguments, std::index_sequence_for<P...>()); });
+}

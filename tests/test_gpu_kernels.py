@@ -1,0 +1,307 @@
+"""The GPU's kernels (support/gpu.cu), run on a CPU, against the plain operations of the script.
+
+cuda_on_cpu.py compiles them with the C++ compiler; where there is none, the tests are skipped. All
+arrays start as NaN. Products are plain there: the tensor cores are tested by benchmarks/gpu.sh.
+"""
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from cuda_on_cpu import COMPILER, CudaOnCpu
+
+import mnist_resnet9 as m
+from support import gpu
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+SMALL = (4, 8, 8, 12)
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory):
+    return CudaOnCpu(tmp_path_factory.mktemp("kernels"))
+
+
+def run(cuda, name, grid, threads, *arguments):
+    cuda.launch(name, grid, threads, *arguments)
+
+
+def floats(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def inverse(N):
+    return np.uint32(-(-(2**32) // N) if N > 1 else 0)
+
+
+def double(*arrays):
+    return [a.astype(np.float64) for a in arrays]
+
+
+def far(one, other):
+    """The distance of two arrays, in lengths of the other."""
+    return np.linalg.norm(one - other) / np.linalg.norm(other)
+
+
+SHAPES = [(28, 1, 4, 3), (28, 4, 16, 2), (28, 12, 20, 1), (14, 16, 32, 5), (14, 32, 36, 3), (14, 48, 96, 2)]
+
+
+@pytest.mark.parametrize("side, C, K, N", SHAPES)
+def test_convolution_forward(side, C, K, N, cuda, rng):
+    x, w, b, add = floats(rng, side, side, N, C), floats(rng, 3, 3, C, K), floats(rng, K), floats(rng, side, side, N, K)
+    plain, _ = m.conv2d(*double(x, w, b))
+    tile = gpu.Convolution(side, C, K, False, cuda.limit)
+    y = cuda.xp.empty((side, side, N, K))
+    run(cuda, tile.name, tile.grid(N), tile.threads, x, w, b, gpu.NULL, gpu.NULL, y, np.int32(0), np.int32(N), inverse(N))
+    assert far(y, plain) < 1e-6
+    run(cuda, tile.name, tile.grid(N), tile.threads, x, w, b, add, gpu.NULL, y, np.int32(1), np.int32(N), inverse(N))
+    assert far(y, np.maximum(plain + add, 0)) < 1e-6
+
+
+@pytest.mark.parametrize("side, C, K, N", SHAPES[1:])
+def test_convolution_backward(side, C, K, N, cuda, rng):
+    x, w, b, dy = floats(rng, side, side, N, C), floats(rng, 3, 3, C, K), floats(rng, K), floats(rng, side, side, N, K)
+    gate, shortcut = floats(rng, side, side, N, C), floats(rng, side, side, N, C)
+    _, cache = m.conv2d(*double(x, w, b))
+    plain, _, _ = m.conv2d_backward(dy.astype(np.float64), cache)
+    tile = gpu.Convolution(side, K, C, True, cuda.limit)
+    dx, size = cuda.xp.empty((side, side, N, C)), (np.int32(0), np.int32(N), inverse(N))
+    run(cuda, tile.name, tile.grid(N), tile.threads, dy, w, gpu.NULL, gpu.NULL, gpu.NULL, dx, *size)
+    assert far(dx, plain) < 1e-6
+    run(cuda, tile.name, tile.grid(N), tile.threads, dy, w, gpu.NULL, shortcut, gate, dx, *size)
+    assert far(dx, (plain + shortcut) * (gate > 0)) < 1e-6
+
+
+@pytest.mark.parametrize("side, C, K, N", SHAPES)
+def test_kernel_gradient(side, C, K, N, cuda, rng):
+    x, w, b, dy = floats(rng, side, side, N, C), floats(rng, 3, 3, C, K), floats(rng, K), floats(rng, side, side, N, K)
+    _, cache = m.conv2d(*double(x, w, b))
+    _, dw, db = m.conv2d_backward(dy.astype(np.float64), cache)
+    tile = gpu.KernelGradient(side, C, K, cuda.limit)
+    a_block, blocks = tile.split(N)
+    count = blocks * tile.groups
+    parts, gradient = cuda.xp.empty((count, tile.size)), cuda.xp.empty(tile.size)
+    run(cuda, tile.name, (blocks, tile.tiles), tile.threads, x, dy, parts, np.int32(a_block), np.int32(N), inverse(N))
+    columns = int(re.search(r"\d+", gpu.add_parts_name(count))[0])
+    grid = -(-tile.size // columns), 1
+    run(cuda, gpu.add_parts_name(count), grid, 256, parts, gradient, np.int32(tile.size), np.int32(count))
+    assert far(gradient[:-K], dw.ravel()) < 1e-6 and far(gradient[-K:], db) < 1e-6
+
+
+def with_ties(rng, *shape):
+    """Numbers of which many are equal within a window, some only up to rounding, and many are 0."""
+    x = np.maximum(rng.integers(-3, 3, shape), 0).astype(np.float32)
+    return x * (1 + 1e-6 * floats(rng, *shape))
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_pooling(pool, cuda, rng):
+    x, dy = with_ties(rng, 28, 28, 3, 4), floats(rng, 14, 14, 3, 4)
+    forward, backward = m.POOLS[pool]
+    plain, cache = forward(x)
+    dx, expected = cuda.xp.empty(x.shape), backward(dy, cache) * (x > 0)
+    y, name, size = cuda.xp.empty(plain.shape), f"28, {str(pool == 'max').lower()}", (np.int32(dy.size), np.int32(12))
+    run(cuda, f"pool<{name}>", (-(-dy.size // 256), 1), 256, x, y, *size)
+    np.testing.assert_allclose(y, plain, rtol=1e-6)
+    run(cuda, f"pool_gradient<{name}>", (-(-dy.size // 256), 1), 256, x, dy, dx, *size)
+    np.testing.assert_allclose(dx, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("key", [0, 5, 2**63 - 7])
+def test_uniform_numbers_are_those_of_numpys_philox(key, cuda):
+    stream, numpy_stream = gpu.Stream(cuda, key), np.random.Generator(np.random.Philox(key=key))
+    for shape in ((6, 12), (16, 49), (3,)):  # draws of whole words of four follow one another as NumPy's do
+        np.testing.assert_array_equal(stream.random(shape), numpy_stream.random(shape, dtype=np.float32))
+
+
+def test_normal_numbers_are_made_of_uniform_ones(cuda):
+    normal, uniform = gpu.Stream(cuda, 3).standard_normal(20_000), gpu.Stream(cuda, 3).random(20_000).astype(float)
+    length, angle = np.sqrt(-2 * np.log(1 - uniform[::2])), 2 * np.pi * uniform[1::2]
+    np.testing.assert_allclose(normal[::2], length * np.cos(angle), atol=1e-5)
+    np.testing.assert_allclose(normal[1::2], length * np.sin(angle), atol=1e-5)
+    assert abs(normal.mean()) < 0.03 and abs(normal.std() - 1) < 0.02
+    first, second = gpu.Stream(cuda, 4), gpu.Stream(cuda, 4)
+    assert not np.array_equal(first.random(9), first.random(9))
+    assert np.array_equal(second.random((3, 3)).ravel(), gpu.Stream(cuda, 4).random(9))
+
+
+# ── Whole steps ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Keys:
+    """The generator of a step, which gives one key, whatever the number of shards."""
+
+    def __init__(self, key):
+        self.key = key
+
+    def integers(self, _, size):
+        return np.full(size, self.key, np.uint64)
+
+
+class Both:
+    """The same run twice: by the kernels and by the plain operations, on a few images."""
+
+    def __init__(self, cuda, sample, images=24, **given):
+        self.settings = m.Settings(**{"channels": SMALL, "batch_size": 16, **given})
+        self.state, self.plain = m.init_state(self.settings), m.init_state(self.settings)
+        self.images, self.labels = sample.train_images[:images].copy(), sample.train_labels[:images].copy()
+        self.order = np.random.default_rng(1).permutation(images)
+        steps = -(-images // self.settings.batch_size)
+        self.keys, self.rates = np.arange(7, 7 + steps, dtype=np.uint64), [1e-3 * (i + 1) for i in range(steps)]
+        self.trainer = self.make(cuda, self.state)
+
+    def make(self, cuda, state):
+        ema = (dict(state.ema), state.ema.flat) if state.ema is not None else (None, None)
+        bumps = np.ascontiguousarray(m.bumps(28, 28, np))
+        return gpu.Trainer(cuda, self.settings, dict(state.params), state.params.flat, state.moments, *ema,
+                           self.images, self.labels, bumps)  # fmt: skip
+
+    def begin(self, trainer, done=0):
+        trainer.begin_epoch(self.order, self.keys, self.rates, 0, done)
+
+    def batch(self, step):
+        return self.order[step * self.settings.batch_size :][: self.settings.batch_size]
+
+    def plain_gradients(self, step, dtype=np.float64):
+        params = m.Parameters({name: a.astype(dtype) for name, a in self.plain.params.items()})
+        batch = self.batch(step)
+        return m.loss_and_gradients(params, self.images[batch], self.labels[batch], self.settings, Keys(self.keys[step]))
+
+
+STEPS = [
+    {"dropout": 0.9},
+    {"dropout": 0.0, "pool": "avg", "optimizer": "sgd", "weight_decay": 0.1, "label_smoothing": 0.1},
+    {"dropout": 0.5, "augment": 1.0, "ema": 0.9, "weight_decay": 0.1},
+    {"dropout": 0.15, "augment": 0.6, "elastic": 0.5, "optimizer": "muon", "ema": 0.99, "label_smoothing": 0.05},
+    {"dropout": 0.5, "elastic": 1.0, "optimizer": "muon", "weight_decay": 0.3, "channels": (12, 20, 16, 36)},
+]
+
+
+@pytest.mark.parametrize("given", STEPS)
+def test_a_step_computes_what_the_plain_operations_do(given, cuda, sample, monkeypatch):
+    """Loss and gradient against float64 (what rounding moves across relu's kink is in the bound); then
+    the update, with the gradient that the kernels found. The last batch is smaller."""
+    monkeypatch.setattr(m, "SHARD_IMAGES", 10**6)  # a batch is one shard, as on a GPU
+    monkeypatch.setattr(m, "device_stream", lambda key: gpu.Stream(cuda, key))
+    both = Both(cuda, sample, **given)
+    both.begin(both.trainer)
+    mean = both.state.params.flat.copy()
+    for step, rate in enumerate(both.rates):
+        loss, expected = both.plain_gradients(step)
+        assert float(both.trainer(step)) == pytest.approx(float(loss), rel=1e-5)
+        assert far(both.trainer.gradient, expected.flat) < 1e-3
+        found = m.Parameters(both.plain.params, both.trainer.gradient.copy())
+        before = both.plain.params.flat.copy()
+        m.update(both.plain, found, both.settings, rate)
+        np.testing.assert_allclose(both.state.moments, both.plain.moments, rtol=1e-4, atol=1e-6)
+        bound = 5e-3 if both.settings.optimizer == "muon" else 1e-4  # Muon's rounds amplify rounding
+        for name, w in both.plain.params.items():
+            change = w - m.Parameters(both.plain.params, before)[name]
+            assert np.linalg.norm(both.state.params[name] - w) <= bound * np.linalg.norm(change), name
+        if both.state.ema is not None:
+            keep = min(both.settings.ema, (1 + step) / (10 + step))
+            mean += (1 - keep) * (both.state.params.flat - mean)
+            np.testing.assert_allclose(both.state.ema.flat, mean, rtol=1e-5, atol=1e-7)
+        both.plain.params.flat[:], both.plain.moments[:] = both.state.params.flat, both.state.moments
+
+
+def test_an_epoch_that_is_interrupted_gives_the_same_bits(cuda, sample):
+    whole, parts = (Both(cuda, sample, images=40, ema=0.9, dropout=0.5, augment=0.5) for _ in range(2))
+    whole.begin(whole.trainer)
+    losses = [float(whole.trainer(step)) for step in range(3)]
+    parts.begin(parts.trainer)
+    assert float(parts.trainer(0)) == losses[0]
+    again = parts.make(cuda, parts.state)  # as after a restart, from the checkpoint's arrays
+    parts.begin(again, done=1)
+    assert [float(again(1)), float(again(2))] == losses[1:]
+    assert np.array_equal(whole.state.params.flat, parts.state.params.flat)
+    assert np.array_equal(whole.state.ema.flat, parts.state.ema.flat)
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_predictions(pool, cuda, sample):
+    settings = m.Settings(channels=SMALL, pool=pool)
+    params = m.init_params(settings)
+    predictor = gpu.Predictor(cuda, settings, dict(params), 8)
+    for count in (1, 8, 19):
+        images = sample.test_images[:count]
+        assert np.abs(predictor(images) - m.predict(params, images, settings)).max() < 1e-4
+
+
+# ── What can go wrong without a wrong number ──────────────────────────────────────────────────────
+
+
+def signatures():
+    """Name of each kernel → for each of its parameters: "reads", "writes" or None (a number)."""
+    source, found = re.sub(r"//.*", "", gpu.SOURCE.read_text(encoding="utf-8")), {}
+    for text in source.split("__global__ void")[1:]:
+        head, _, parameters = text[: text.index("{")].rpartition("(")
+        parameters = parameters.rpartition(")")[0].split(",")
+        name = re.search(r"\w+$", head)[0]
+        found[name] = [None if "*" not in p else "reads" if "const" in p else "writes" for p in parameters]
+    return found
+
+
+def conflicts(program, kernels):
+    """Pairs of kernels that may run at the same time although one writes what the other uses."""
+    done, before, seen, found = {0: set()}, [], [], []  # branch → the launches that it has waited for
+    for entry in program.entries:
+        if entry is None:
+            for waited in done.values():
+                done[0] |= waited
+            continue
+        branch, name, _, _, arguments, _ = entry
+        before.append(done.setdefault(branch, set()))
+        if branch:
+            before[-1] |= done[0]
+        use = [(kind, *np.lib.array_utils.byte_bounds(a)) for kind, a in zip(kernels[name.split("<")[0]], arguments)
+               if kind and isinstance(a, np.ndarray)]  # fmt: skip
+        for number, (other, theirs) in enumerate(seen):
+            if number not in done[branch] and any(
+                "writes" in (mine[0], yours[0]) and mine[1] < yours[2] and yours[1] < mine[2]
+                for mine in use for yours in theirs
+            ):  # fmt: skip
+                found.append((other, name))
+        done[branch].add(len(seen))
+        seen.append((name, use))
+    return found
+
+
+@pytest.mark.parametrize("given", STEPS)
+def test_kernels_that_run_side_by_side_leave_each_others_arrays_alone(given, cuda, sample):
+    kernels, both = signatures(), Both(cuda, sample, **given)
+    program = gpu.Program(cuda)
+    both.trainer.write(program, 16)
+    assert len(kernels) == 16
+    for branch, name, _, _, arguments, _ in filter(None, program.entries):
+        assert len(arguments) == len(kernels[name.split("<")[0]]), name
+    assert conflicts(program, kernels) == []
+
+
+def test_a_kernel_that_does_not_wait_is_found(cuda, sample):
+    kernels, both, program = signatures(), Both(cuda, sample, dropout=0.5), gpu.Program(cuda)
+    both.trainer.write(program, 16)
+    program.entries = [entry for entry in program.entries if entry]  # nobody waits for what runs beside
+    found = conflicts(program, kernels)
+    assert any("dropout_mask" in one and "head" in other for one, other in found)
+
+
+def test_what_the_kernels_cannot_do_is_said():
+    limit = 230_000
+    assert gpu.unsupported(m.Settings(), limit) is None
+    assert gpu.unsupported(m.Settings(), 65_536) is None  # a T4
+    for recipe in m.RECIPES.values():
+        assert gpu.unsupported(m.Settings(**recipe), limit) is None
+    assert "multiples of 4" in gpu.unsupported(m.Settings(channels=(4, 10, 8, 8)), limit)
+    assert "at most 128" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 132)), limit)
+    assert "batch_size" in gpu.unsupported(m.Settings(batch_size=5000), limit)
+    assert "shared memory" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 128)), 30_000)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no CUDA compiler")
+def test_cudas_compiler_takes_the_source(tmp_path):
+    result = subprocess.run(["nvcc", "-std=c++17", "-arch=sm_80", "-cubin", "-o", str(tmp_path / "k.cubin"), str(gpu.SOURCE)],
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
