@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from files import (HERE, Parser, RunFolder, UserError, check_settings, duration, load_mnist, log_header, log_line,
                    read_checkpoint, save_arrays, setting, write_checkpoint, write_metrics)  # fmt: skip
+from support import gpu
 from workers import Workers, available_cores
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -175,7 +176,7 @@ def random_stream(seed, purpose, epoch=0, step=0):
 def device_stream(key):
     """A generator that is a function of the key, on the device that xp computes on."""
     if xp is not np:
-        return xp.random.Generator(xp.random.Philox4x3210(int(key)))
+        return gpu.Stream(gpu.cuda(), key)
     return np.random.Generator(np.random.Philox(key=key))
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -764,6 +765,10 @@ def evaluate(params, images, labels, settings, network=RESNET9):
     """(mean loss, accuracy 0…1, probabilities (N, 10)) of images (N, 28, 28) with labels (N,), without dropout."""
     starts = range(0, len(images), PREDICT_IMAGES)
     logits = xp.concatenate([predict(params, images[i : i + PREDICT_IMAGES], settings, network) for i in starts])
+    return scores(logits, labels)
+
+def scores(logits, labels):
+    """(mean loss, accuracy 0…1, probabilities (N, 10))."""
     right = logits.argmax(axis=1) == labels
     return float(cross_entropy_loss(logits, labels)[0]), float(right.mean()), softmax(logits)[0]
 
@@ -814,6 +819,10 @@ class Run:
         self.test_images, self.test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
         self.steps = -(-count // settings.batch_size)  # an epoch; its last batch may be smaller
         self.on_gpu = xp is not np
+        self.fast, self.why_plain = None, ""  # the GPU's fast path, or why there is none
+        if self.on_gpu:
+            self.fast, self.why_plain = gpu.fast_path(
+                settings, self.state, self.images, self.labels, bumps(28, 28, xp), network is RESNET9)
         self.stop = 0  # the number of the signal that asked for an end, or 0
 
     def train(self):
@@ -821,18 +830,25 @@ class Run:
         settings, state, folder, steps, B = self.settings, self.state, self.folder, self.steps, self.settings.batch_size
         if not state.history:
             self.end_epoch(0, time.perf_counter(), 0)
-        first_step, first_time, timed = state.step, time.perf_counter(), min(20, steps - state.step % steps)
+        timed = min(51 if self.on_gpu else 20, steps - state.step % steps)  # a GPU is waited for at each 50th step
+        first_step, first_time = state.step, time.perf_counter()
         while len(state.history) <= settings.epochs_max and not self.stop:
             epoch, start = len(state.history), time.perf_counter()
             order = xp.asarray(random_stream(settings.seed, ORDER, epoch).permutation(len(self.images)))
             done = state.step - (epoch - 1) * steps  # 0, or where this epoch was interrupted
+            if self.fast:
+                self.begin_fast_epoch(epoch, order, done)
             with tqdm(range(done, steps), f"epoch {epoch}", initial=done, total=steps, unit="step", leave=False,
                        disable=None, dynamic_ncols=True) as bar:  # fmt: skip
                 for step in bar:
-                    batch = order[step * B : (step + 1) * B]
-                    rng = random_stream(settings.seed, STEP, epoch, step)
-                    rate = learning_rate(state.step, steps * settings.epochs_max, settings)
-                    loss = self.step(self.images[batch], self.labels[batch], rng, rate)
+                    if self.fast:  # the whole step in one go: support/gpu.py
+                        loss = self.fast.step(step)
+                        state.step += 1
+                    else:
+                        batch = order[step * B : (step + 1) * B]
+                        rng = random_stream(settings.seed, STEP, epoch, step)
+                        rate = learning_rate(state.step, steps * settings.epochs_max, settings)
+                        loss = self.step(self.images[batch], self.labels[batch], rng, rate)
                     if not self.on_gpu or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
                         self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
                         bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
@@ -852,6 +868,13 @@ class Run:
             print("*** Some files were not written: see above.", file=sys.stderr)
         return 1 if folder.save_failed else 0
 
+    def begin_fast_epoch(self, epoch, order, done):
+        """Gives the fast path what differs between the steps of this epoch."""
+        settings, first = self.settings, (epoch - 1) * self.steps
+        keys = [random_stream(settings.seed, STEP, epoch, step).integers(2**63) for step in range(self.steps)]
+        rates = [learning_rate(first + step, self.steps * settings.epochs_max, settings) for step in range(self.steps)]
+        self.fast.begin_epoch(order, keys, rates, first, done)
+
     def step(self, images, labels, rng, rate):
         """Learns from one batch. Returns its loss."""
         loss, gradients = loss_and_gradients(self.state.params, images, labels, self.settings, rng, self.network)
@@ -859,6 +882,8 @@ class Run:
         return loss
 
     def evaluate(self, images, labels):
+        if self.fast:
+            return scores(self.fast.predict(images), labels)
         return evaluate(self.state.averaged(), images, labels, self.settings, self.network)
 
     def end_epoch(self, epoch, start, images_seen):
@@ -907,7 +932,8 @@ class Run:
         last, best = self.state.history[-1], max(self.state.history, key=lambda row: row[-1])
         return f"Test accuracy {last[-1]:.2%} at the last epoch ({last[0]:.0f}), {best[-1]:.2%} at the best ({best[0]:.0f})."
 
-SCRIPTS = tuple(HERE / f"{name}.py" for name in ("mnist_resnet9", "files", "workers", "plot_figs"))  # for save/<tag>/code/
+SCRIPTS = (*(HERE / f"{name}.py" for name in ("mnist_resnet9", "files", "workers", "plot_figs")),
+           *(HERE / "support" / name for name in ("__init__.py", "gpu.py", "gpu.cu")))  # fmt: skip (for save/<tag>/code/)
 
 def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     """Starts or continues the run that settings define. Returns the exit status."""
@@ -917,7 +943,7 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
         print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
         return 0
     count = settings.threads or available_cores()
-    cores = f", {count} core{'s' * (count > 1)}" if not run.on_gpu else ""
+    cores = f", {count} core{'s' * (count > 1)}" if not run.on_gpu else f" ({run.why_plain})" * bool(run.why_plain)
     for line in (*(f"*** {note}" for note in data.notes),
                  f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch",
                  f"{run.state.params.flat.size:,} parameters; {device}{cores}; files in {os.path.relpath(run.folder.path)}",

@@ -19,6 +19,7 @@ import numpy as np
 SOURCE = Path(__file__).with_name("gpu.cu")
 BLOCKS = 264  # that a GPU is given at least to be busy: two for each of 132 multiprocessors
 BETA1 = {"sgd": 0.0, "adam": 0.9, "muon": 0.95}
+PREDICT_IMAGES = 1000  # at once
 PLAN_LENGTH = 5  # numbers of a step in the table: see gpu.cu
 BIAS, WEIGHT, MUON_WEIGHT = 0, 1, 2
 NULL = np.int64(0)  # as a kernel's argument: no array
@@ -314,6 +315,14 @@ class Trainer(Network):
                  for name, a in params.items()]  # fmt: skip
         self.kinds = xp.asarray(np.concatenate(kinds))
         self.programs = {}
+        for N in {self.images_of(number) for number in (0, steps - 1)}:
+            program = Program(device)
+            self.write(program, N)
+            self.programs[N] = device.record(program)
+
+    def images_of(self, number):
+        """How many images step `number` of an epoch has: the last batch may be smaller."""
+        return min(self.settings.batch_size, len(self.images) - number * self.settings.batch_size)
 
     def begin_epoch(self, order, keys, rates, first_step, done=0):
         """order: the images' numbers; keys: one for each step's random numbers; rates: learning rates.
@@ -331,14 +340,9 @@ class Trainer(Network):
         self.plan[...] = xp.asarray(plan.astype(np.float32))
         self.next[...] = done
 
-    def __call__(self, number):
+    def take(self, number):
         """Takes step `number` of the epoch, which must be the next one. Returns its loss."""
-        N = min(self.settings.batch_size, len(self.images) - number * self.settings.batch_size)
-        if N not in self.programs:
-            program = Program(self.device)
-            self.write(program, N)
-            self.programs[N] = self.device.record(program)
-        self.programs[N]()
+        self.programs[self.images_of(number)]()
         return self.losses[number]
 
     def moment(self, number, name):
@@ -445,6 +449,31 @@ class Trainer(Network):
                            self.plan, self.now, branch=branch)  # fmt: skip
 
         return update
+
+
+class FastPath:
+    """What a run needs of the two: begin_epoch and step, and predict with the parameters to evaluate."""
+
+    def __init__(self, device, settings, state, images, labels, bumps):
+        ema = state.ema
+        means = (ema, ema.flat) if ema is not None else (None, None)
+        bumps = device.xp.ascontiguousarray(bumps)
+        self.trainer = Trainer(device, settings, state.params, state.params.flat, state.moments, *means,
+                               images, labels, bumps)  # fmt: skip
+        self.begin_epoch, self.step = self.trainer.begin_epoch, self.trainer.take
+        self.predict = Predictor(device, settings, state.averaged(), PREDICT_IMAGES)
+
+
+def fast_path(settings, state, images, labels, bumps, is_resnet9):
+    """The fast path of a run and "", or None and why this run takes the plain operations."""
+    device = cuda()
+    reason = unsupported(settings, device.limit) if is_resnet9 else "another network than ResNet9"
+    if not reason:
+        try:
+            return FastPath(device, settings, state, images, labels, bumps), ""
+        except Exception as error:  # an old CUDA, a compiler that is missing: the plain operations go on
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return None, f"plain operations: {reason}"
 
 
 # ── Random numbers ────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 
 import files
 import mnist_resnet9 as m
+from support import gpu
 
 
 def xp_names():
@@ -48,7 +50,7 @@ def test_cupy_takes_every_keyword_that_the_script_gives():
             variadic = inspect.Parameter.VAR_KEYWORD in {p.kind for p in parameters.values()}
             known = f"{' '.join(parameters)} {inspect.getsource(function) if variadic else ''}"
         elif owner == "rng" and name in ("random", "standard_normal"):  # what is drawn on a device
-            known = getattr(cupy.random.Generator, name).__doc__
+            known = " ".join(inspect.signature(getattr(gpu.Stream, name)).parameters)
         elif name in ("sum", "max", "mean", "argmax"):
             known = getattr(cupy.ndarray, name).__doc__ + " axis keepdims" * (name != "argmax")
         elif owner == "xp" and isinstance(getattr(cupy, name), (type(cupy.matmul), cupy.ufunc)):
@@ -164,17 +166,19 @@ class Module:
         self.uploads += isinstance(a, np.ndarray)
         return Array(np.array(a.a if isinstance(a, Array) else a, dtype))
 
-    random = SimpleNamespace(
-        Philox4x3210=np.random.Philox,
-        Generator=lambda bits: SimpleNamespace(**{name: lift(getattr(np.random.Generator(bits), name))
-                                                  for name in ("random", "standard_normal")}),
-    )
+
+def pretended_stream(_, key):
+    stream = np.random.Generator(np.random.Philox(key=int(key)))
+    return SimpleNamespace(**{name: lift(getattr(stream, name)) for name in ("random", "standard_normal")})
 
 
 @pytest.fixture
 def device(monkeypatch):
     xp = Module(np)
     monkeypatch.setattr(m, "xp", xp)
+    monkeypatch.setattr(gpu, "cuda", lambda: None)
+    monkeypatch.setattr(gpu, "Stream", pretended_stream)
+    monkeypatch.setattr(gpu, "fast_path", lambda *_: (None, "plain operations: a pretended GPU"))
     return xp
 
 
@@ -331,7 +335,58 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     assert m.run(m.Settings(tag="cpu", epochs_max=2, device="cpu", **given)) == 0
     one, two = (np.array(files.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("device", "cpu"))
     np.testing.assert_allclose(one[:, :3], two[:, :3], rtol=1e-4)
-    assert "a pretended GPU; files" in (tmp_path / "device" / "log.txt").read_text()
+    log = (tmp_path / "device" / "log.txt").read_text()
+    assert "a pretended GPU (plain operations: a pretended GPU); files" in log
+
+
+def test_launches_of_a_training_step(device, sample, monkeypatch, capsys):
+    """Each function of the array module is a launch or more on a GPU; a reshape of what does not lie in
+    one piece is a copy. These are the plain operations, without the fast path."""
+    launches, layer = Counter(), ["images"]
+    free = {"reshape", "transpose", "swapaxes", "ravel", "as_strided", "broadcast_to", "__getitem__", "asarray"}
+
+    def counted(name, function):
+        def call(*args, **named):
+            result = function(*args, **named)
+            copies = name in ("reshape", "ravel") and isinstance(result, Array) and result.a.base is None
+            launches[layer[0]] += name not in free or copies
+            return result
+
+        return call
+
+    monkeypatch.setattr(Array, "__getattr__", lambda self, name: on_device(getattr(self.a, name)) if not callable(
+        getattr(self.a, name)) else counted(name, lift(getattr(self.a, name))))  # fmt: skip
+    for name in [n for n in vars(Array) if n.startswith("__") and callable(getattr(Array, n)) and n not in (
+        "__init__", "__getattr__", "__len__", "__getattribute__", "__class__", "__repr__", "__new__")]:  # fmt: skip
+        monkeypatch.setattr(Array, name, counted(name, getattr(Array, name)))
+    plain = Module.__getattr__
+    monkeypatch.setattr(Module, "__getattr__", lambda self, name: counted(name, found) if callable(
+        found := plain(self, name)) and not isinstance(found, (type, Module)) else found)  # fmt: skip
+    for name in ("conv_block", "residual_block", "linear", "cross_entropy_loss", "dropout", "update", "max_pool2d"):
+        for function in (name, f"{name}_backward"):
+            if hasattr(m, function):
+                monkeypatch.setattr(m, function, named_layer(getattr(m, function), function, layer))
+    monkeypatch.setitem(m.POOLS, "max", (m.max_pool2d, m.max_pool2d_backward))
+    settings = m.Settings()
+    state = m.init_state(settings)
+    images, labels = device.asarray(sample.train_images[:4]), device.asarray(sample.train_labels[:4])
+    launches.clear()
+    _, gradients = m.loss_and_gradients(state.params, images, labels, settings, m.random_stream(0, m.STEP, 1, 0))
+    m.update(state, gradients, settings, 1e-3)
+    with capsys.disabled():
+        print("\nlaunches of the plain operations:", sum(launches.values()), dict(launches))
+    assert 60 < sum(launches.values()) <= 200
+
+
+def named_layer(function, name, layer):
+    def call(*args, **named):
+        before, layer[0] = layer[0], name
+        try:
+            return function(*args, **named)
+        finally:
+            layer[0] = before
+
+    return call
 
 
 def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
