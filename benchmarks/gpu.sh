@@ -1,33 +1,90 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in one command:
+# All that only a GPU can show, in one command, in about five minutes:
 #     pip install -r requirements-dev.txt -r requirements-torch.txt
-#     benchmarks/gpu.sh
-# Tests (those on CuPy are in tests/test_gpu.py: every operation, logits and gradients agree with the CPU's), step times
-# and kernels against PyTorch, then two epochs of MNIST by CuPy, PyTorch and the CPU, from one seed.
-set -euo pipefail
+#     benchmarks/gpu.sh [FOLDER WITH MNIST [FOLDER FOR THE OUTPUT [STAGE …]]]
+# In stages, the quick and telling ones first. Each has a time limit, and its output in a file of its
+# own; a stage that fails is named at the end. Nothing is downloaded or installed.
+set -uo pipefail
 cd "$(dirname "$0")/.."
+data=${1:-data}
+out=${2:-$(mktemp -d)}
+wanted=${*:3}
+save=$(mktemp -d)
+trap 'rm -rf "$save"' EXIT
+export PYTHONUNBUFFERED=1
+failed=()
+
+stage() { # NAME SECONDS COMMAND …
+  local name=$1 limit=$2
+  shift 2
+  [[ -z $wanted || " $wanted " == *" $name "* ]] || return 0
+  echo "── $name"
+  SECONDS=0
+  limited "$limit" "$@" > "$out/$name.txt" 2>&1 || failed+=("$name")
+  grep -v '^[[:space:]]*$' "$out/$name.txt" | tail -n 30
+  echo "   ($SECONDS s)"
+}
+limited() { # like timeout, for functions of this script too
+  local limit=$1
+  shift
+  "$@" & local pid=$!
+  (sleep "$limit" && kill $pid && pkill -P $pid) 2> /dev/null & local watch=$!
+  wait $pid
+  local status=$?
+  kill $watch 2> /dev/null
+  return $status
+}
+train() { python mnist_resnet9.py --data-dir "$data" --save-dir "$save" --device gpu "$@"; }
+seeds() {
+  for seed in 21 22 23 24 25; do train --recipe "$1" --seed $seed --tag "$1_$seed" || return 1; done
+  python benchmarks/seeds.py --save-dir "$save" "$1"_2{1,2,3,4,5}
+}
+quick() { seeds quick; }
+record() { seeds record; }
+
+# An epoch of the reference experiment; PyTorch's; and the plain operations on the CPU.
+epochs() {
+  train --epochs-max 5 --tag reference && tail -n 2 "$save/reference/log.txt"
+  python torch_version/resnet9_torch.py --data-dir "$data" --save-dir "$save" --device gpu --epochs-max 2 --tag reference
+}
+
+# A run that is stopped within an epoch and continued has the bits of one that was not.
+continued() {
+  local same=(--epochs-max 12 --recipe quick --seed 3)
+  train "${same[@]}" --tag whole > /dev/null
+  for wait in 6 6; do
+    timeout -s TERM $wait python mnist_resnet9.py --data-dir "$data" --save-dir "$save" --device gpu "${same[@]}" --tag parts
+  done
+  train "${same[@]}" --tag parts
+  python - "$save" << 'PY'
+import sys, numpy as np
+whole, parts = (dict(np.load(f"{sys.argv[1]}/{tag}/checkpoint_last.npz")) for tag in ("whole", "parts"))
+log = open(f"{sys.argv[1]}/parts/log.txt").read()
+same = whole.keys() == parts.keys() and all(np.array_equal(whole[name], parts[name]) for name in whole)
+print("stopped:", log.count("Stopped after step"), "times; the same bits:", same)
+sys.exit(not same)
+PY
+}
+
+# The CPU's step on more and more of its cores, ours and PyTorch's.
+cores() {
+  for count in 1 2 4 8 16; do
+    [ "$count" -le "$(nproc)" ] || continue
+    python benchmarks/step_time.py --skip-compile --steps 20 --threads $count || return 1
+  done
+}
 
 python benchmarks/gpu_step_time.py --check || exit 2
 nvidia-smi --query-gpu=name,driver_version --format=csv || true
-python -m pytest -rs
-python benchmarks/gpu_step_time.py --batch 8 64 256 1024
-python benchmarks/gpu_step_time.py --tf32 --skip-compile
-
-save=$(mktemp -d)
-trap 'rm -rf "$save"' EXIT
-same=(--epochs-max 2 --learning-rate 1e-3 --dropout 0.5 --save-dir "$save")
-python mnist_resnet9.py "${same[@]}" --tag gpu --device gpu
-python torch_version/resnet9_torch.py "${same[@]}" --tag gpu --device gpu
-python mnist_resnet9.py "${same[@]}" --tag cpu --device cpu
-python - "$save" <<'PY'
-import csv, pathlib, sys
-print("\ntwo epochs of MNIST                         seconds of the second   test accuracy")
-accuracies = {}
-for tag, name in {"gpu": "CuPy", "torch_gpu": "PyTorch on the GPU", "cpu": "NumPy on the CPU"}.items():
-    last = list(csv.DictReader((pathlib.Path(sys.argv[1]) / tag / "metrics.csv").open()))[-1]
-    accuracies[tag] = float(last["test_accuracy"])
-    print(f"  {name:40s}  {float(last['seconds']):21.2f}   {accuracies[tag]:13.2%}")
-apart = max(accuracies.values()) - min(accuracies.values())
-print(f"  {'apart' if apart > 0.005 else 'within noise'}: {apart:.2%} between the best and the worst")
-sys.exit(apart > 0.005)
-PY
+lscpu | grep 'Model name' || true
+parallel=()
+python -c "import xdist" 2> /dev/null && parallel=(-n 6)
+stage kernels 150 python -m pytest -q -rs "${parallel[@]}" tests/test_gpu.py tests/test_gpu_kernels.py -k "not CPU"
+stage epochs 90 epochs
+stage continued 90 continued
+stage quick 90 quick
+stage record 120 record
+stage step_time 200 python benchmarks/gpu_step_time.py --data-dir "$data"
+stage cores 120 cores
+echo "Output in $out; failed: ${failed[*]:-nothing}"
+[ ${#failed[@]} -eq 0 ]

@@ -4,6 +4,7 @@
     python benchmarks/seeds.py quick_1 quick_2 quick_3 quick_4 quick_5
 """
 
+import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -29,6 +30,10 @@ def summary(runs):
 
 if __name__ == "__main__":
     try:
-        print(summary([read_run(folder) for folder in find_runs(ROOT / "save", sys.argv[1:])]))
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("tags", nargs="+")
+        parser.add_argument("--save-dir", type=Path, default=ROOT / "save")
+        o = parser.parse_args()
+        print(summary([read_run(folder) for folder in find_runs(o.save_dir, o.tags)]))
     except UserError as error:
         sys.exit(f"seeds.py: {error}")

@@ -74,6 +74,6 @@ class CudaOnCpu:
 
         return play
 
-    def launch(self, name, grid, threads, *arguments):
+    def launch(self, name, grid, threads, *arguments, shared=0):
         grid = (grid, 1) if isinstance(grid, int) else grid
         self.run(self.compile({name})[name], grid, (threads,), arguments)
