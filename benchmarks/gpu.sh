@@ -83,8 +83,8 @@ stage kernels 150 python -m pytest -q -rs "${parallel[@]}" tests/test_gpu.py tes
 stage epochs 90 epochs
 stage continued 90 continued
 stage quick 90 quick
-stage record 120 record
 stage step_time 200 python benchmarks/gpu_step_time.py --data-dir "$data"
+stage record 120 record
 stage cores 120 cores
 echo "Output in $out; failed: ${failed[*]:-nothing}"
 [ ${#failed[@]} -eq 0 ]

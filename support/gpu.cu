@@ -79,7 +79,8 @@ __device__ float sum_of_block(float value, float* scratch) {
 // Tensor cores (from compute capability 8.0 on) multiply such parts in one instruction, but round
 // each factor to 11 significant bits (TF32). A float has 24: so each factor is split into its
 // upper 11 bits and the rest, x = high + low, and three products make up a float32 one:
-// A B ≈ low·high + high·low + high·high. What is left out, low·low, is below 2⁻²² of the result.
+// A B ≈ low·high + high·low + high·high. What is left out, low·low, is below 2⁻²² of the result; that
+// tensor cores cut off digits where they add costs more: some 10⁻⁶ (tests/test_gpu_kernels.py).
 
 #if __CUDA_ARCH__ >= 800 && !defined(PLAIN_PRODUCTS)
 
@@ -162,22 +163,31 @@ __device__ int place_of(int r, int end, unsigned inverse) {
   return r < end ? pixel / W * 256 + pixel % W : -1;
 }
 
+// Shares ROWS · PER_ROW copies out over the threads of a block: use(j, row, place in the row) for the
+// copies j = 0, 1, … of this thread.
+template <int ROWS, int PER_ROW, int THREADS, typename F>
+__device__ void for_copies(F use) {
+#pragma unroll
+  for (int j = 0; j < (ROWS * PER_ROW + THREADS - 1) / THREADS; j++) {
+    unsigned i = threadIdx.x + j * THREADS, row = i / PER_ROW, at = i % PER_ROW;
+    if (THREADS % PER_ROW == 0)  // the same, with nothing left to compute for each j
+      row = threadIdx.x / PER_ROW + j * (THREADS / PER_ROW), at = threadIdx.x % PER_ROW;
+    if (ROWS * PER_ROW % THREADS == 0 || row < ROWS) use(j, (int)row, (int)at);
+  }
+}
+
 // Rows first … first + ROWS of the windows: what TAPS taps of the kernel, from `tap` on, see of x
-// (H, W, N, C), with zeros beyond the border. A thread makes every THREADS-th copy; place(j, r) is
-// place_of the row r that its copy j is for.
+// (H, W, N, C), with zeros beyond the border. place(j, r) is place_of the row r of this thread's copy j.
 template <int H, int W, int C, int TAPS, int ROWS, int LENGTH, int THREADS, typename F>
 __device__ void copy_windows(float* to, const float* x, int first, int tap, int N, F place) {
-  constexpr int FLOATS = C % 4 ? 1 : 4, COPIES = TAPS * C / FLOATS;
-#pragma unroll
-  for (int j = 0; j < (ROWS * COPIES + THREADS - 1) / THREADS; j++) {
-    int i = threadIdx.x + j * THREADS, r = i / COPIES, k = i % COPIES * FLOATS;
-    if (i >= ROWS * COPIES) break;
-    int down = (tap + k / C) / 3 - 1, right = (tap + k / C) % 3 - 1;
-    int at = place(j, r), h = (at >> 8) + down, w = (at & 255) + right;
-    bool inside = h >= 0 && h < H && w >= 0 && w < W;
+  constexpr int FLOATS = C % 4 ? 1 : 4;
+  for_copies<ROWS, TAPS * C / FLOATS, THREADS>([&](int j, int r, int at) {
+    int k = at * FLOATS, down = (tap + k / C) / 3 - 1, right = (tap + k / C) % 3 - 1, here = place(j, r);
+    unsigned h = (here >> 8) + down, w = (here & 255) + right;  // below 0 is a large number then
+    bool inside = h < H && w < W;
     const float* from = x + (first + r + (down * W + right) * N) * C + k % C;
     copy<FLOATS>(to + r * LENGTH + k, inside ? from : x, inside);
-  }
+  });
 }
 
 // Forward (BACK = false): y = conv(x, w) + b [+ add], then relu; w is (3, 3, C, K).
@@ -195,30 +205,28 @@ __global__ void __launch_bounds__(WARPS_M* WARPS_N * 32)
   SHARED_FLOATS(shared);
   int rows = H * W * N, first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
 
-  constexpr int COPIES_A_ROW = TAPS * C / (C % 4 ? 1 : 4);
-  int places[(ROWS * COPIES_A_ROW + THREADS - 1) / THREADS];  // the same for all taps
-#pragma unroll
-  for (int j = 0; j < sizeof(places) / sizeof(int); j++)
-    places[j] = place_of<W>(first_row + (threadIdx.x + j * THREADS) / COPIES_A_ROW, rows, inverse);
+  int places[(ROWS * (TAPS * C / (C % 4 ? 1 : 4)) + THREADS - 1) / THREADS];  // the same for all taps
+  for_copies<ROWS, TAPS * C / (C % 4 ? 1 : 4), THREADS>(
+      [&](int j, int r, int) { places[j] = place_of<W>(first_row + r, rows, inverse); });
 
   auto fill = [&](int stage) {
     float *a = shared + stage % 2 * (A_SIZE + B_SIZE), *kernel = a + A_SIZE;
     int tap = stage * TAPS;
     copy_windows<H, W, C, TAPS, ROWS, A_ROW, THREADS>(a, x, first_row, tap, N, [&](int j, int) { return places[j]; });
     if (BACK) {  // (K, C) of each tap; turned round, tap 8 comes first
-      constexpr int FLOATS = C % 4 ? 1 : 4, COPIES = TAPS * C / FLOATS;
-      for (int i = threadIdx.x; i < COLUMNS * COPIES; i += THREADS) {
-        int column = first_column + i / COPIES, k = i % COPIES * FLOATS;
-        const float* from = w + ((8 - tap - k / C) * K + column) * C + k % C;
-        copy<FLOATS>(kernel + i / COPIES * B_ROW + k, column < K ? from : w, column < K);
-      }
+      constexpr int FLOATS = C % 4 ? 1 : 4;
+      for_copies<COLUMNS, TAPS * C / FLOATS, THREADS>([&](int, int column, int at) {
+        int k = at * FLOATS;
+        bool inside = K % COLUMNS == 0 || first_column + column < K;
+        const float* from = w + ((8 - tap - k / C) * K + first_column + column) * C + k % C;
+        copy<FLOATS>(kernel + column * B_ROW + k, inside ? from : w, inside);
+      });
     } else {
-      constexpr int COPIES = COLUMNS / 4;
-      for (int i = threadIdx.x; i < TAPS * C * COPIES; i += THREADS) {
-        int column = first_column + i % COPIES * 4, k = i / COPIES;
-        const float* from = w + (tap * C + k) * K + column;
-        copy<4>(kernel + k * B_ROW + i % COPIES * 4, column < K ? from : w, column < K);
-      }
+      for_copies<TAPS * C, COLUMNS / 4, THREADS>([&](int, int k, int at) {
+        bool inside = K % COLUMNS == 0 || first_column + 4 * at < K;
+        const float* from = w + (tap * C + k) * K + first_column + 4 * at;
+        copy<4>(kernel + k * B_ROW + 4 * at, inside ? from : w, inside);
+      });
     }
     end_of_group();
   };
@@ -288,11 +296,11 @@ __global__ void __launch_bounds__(WARPS_M* WARPS_N* WARPS_R * 32)
     float *windows = shared + buffer * (X_SIZE + Y_SIZE), *slopes = windows + X_SIZE;
     copy_windows<H, W, C, TAPS, ROWS, X_ROW, THREADS>(
         windows, x, first, tap, N, [&](int, int r) { return place_of<W>(first + r, end, inverse); });
-    for (int i = threadIdx.x; i < ROWS * COLUMNS / 4; i += THREADS) {
-      int r = i / (COLUMNS / 4), c = i % (COLUMNS / 4) * 4;
-      bool inside = first + r < end && first_column + c < K;
-      copy<4>(slopes + r * Y_ROW + c, inside ? dy + (first + r) * K + first_column + c : dy, inside);
-    }
+    for_copies<ROWS, COLUMNS / 4, THREADS>([&](int, int r, int at) {
+      bool inside = first + r < end && (K % COLUMNS == 0 || first_column + 4 * at < K);
+      const float* from = dy + (first + r) * K + first_column + 4 * at;
+      copy<4>(slopes + r * Y_ROW + 4 * at, inside ? from : dy, inside);
+    });
     end_of_group();
   };
 

@@ -359,9 +359,11 @@ class Trainer(Network):
         settings, params = self.settings, self.params
         batch, F, C = np.int32(settings.batch_size), self.features, settings.channels[3]
         augment = settings.augment > 0 or settings.elastic > 0
-        dw, start = {}, 0
+        dw, start = {}, 0  # of each layer, kernel and bias in one piece
         for name, a in params.items():
-            dw[name] = self.gradient[start : start + a.size]
+            if name.endswith("weight"):
+                size = a.size + params[name.replace("weight", "bias")].size
+                dw[name] = self.gradient[start : start + size]
             start += a.size
 
         mask = NULL

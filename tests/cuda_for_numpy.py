@@ -20,7 +20,7 @@ class CudaForNumpy:
             kernel.max_dynamic_shared_size_bytes = shared
         kernel((*grid, 1)[:3], block, tuple(copies), shared_mem=shared)
         for a, copy in zip(arguments, copies):
-            if isinstance(a, np.ndarray):
+            if isinstance(a, np.ndarray) and a.flags.writeable:
                 a[...] = copy.get()
 
     def record(self, program):
