@@ -32,7 +32,7 @@ def our_step(m, data, settings, fast=False):
     images, labels = m.xp.asarray(data.train_images), m.xp.asarray(data.train_labels)
     order = m.xp.asarray(m.random_stream(settings.seed, m.ORDER, 1).permutation(len(images)))
     state, N = m.init_state(settings), settings.batch_size
-    steps = len(images) // N
+    steps = -(-len(images) // N)
 
     if fast:
         path, why = m.gpu.fast_path(settings, state, images, labels, m.bumps(28, 28, m.xp), True)
@@ -41,14 +41,14 @@ def our_step(m, data, settings, fast=False):
         keys = [m.random_stream(settings.seed, m.STEP, 1, step).integers(2**63) for step in range(steps)]
 
     def fast_step():
-        number = state.step % steps
+        number = state.step % (len(images) // N)  # whole batches only, as the other sides
         if number == 0:
             path.begin_epoch(order, keys, [settings.learning_rate] * steps, state.step)
         state.step += 1
         return path.step(number)
 
     def step():
-        start = state.step % steps * N
+        start = state.step % (len(images) // N) * N
         batch = order[start : start + N]
         rng = m.random_stream(settings.seed, m.STEP, 1, state.step)
         loss, gradients = m.loss_and_gradients(state.params, images[batch], labels[batch], settings, rng)

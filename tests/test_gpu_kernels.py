@@ -352,3 +352,17 @@ def test_a_run_on_the_fast_path_continues_with_the_same_bits(cuda, sample, tmp_p
     for tag in ("whole", "plain"):
         plain[tag] = np.loadtxt(tmp_path / tag / "metrics.csv", delimiter=",", skiprows=1)[:, 2:6]
     np.testing.assert_allclose(plain["whole"], plain["plain"], rtol=1e-3)
+
+
+def test_the_benchmark_takes_the_fast_path(cuda, sample, monkeypatch):
+    """benchmarks/gpu_step_time.py: the same losses by the fast path and by the plain operations."""
+    monkeypatch.syspath_prepend(str(m.HERE / "benchmarks"))
+    import gpu_step_time as g
+
+    monkeypatch.setattr(m, "xp", cuda.xp)
+    monkeypatch.setattr(gpu, "cuda", lambda: cuda)
+    few = replace(sample, train_images=sample.train_images[:40].copy(), train_labels=sample.train_labels[:40].copy())
+    settings = m.Settings(batch_size=16, channels=SMALL, learning_rate=1e-3)
+    fast, plain = g.our_step(m, few, settings, fast=True), g.our_step(m, few, settings)
+    losses = np.array([(float(fast()), float(plain())) for _ in range(3)])  # beyond the first epoch
+    np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-3)
