@@ -44,9 +44,13 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from files import (HERE, Parser, RunFolder, UserError, check_settings, duration, load_mnist, log_header, log_line,
-                   read_checkpoint, save_arrays, setting, write_checkpoint, write_metrics)  # fmt: skip
-from workers import Workers, available_cores
+from support import ROOT, UserError
+from support.checkpoints import read_checkpoint, write_checkpoint
+from support.mnist import find_mnist
+from support.run_folder import RunFolder, duration, log_header, log_line, write_metrics
+from support.settings import Parser, check_settings, setting
+from support.storage import save_arrays
+from support.workers import Workers, available_cores
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -137,7 +141,7 @@ def to_host(a):
 # ── Cores ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Nothing in the network mixes images (no batch normalisation), so a batch's gradient is the sum of its images': a batch
 # is cut into shards, each core takes some, and the results are added in the order of the shards. The size of a shard is
-# fixed, so the result has the same bits on one core or sixteen. workers.py has the processes that compute beside this.
+# fixed, so the result has the same bits on one core or sixteen. support/workers.py has the processes that compute beside this.
 
 SHARD_IMAGES = 16  # small enough for the caches, large enough that a NumPy call costs more than calling it
 PREDICT_SHARD_IMAGES = 32  # there is more to predict than a batch, so shards may be larger: fewer NumPy calls
@@ -179,7 +183,33 @@ def device_stream(key):
     return np.random.Generator(np.random.Philox(key=key))
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# files.py finds, downloads and checks MNIST: load_mnist() gives 60,000 images to train on and 10,000 to test with.
+# 60,000 images of digits to train on and 10,000 to test with. support/mnist.py finds, downloads and verifies the files.
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str  # what figures and logs call it
+    hashes: dict  # file name → SHA-256 of the decompressed file
+    notes: tuple  # what the user should know about where the data came from
+    train_images: Any  # (60000, 28, 28) uint8
+    train_labels: Any  # (60000,) uint8
+    test_images: Any  # (10000, 28, 28) uint8
+    test_labels: Any  # (10000,) uint8
+
+def read_idx(content):
+    """The array in the bytes of an idx file, MNIST's format: images (N, 28, 28) or labels (N,).
+
+    Two zero bytes, a byte for the kind of number (8: uint8), a byte for the number of axes; then the length of each
+    axis in four bytes, the most significant first (">u4"); then the numbers."""
+    axes = content[3]
+    start = 4 + 4 * axes
+    shape = np.frombuffer(content[4:start], ">u4")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+def load_mnist(data_dir="data"):
+    """The data set in data_dir (taken from the script's folder if relative), downloaded first where it is missing."""
+    files = find_mnist(data_dir)
+    arrays = {role: read_idx(content) for role, content in files.contents.items()}
+    return Dataset(files.name, files.hashes, files.notes, **arrays)
 
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0…1
 
@@ -803,7 +833,7 @@ class Run:
             "data": {"name": data.name, "sha256": data.hashes}, "device": device,
             "versions": {"python": platform.python_version(), "numpy": np.__version__, xp.__name__: xp.__version__}}
         free = set(NOT_THE_EXPERIMENT) - (set() if settings.schedule == "constant" else {"epochs_max"})
-        self.folder = RunFolder(HERE / settings.save_dir / settings.tag, config, free, asdict(Settings()), scripts)
+        self.folder = RunFolder(ROOT / settings.save_dir / settings.tag, config, free, asdict(Settings()), scripts)
         state = self.folder.restore(lambda path: load_checkpoint(path, settings, network))
         self.resumed, self.state = state is not None, state or init_state(settings, network)
         self.metrics = self.folder.restore_metrics(self.state.history, lost=[math.nan] * (2 + bool(held_out)))
@@ -847,7 +877,7 @@ class Run:
             what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
             folder.log(f"Stopped after step {state.step:,}; {what}. To continue: {shlex.join(['python', *sys.argv])}")
             return 128 + self.stop
-        folder.log(f"Finished. {self.result()} Figures: python {os.path.relpath(HERE / 'plot_figs.py')} {settings.tag}")
+        folder.log(f"Finished. {self.result()} Figures: python {os.path.relpath(ROOT / 'plot_figs.py')} {settings.tag}")
         if folder.save_failed:
             print("*** Some files were not written: see above.", file=sys.stderr)
         return 1 if folder.save_failed else 0
@@ -907,7 +937,7 @@ class Run:
         last, best = self.state.history[-1], max(self.state.history, key=lambda row: row[-1])
         return f"Test accuracy {last[-1]:.2%} at the last epoch ({last[0]:.0f}), {best[-1]:.2%} at the best ({best[0]:.0f})."
 
-SCRIPTS = tuple(HERE / f"{name}.py" for name in ("mnist_resnet9", "files", "workers", "plot_figs"))  # for save/<tag>/code/
+SCRIPTS = (ROOT / "mnist_resnet9.py", ROOT / "plot_figs.py", *sorted((ROOT / "support").glob("*.py")))  # for save/<tag>/code/
 
 def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     """Starts or continues the run that settings define. Returns the exit status."""

@@ -11,8 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from files import UserError  # noqa: E402  (it lies in the folder that was just added)
-from plot_figs import find_runs, read_run  # noqa: E402
+from plot_figs import find_runs, read_run  # noqa: E402  (it lies in the folder that was just added)
+from support import UserError  # noqa: E402
+
 
 def summary(runs):
     """UserError if the runs differ in more than seed, tag and where they were computed, or one is unfinished."""

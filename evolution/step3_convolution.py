@@ -14,8 +14,17 @@ import sys
 import numpy as np
 from steps import flatten, flatten_backward, run_step, to_params
 
-from mnist_resnet9 import (INIT, Network, avg_pool2d, avg_pool2d_backward, conv_block, conv_block_backward, linear,
-                           linear_backward, random_stream)  # fmt: skip
+from mnist_resnet9 import (
+    INIT,
+    Network,
+    avg_pool2d,
+    avg_pool2d_backward,
+    conv_block,
+    conv_block_backward,
+    linear,
+    linear_backward,  # fmt: skip
+    random_stream,
+)
 
 ADDS = "two 5×5 convolutions, each followed by average pooling, in place of the hidden layer"
 

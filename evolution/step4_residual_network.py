@@ -13,8 +13,18 @@ import sys
 
 from steps import flatten, flatten_backward, run_step
 
-from mnist_resnet9 import (Network, avg_pool2d, avg_pool2d_backward, conv_block, conv_block_backward, init_params,
-                           linear, linear_backward, residual_block, residual_block_backward)  # fmt: skip
+from mnist_resnet9 import (
+    Network,
+    avg_pool2d,
+    avg_pool2d_backward,
+    conv_block,
+    conv_block_backward,
+    init_params,
+    linear,  # fmt: skip
+    linear_backward,
+    residual_block,
+    residual_block_backward,
+)
 
 ADDS = "depth: eight 3×3 convolutions, four of them in two residual blocks"
 

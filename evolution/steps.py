@@ -7,7 +7,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
-from files import read_metrics  # noqa: E402
+from support.run_folder import read_metrics  # noqa: E402
 
 
 def to_params(arrays, dtype):
@@ -36,7 +36,7 @@ def run_step(number, adds, network, arguments=None, **preset):
         print(f"Step {number} adds: {adds}")
         status = m.run(settings, network, (*m.SCRIPTS, *sorted(HERE.glob("*.py"))))
         if status == 0:
-            save_dir = m.HERE / settings.save_dir
+            save_dir = m.ROOT / settings.save_dir
             print(what_it_bought(number, save_dir / settings.tag, save_dir / f"evolution_{number - 1}"))
         return status
 

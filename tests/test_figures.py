@@ -14,9 +14,9 @@ import pytest
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
-import files
 import mnist_resnet9 as m  # noqa: E402
 import plot_figs  # noqa: E402
+from support import run_folder, storage  # noqa: E402
 
 SCRIPT = Path(plot_figs.__file__)
 SAMPLE = str(SCRIPT.parent / "data" / "sample")
@@ -54,7 +54,7 @@ def add_run(save, tag, epochs=3, without=(), **config):
     if "metrics.csv" not in without:
         accuracy = 1 - 0.9 / (1 + np.arange(epochs + 1)) ** 1.1
         rows = [[i, 1e-4, 2.3 / (i + 1) ** 2, a, 2.3 / (i + 1), a, 1.0, 100.0] for i, a in enumerate(accuracy)]
-        files.write_metrics(save / tag / "metrics.csv", rows)
+        run_folder.write_metrics(save / tag / "metrics.csv", rows)
     path = save / tag / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return save / tag
@@ -162,7 +162,7 @@ def test_another_network_has_filters_of_another_size_or_none(save, sample, capsy
     folder = save / "real"
     for names, said in ((("conv1.weight", "conv1.bias"), "filters.png"), ((), "without convolutions")):
         arrays = {"conv1.weight": np.ones((5, 5, 1, 8), np.float32), "conv1.bias": np.zeros(8, np.float32)}
-        files.save_arrays(folder / "checkpoint_last.npz", **{name: arrays[name] for name in names}, step=np.int64(0))
+        storage.save_arrays(folder / "checkpoint_last.npz", **{name: arrays[name] for name in names}, step=np.int64(0))
         assert draw(save, "real") == 0
         assert said in capsys.readouterr().out.splitlines()[-1]
     picture(folder / "filters.png")
@@ -327,8 +327,8 @@ def test_watching_a_run_draws_after_each_epoch_and_ends_with_it(save, monkeypatc
     rows = [[i, 1e-4, 2.3 / (i + 1), 0.3 * i, 2.3 / (i + 1), 0.3 * i, 1.0, 100.0] for i in range(3)]
     happens = iter([
         lambda: None,
-        lambda: files.write_metrics(folder / "metrics.csv", rows[:2]),
-        lambda: files.write_metrics(folder / "metrics.csv", rows),
+        lambda: run_folder.write_metrics(folder / "metrics.csv", rows[:2]),
+        lambda: run_folder.write_metrics(folder / "metrics.csv", rows),
         lambda: shutil.copy(save / "real" / "checkpoint_last.npz", folder),
         lambda: None,
     ])  # fmt: skip
@@ -389,10 +389,10 @@ def test_an_unknown_flag(capsys):
     ("config.json", b'{"settings": {"channels": 4}, "data": {"name": "MNIST", "sha256": {}}}'),
     ("config.json", b'{"settings": {"channels": [4, 4, 4, 4]}, "data": {"name": null, "sha256": {}}}'),
     ("metrics.csv", b""), ("metrics.csv", b"\xff\xfe\x00"), ("metrics.csv", b"epoch,loss\n0,1\n"),
-    ("metrics.csv", ",".join(files.METRICS).encode()),
-    ("metrics.csv", ",".join(files.METRICS).encode() + b"\n0,0,nan,0.5,1,0.5,1,1\n"),
-    ("metrics.csv", ",".join(files.METRICS).encode() + b"\n0,0,1,0.5,1,1.5,1,1\n"),
-    ("metrics.csv", ",".join(files.METRICS).encode() + b"\n7,0,1,0.5,1,0.5,1,1\n"),
+    ("metrics.csv", ",".join(run_folder.METRICS).encode()),
+    ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,nan,0.5,1,0.5,1,1\n"),
+    ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,1,0.5,1,1.5,1,1\n"),
+    ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n7,0,1,0.5,1,0.5,1,1\n"),
     ("predictions.npz", b""), ("checkpoint_last.npz", b"PK\x03\x04 and then nothing"),
 ])  # fmt: skip
 def test_damaged_files(save, capsys, name, contents):
@@ -410,7 +410,7 @@ def test_damaged_files(save, capsys, name, contents):
 def test_predictions_of_another_kind(save, sample, change):
     path = save / "real" / "predictions.npz"
     with np.load(path) as arrays:
-        files.save_arrays(path, **dict(arrays) | change)
+        storage.save_arrays(path, **dict(arrays) | change)
     with pytest.raises(m.UserError, match="predictions.npz is damaged"):
         plot_figs.read_predictions(path, sample.test_labels)
 

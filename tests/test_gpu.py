@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import files
 import mnist_resnet9 as m
+from support import run_folder
 
 
 def xp_names():
     """'xp.zeros', 'xp.random.Generator', … as the script has them."""
-    tree = ast.parse((m.HERE / "mnist_resnet9.py").read_text(encoding="utf-8"))
+    tree = ast.parse((m.ROOT / "mnist_resnet9.py").read_text(encoding="utf-8"))
     names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return sorted(name for name in names if name.startswith("xp.") and name.replace(".", "").isidentifier())
 
@@ -37,7 +37,7 @@ def test_cupy_has_every_function_that_the_script_calls():
 
 def test_cupy_takes_every_keyword_that_the_script_gives():
     cupy = pytest.importorskip("cupy")
-    tree = ast.parse((m.HERE / "mnist_resnet9.py").read_text(encoding="utf-8"))
+    tree = ast.parse((m.ROOT / "mnist_resnet9.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     checked = 0
     for call in calls:
@@ -329,7 +329,7 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     assert len(uploads) == 4 and uploads[2] == uploads[3]  # within an epoch nothing is sent
     monkeypatch.setattr(m, "xp", np)
     assert m.run(m.Settings(tag="cpu", epochs_max=2, device="cpu", **given)) == 0
-    one, two = (np.array(files.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("device", "cpu"))
+    one, two = (np.array(run_folder.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("device", "cpu"))
     np.testing.assert_allclose(one[:, :3], two[:, :3], rtol=1e-4)
     assert "a pretended GPU; files" in (tmp_path / "device" / "log.txt").read_text()
 
@@ -337,7 +337,7 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
 def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
     """benchmarks/gpu_step_time.py on the CPU: without dropout, whose masks differ, the losses are the same."""
     pytest.importorskip("torch").set_num_threads(1)
-    monkeypatch.syspath_prepend(str(m.HERE / "benchmarks"))
+    monkeypatch.syspath_prepend(str(m.ROOT / "benchmarks"))
     import gpu_step_time as g
 
     settings = m.Settings(batch_size=20, dropout=0.0, channels=(4, 8, 8, 8), learning_rate=1e-3, device="cpu")
@@ -352,6 +352,6 @@ def test_the_gpu_command_needs_a_gpu_and_says_so_in_a_line():
     cupy = pytest.importorskip("cupy")
     if cupy.is_available():
         pytest.skip("there is a GPU")
-    result = subprocess.run(["bash", m.HERE / "benchmarks" / "gpu.sh"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(["bash", m.ROOT / "benchmarks" / "gpu.sh"], capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and not result.stdout
     assert "device gpu cannot be used: " in result.stderr and result.stderr.count("\n") == 1

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-import files
 import mnist_resnet9 as m
 import predict
 
-sys.path.insert(0, str(m.HERE / "benchmarks"))
+sys.path.insert(0, str(m.ROOT / "benchmarks"))
 from predict_accuracy import FONTS, paste  # noqa: E402  (it lies in the folder that was just added)
+
+from support import storage  # noqa: E402
 
 FONT_NAMES = ("DejaVuSans", "DejaVuSans-BoldOblique", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmss10")
 
@@ -27,7 +28,7 @@ def save(tmp_path_factory):
     save = tmp_path_factory.mktemp("save")
     flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3 --schedule one_cycle --dropout 0.3
                --channels 4,8,16,16 --augment 0.5 --batch-size 32 --device cpu""".split()
-    flags[3] = str(m.HERE / "data" / "sample")
+    flags[3] = str(m.ROOT / "data" / "sample")
     assert m.main([*flags, "--save-dir", str(save)]) == 0
     return save
 
@@ -263,7 +264,7 @@ def test_the_command_shows_image_probabilities_and_figure(save, tmp_path, capsys
 
 def test_a_terminal_without_unicode(save, tmp_path):
     page("2").save(tmp_path / "two.png")
-    command = [sys.executable, m.HERE / "predict.py", "two.png", "--save-dir", save]
+    command = [sys.executable, m.ROOT / "predict.py", "two.png", "--save-dir", save]
     environment = {"PYTHONIOENCODING": "ascii", "PATH": "", "MPLBACKEND": "Agg", "HOME": str(tmp_path)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -278,7 +279,7 @@ def test_default_weights(tmp_path, save):
         path = tmp_path / tag / "checkpoint_last.npz"
         path.write_bytes((save / "small" / "checkpoint_last.npz").read_bytes())
         if tag == "evolution_1":
-            files.save_arrays(path, **{"fc1.weight": np.zeros(3)})
+            storage.save_arrays(path, **{"fc1.weight": np.zeros(3)})
         os.utime(path, (when, when))
         assert predict.find_weights(tmp_path).name == {"old": "old", "record": "record"}.get(tag, "new")
     with pytest.raises(m.UserError, match="has no run 'other'"):

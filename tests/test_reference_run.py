@@ -9,7 +9,7 @@ import pytest
 import mnist_resnet9 as m
 import plot_figs
 
-RECORD = m.HERE / "save" / "record"
+RECORD = m.ROOT / "save" / "record"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,6 @@ def test_it_reads_digits_that_it_was_trained_on(run, sample):
 
 def test_its_figures_need_the_data_of_the_run(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(plot_figs, "write_file", lambda path, data: None)  # the curves, which need no data
-    assert plot_figs.main(["record", "--data-dir", str(m.HERE / "data" / "sample")]) == 2
+    assert plot_figs.main(["record", "--data-dir", str(m.ROOT / "data" / "sample")]) == 2
     error = capsys.readouterr().err
     assert "record ran on MNIST, but" in error and error.count("\n") == 1

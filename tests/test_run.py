@@ -13,16 +13,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import files
 import mnist_resnet9 as m
 from benchmarks.share_run import keep_weights_only
+from support import run_folder
 
 SMALL = ("--data-dir", "data/sample", "--channels", "4,16,16,16", "--train-images", "640", "--batch-size", "32")
 
 
 def train(save, *flags):
     command = [sys.executable, "mnist_resnet9.py", *SMALL, "--device", "cpu", "--save-dir", str(save), *flags]
-    return subprocess.run(command, cwd=m.HERE, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=m.ROOT, capture_output=True, text=True, timeout=120)
 
 
 def arrays(path):
@@ -35,7 +35,7 @@ def assert_same_run(a, b):
     assert one.keys() == two.keys()
     for name in one:
         assert np.array_equal(one[name], two[name]), name
-    rows = [np.array(files.read_metrics(folder / "metrics.csv"))[:, :6] for folder in (a, b)]
+    rows = [np.array(run_folder.read_metrics(folder / "metrics.csv"))[:, :6] for folder in (a, b)]
     assert np.array_equal(*rows)
 
 
@@ -52,8 +52,10 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
     folder, out = whole
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["augment"] == 1 and config["data"]["name"] == "MNIST sample"
-    assert {path.name for path in (folder / "code").iterdir()} == {"mnist_resnet9.py", "files.py", "workers.py", "plot_figs.py"}
-    rows = files.read_metrics(folder / "metrics.csv")
+    code = {path.relative_to(folder / "code").as_posix() for path in (folder / "code").rglob("*.py")}
+    support = {f"support/{path.name}" for path in (m.ROOT / "support").glob("*.py")}
+    assert code == {"mnist_resnet9.py", "plot_figs.py", *support} and "support/workers.py" in support
+    rows = run_folder.read_metrics(folder / "metrics.csv")
     assert [row[0] for row in rows] == [0, 1, 2, 3] and rows[0][2] == pytest.approx(math.log(10), abs=0.6)
     predictions = arrays(folder / "predictions.npz")
     np.testing.assert_allclose(predictions["probabilities"].sum(axis=1), 1, rtol=1e-5)
@@ -63,12 +65,21 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
     assert not list(folder.glob("*.part*"))
 
 
+def test_the_saved_copy_of_the_program_still_runs(whole, tmp_path):
+    folder, _ = whole
+    command = [sys.executable, folder / "code" / "mnist_resnet9.py", *SMALL, "--data-dir", m.ROOT / "data" / "sample"]
+    command += ["--device", "cpu", "--save-dir", tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder, tmp_path / "resnet9")
+
+
 def test_checkpoint_holds_the_weights_that_were_evaluated(whole, sample):
     folder, _ = whole
     settings = m.Settings(channels=(4, 16, 16, 16), ema=0.9)
     state = m.load_checkpoint(folder / "checkpoint_last.npz", settings)
     accuracy = m.evaluate(state.averaged(), sample.test_images, sample.test_labels, settings)[1]
-    assert accuracy == pytest.approx(files.read_metrics(folder / "metrics.csv")[-1][5])
+    assert accuracy == pytest.approx(run_folder.read_metrics(folder / "metrics.csv")[-1][5])
 
 
 def test_a_checkpoint_with_the_weights_only_evaluates_alike(whole, tmp_path, sample):
@@ -109,11 +120,14 @@ def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(whole, tmp_p
 
 def test_where_processes_cannot_be_copied_the_bits_are_the_same(whole, tmp_path):
     """As on macOS and Windows: each worker reads the script anew, and arrays go through the pipe."""
-    for name in ("mnist_resnet9.py", "files.py", "workers.py", "plot_figs.py"):
-        shutil.copy(m.HERE / name, tmp_path)
-    path = tmp_path / "workers.py"
-    path.write_text(path.read_text().replace('"fork" if sys.platform == "linux" else "spawn"', '"spawn"'))
-    flags = [*SMALL, "--data-dir", m.HERE / "data" / "sample", "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
+    shutil.copy(m.ROOT / "mnist_resnet9.py", tmp_path)
+    shutil.copy(m.ROOT / "plot_figs.py", tmp_path)
+    shutil.copytree(m.ROOT / "support", tmp_path / "support")
+    path = tmp_path / "support" / "workers.py"
+    source, choice = path.read_text(), '"fork" if sys.platform == "linux" else "spawn"'
+    assert choice in source
+    path.write_text(source.replace(choice, '"spawn"'))
+    flags = [*SMALL, "--data-dir", m.ROOT / "data" / "sample", "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
     command = [sys.executable, tmp_path / "mnist_resnet9.py", *flags, "--device", "cpu", "--threads", "2"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and not result.stderr, result.stderr
@@ -131,10 +145,10 @@ def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
     params = m.load_checkpoint(tmp_path / "held_out" / "checkpoint_last.npz", settings).params
     accuracy = m.evaluate(params, sample.train_images[440:640], sample.train_labels[440:640], settings)[1]
     path = tmp_path / "held_out" / "metrics.csv"
-    assert path.read_text().startswith(",".join((*files.METRICS, "validation_accuracy\n")))
-    assert files.read_metrics(path)[-1][-1] == pytest.approx(accuracy) and f"{accuracy:.2%}" in result.stdout
+    assert path.read_text().startswith(",".join((*run_folder.METRICS, "validation_accuracy\n")))
+    assert run_folder.read_metrics(path)[-1][-1] == pytest.approx(accuracy) and f"{accuracy:.2%}" in result.stdout
     assert train(tmp_path, *flags, "--tag", "held_out", "--validation-images", "200", "--epochs-max", "3").returncode == 0
-    assert [len(row) for row in files.read_metrics(path)] == [9] * 4
+    assert [len(row) for row in run_folder.read_metrics(path)] == [9] * 4
 
 
 def test_a_run_from_before_a_setting_came_in_is_continued(whole, tmp_path):
@@ -151,7 +165,7 @@ def test_a_run_from_before_a_setting_came_in_is_continued(whole, tmp_path):
 def test_stopped_within_an_epoch_it_continues_bit_for_bit(whole, tmp_path, monkeypatch, capsys):
     folder, _ = whole
     flags = [*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
     update, calls = m.update, []
 
     def update_and_interrupt(state, *rest):
@@ -184,7 +198,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(m, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(m, "update", slow(update, 1))
     monkeypatch.setattr(m, "evaluate", slow(evaluate, 10))
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
 
 
 def stop_when(monkeypatch, name, condition):
@@ -216,7 +230,7 @@ def test_the_time_left_is_right_after_a_stop_near_the_end_of_an_epoch(clock, tmp
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_stop_after_the_last_step_leaves_a_finished_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
     stop_when(monkeypatch, "save_checkpoint", lambda path, state, *_: state.step == 20)
     assert m.main([*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "1"]) == 0
     out = capsys.readouterr().out
@@ -226,7 +240,7 @@ def test_a_stop_after_the_last_step_leaves_a_finished_run(tmp_path, monkeypatch,
 def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
     folder, _ = whole
     flags = [*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
     save = m.save_checkpoint
 
     def die_instead_of_saving(path, state, settings, previous=None):
@@ -248,7 +262,7 @@ def test_the_sample_is_learnt_in_seconds(tmp_path):
     result = train(tmp_path, "--train-images", "0", "--channels", "4,16,32,64", "--epochs-max", "3", "--dropout", "0.5",
                    "--learning-rate", "3e-3", "--schedule", "one_cycle")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert files.read_metrics(tmp_path / "resnet9" / "metrics.csv")[-1][5] > 0.95
+    assert run_folder.read_metrics(tmp_path / "resnet9" / "metrics.csv")[-1][5] > 0.95
 
 
 def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(tmp_path):
@@ -290,7 +304,7 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
     given = flags.split()
     where = [] if "--save-dir" in given else ["--save-dir", str(tmp_path / "save")]
     assert m.main(["--data-dir", "data/sample", "--device", "cpu", *where, *given]) == 2
@@ -314,7 +328,7 @@ def test_device_gpu_without_a_gpu_says_why(capsys):
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
     (tmp_path / "resnet9").mkdir()
     (tmp_path / "resnet9" / "thesis.tex").write_text("years of work")
-    assert m.main(["--data-dir", str(m.HERE / "data/sample"), "--device", "cpu", "--save-dir", str(tmp_path)]) == 2
+    assert m.main(["--data-dir", str(m.ROOT / "data/sample"), "--device", "cpu", "--save-dir", str(tmp_path)]) == 2
     assert "something else than a run" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "resnet9").iterdir()] == ["thesis.tex"]
 
@@ -347,6 +361,6 @@ def test_two_damaged_checkpoints_are_reported_and_not_overwritten(whole, tmp_pat
 
 
 def test_help_explains_every_setting():
-    out = subprocess.run([sys.executable, "mnist_resnet9.py", "--help"], cwd=m.HERE, capture_output=True, text=True).stdout
+    out = subprocess.run([sys.executable, "mnist_resnet9.py", "--help"], cwd=m.ROOT, capture_output=True, text=True).stdout
     for f in fields(m.Settings):
         assert f"--{f.name.replace('_', '-')} " in out

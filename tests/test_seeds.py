@@ -10,7 +10,7 @@ from benchmarks.seeds import summary
 
 def run_of(accuracy, epochs=3, **settings):
     metrics = {"epoch": np.arange(epochs + 1), "test_accuracy": np.linspace(0.1, accuracy, epochs + 1)}
-    return plot_figs.Run(m.HERE / "x", m.Settings(epochs_max=3, **settings), "MNIST", {}, metrics)
+    return plot_figs.Run(m.ROOT / "x", m.Settings(epochs_max=3, **settings), "MNIST", {}, metrics)
 
 
 def test_it_takes_the_last_epoch_of_each_seed():

@@ -10,16 +10,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_run import SMALL, arrays, assert_same_run
 
-import files
 import mnist_resnet9 as m
 import plot_figs
-from test_run import SMALL, arrays, assert_same_run
+from support import run_folder, storage
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 
-sys.path.insert(0, str(m.HERE / "torch_version"))
+sys.path.insert(0, str(m.ROOT / "torch_version"))
 import resnet9_torch as t  # noqa: E402  (it lies in the folder that was just added)
 
 
@@ -262,7 +262,7 @@ def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsy
 def test_a_tiny_training_ends_alike_on_both_sides(pool, tolerance, tmp_path):
     flags = ("--save-dir", str(tmp_path), "--pool", pool, "--train-images", "320", "--epochs-max", "3", "--tag", "x")
     assert m.main([*TINY, *flags]) == 0 and torch_main(*flags) == 0
-    one, two = (np.array(files.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("x", "torch_x"))
+    one, two = (np.array(run_folder.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("x", "torch_x"))
     np.testing.assert_allclose(one[0, :6], two[0, :6], rtol=1e-5)  # the network before training
     np.testing.assert_allclose(one[:, [2, 4]], two[:, [2, 4]], atol=tolerance)
     assert two[-1, 2] < two[0, 2] - 0.1
@@ -273,10 +273,11 @@ def test_weights_go_both_ways_and_the_run_has_its_files(tmp_path, capsys, monkey
     assert m.main([*TINY, *flags, "--ema", "0.5"]) == 0
     assert torch_main(*flags, "--weights", tmp_path / "resnet9" / "checkpoint_last.npz") == 0
     folder = tmp_path / "torch_resnet9"
-    code = {path.name for path in (folder / "code").iterdir()}
-    assert code == {"resnet9_torch.py", "mnist_resnet9.py", "files.py", "workers.py", "plot_figs.py"}
+    code = {path.relative_to(folder / "code").as_posix() for path in (folder / "code").rglob("*.py")}
+    support = {f"support/{path.name}" for path in (m.ROOT / "support").glob("*.py")}
+    assert code == {"torch_version/resnet9_torch.py", "mnist_resnet9.py", "plot_figs.py", *support}
     assert "PyTorch" in (folder / "log.txt").read_text()
-    ours, theirs = (files.read_metrics(path / "metrics.csv") for path in (tmp_path / "resnet9", folder))
+    ours, theirs = (run_folder.read_metrics(path / "metrics.csv") for path in (tmp_path / "resnet9", folder))
     assert theirs[0][2:6] == pytest.approx(ours[1][2:6], rel=1e-5)  # it starts where ours ended
 
     settings, data = m.Settings(channels=(4, 16, 16, 16)), m.load_mnist("")
@@ -311,7 +312,7 @@ BAD = {
 def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monkeypatch):
     if "gpu" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
     assert torch_main("--save-dir", tmp_path / "save", *flags.split()) == 2
     out, err = capsys.readouterr()
     assert BAD[flags] in err and err.count("\n") == 1 and not out
@@ -320,7 +321,7 @@ def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monk
 
 def test_weights_of_another_network_are_refused(tmp_path, capsys):
     params = m.init_params(m.Settings(channels=(1, 16, 16, 16)))  # NumPy would stretch one channel to four
-    files.save_arrays(tmp_path / "other.npz", **params)
+    storage.save_arrays(tmp_path / "other.npz", **params)
     assert torch_main("--save-dir", tmp_path / "save", "--weights", tmp_path / "other.npz") == 2
     assert "conv1.weight has the shape (3, 3, 1, 1)" in capsys.readouterr().err
 
@@ -332,7 +333,7 @@ def test_device_auto_says_what_it_took():
 
 def test_the_script_starts_from_its_own_folder():
     command = [sys.executable, "resnet9_torch.py", "--help"]
-    result = subprocess.run(command, cwd=m.HERE / "torch_version", capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=m.ROOT / "torch_version", capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "--weights " in result.stdout and "--augment " in result.stdout
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mnist_resnet9 as m
-import workers
+from support import workers
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
@@ -119,7 +119,7 @@ def running(pid):
 PROGRAM = """
 import os, sys, time
 sys.path.insert(0, {here!r})
-import workers
+from support import workers
 workers.METHOD = {method!r}
 if __name__ == "__main__":
     pool = workers.Workers(3)
@@ -134,7 +134,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_the_program_however_it_ends(end, method, tmp_path):
     path = tmp_path / "program.py"
-    path.write_text(PROGRAM.format(here=str(m.HERE), method=method))
+    path.write_text(PROGRAM.format(here=str(m.ROOT), method=method))
     program = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     pids = [int(pid) for pid in program.stdout.readline().split()]
     assert len(pids) == 3 and all(map(running, pids))

@@ -32,10 +32,25 @@ except ImportError as error:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files import HERE, UserError, setting
-from mnist_resnet9 import (SCRIPTS, SHARD_IMAGES, Run, Settings, augment, device_stream, dropout, init_params, main,
-                           orthogonal, parse_settings, run, shards_of, to_input)  # fmt: skip
-from workers import prepare_process
+from mnist_resnet9 import (
+    SCRIPTS,
+    SHARD_IMAGES,
+    Run,
+    Settings,
+    augment,
+    device_stream,
+    dropout,
+    init_params,
+    main,
+    orthogonal,  # fmt: skip
+    parse_settings,
+    run,
+    shards_of,
+    to_input,
+)
+from support import ROOT, UserError
+from support.settings import setting
+from support.workers import prepare_process
 
 EVALUATION_BATCH = 100  # images; larger ones leave the caches and are no faster
 
@@ -133,7 +148,7 @@ class TorchRun(Run):
         torch.set_num_threads(count)  # their number can change the last digits here
 
     def __init__(self, settings, network, data, device, scripts):
-        folder = HERE / settings.save_dir / settings.tag
+        folder = ROOT / settings.save_dir / settings.tag
         if settings.weights and not any(folder.glob("checkpoint_*.npz")):
             weights = load_weights(settings.weights, settings)
             network = network._replace(init_params=lambda _: weights)
