@@ -44,7 +44,7 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from support import ROOT, UserError
+from support import ROOT, UserError, winograd
 from support.checkpoints import read_checkpoint, write_checkpoint
 from support.mnist import find_mnist
 from support.run_folder import RunFolder, duration, log_header, log_line, write_metrics
@@ -383,172 +383,57 @@ def max_pool2d_backward(dy, cache):
     mask, shape = cache
     return from_windows(dy[:, None, :, None] * mask, shape)
 
-# A convolution slides a k×k kernel over the image: y[h, w] = b + Σ x[h+i−r, w+j−r] @ w[i, j] over i, j = 0 … k−1,
-# with r = (k−1)/2 and zeros beyond the border ("same" padding: y is as large as x). x is (H, W, N, C), w is
-# (k, k, C, K), y is (H, W, N, K). From that, dw[i, j] = Σ x[h+i−r, w+j−r]ᵀ dy[h, w], db = Σ dy and
-# dx[h, w] = Σ dy[h−i+r, w−j+r] @ w[i, j]ᵀ. Of the two ways below the first, im2col, explains, the second is fast.
+# A convolution slides a k×k kernel over the image: each output is a weighted sum of the k×k pixels around its place,
+# and of all their channels. Beyond the border there are zeros, so y is as large as x.
+#
+#     y[h, w] = b + Σ x[h + i − r, w + j − r] @ w[i, j]    over i, j = 0 … k − 1, with r = (k − 1) / 2
+#
+# x is (H, W, N, C), w is (k, k, C, K) with k odd, y is (H, W, N, K).
+
+def surroundings(x, k):
+    """The k×k pixels around each pixel, a column for each: (H, W, N, C) → (k·k·C, H·W·N).
+
+    Moving one place along an axis of an array means going on by so many bytes in memory, its stride. The view below
+    gives the steps i, j within a kernel the same strides as the steps h, w over the image, so view[i, j, c, h, w, n] is
+    padded[h + i, w + j, n, c], without a copy; the reshape then copies it all at once."""
+    H, W, N, C = x.shape
+    r = k // 2
+    padded = xp.zeros((H + 2 * r, W + 2 * r, N, C), x.dtype)
+    padded[r : r + H, r : r + W] = x
+    down, right, image, channel = padded.strides
+    view = xp.lib.stride_tricks.as_strided(
+        padded, (k, k, C, H, W, N), (down, right, channel, down, right, image)
+    )
+    return view.reshape(k * k * C, H * W * N)
 
 def conv2d(x, w, b):
-    """y = conv(x, w) + b, (H, W, N, C) → (H, W, N, K), any odd k, stride 1 (the kernel moves a pixel at a time)."""
-    way, back = (conv2d_winograd, conv2d_winograd_backward) if is_fast(w) else (conv2d_im2col, conv2d_im2col_backward)
-    y, cache = way(x, w, b)
-    return y, (back, cache)
+    """y = conv(x, w) + b: (H, W, N, C) → (H, W, N, K), as one matrix product."""
+    if winograd.is_faster(w):  # the same result, faster: support/winograd.py
+        return winograd.conv2d(x, w, b)
+    H, W, N, C = x.shape
+    k, K = w.shape[0], w.shape[3]
+    cols = surroundings(x, k)  # (k·k·C, H·W·N)
+    y = cols.T @ w.reshape(k * k * C, K) + b  # (H·W·N, K)
+    return y.reshape(H, W, N, K), (cols, w)  # cache: as in linear, each factor is the other one's slope
 
 def conv2d_backward(dy, cache, need_dx=True):
-    """dx, dw, db; the first layer of a network does without dx, since images are not learnt."""
-    backward, cache = cache
-    return backward(dy, cache, need_dx)
+    """dx, dw, db; the first layer of a network does without dx, since images are not learnt.
 
-def conv2d_im2col(x, w, b):
-    """The convolution as one matrix product: every pixel's k×k surroundings become a column ("image to columns").
-    The bias is the weight of one more input that is always 1, so the product adds it too."""
-    (H, W, N, C), (k, _, _, K) = x.shape, w.shape
-    r = k // 2
-    padded = xp.zeros((C, H + 2 * r, W + 2 * r, N), x.dtype)
-    padded[:, r : r + H, r : r + W] = x.transpose(3, 0, 1, 2)
-    cols = xp.ones((k * k * C + 1, H * W * N), x.dtype)  # the last row stays 1
-    taps = cols[:-1].reshape(k, k, C, H, W, N)
-    for i, j in np.ndindex(k, k):
-        taps[i, j] = padded[:, i : i + H, j : j + W]  # the image, seen from tap (i, j) of the kernel
-    wb = xp.concatenate([w.reshape(k * k * C, K), b[None]])  # (k·k·C + 1, K)
-    y = cols.T @ wb  # (H·W·N, K)
-    return y.reshape(H, W, N, K), (cols, w, x.shape)  # cache: as in linear, each factor is the other one's slope
-
-def conv2d_im2col_backward(dy, cache, need_dx=True):
-    """From y = colsᵀ @ wb: dwb = cols @ dy, dcols = wb @ dyᵀ, and each pixel sums up what its copies in cols get."""
-    cols, w, (H, W, N, C) = cache
-    k, K, r = w.shape[0], w.shape[3], w.shape[0] // 2
-    dy = dy.reshape(H * W * N, K)
-    dwb = cols @ dy  # (k·k·C + 1, K)
-    dw, db = dwb[:-1].reshape(w.shape), dwb[-1]
+    A pixel x[h, w] enters y[h − i + r, w − j + r] with the weight w[i, j]: dx is itself a convolution, of dy, with the
+    kernel turned round by 180° and its channels swapped."""
+    if isinstance(cache, winograd.Cache):
+        return winograd.conv2d_backward(dy, cache, need_dx)
+    cols, w = cache
+    H, W, N, K = dy.shape
+    k, C = w.shape[0], w.shape[2]
+    columns = dy.reshape(H * W * N, K)
+    dw = (cols @ columns).reshape(k, k, C, K)
+    db = xp.ones(H * W * N, dy.dtype) @ columns  # Σ dy; as a product it takes a tenth of the time
     if not need_dx:
         return None, dw, db
-    dcols = (w.reshape(k * k * C, K) @ dy.T).reshape(k, k, C, H, W, N)
-    dpadded = xp.zeros((C, H + 2 * r, W + 2 * r, N), dy.dtype)
-    for i, j in np.ndindex(k, k):
-        dpadded[:, i : i + H, j : j + W] += dcols[i, j]  # a pixel was in k² columns, so k² gradients add
-    return dpadded[:, r : r + H, r : r + W].transpose(1, 2, 3, 0), dw, db
-
-# The fast way (Winograd; Lavin and Gray 2016, arXiv:1509.09308). Two polynomials are multiplied by evaluating both at
-# enough points, multiplying the values, and interpolating: g·d = Bᵀ (G g ⊙ Aᵀ d), with the coefficients as vectors.
-# For a fixed kernel g this is a matrix times d; its transpose slides g over a row, and that is our convolution:
-# y = A (G g ⊙ B x). m outputs cost n = m+2 multiplications, not 3m; in two dimensions n² for m², not 9m²: with m = 7
-# between a fifth and a sixth. A row is cut into tiles of m outputs, each made from n pixels (neighbours share 2). P
-# and Q are B and A for a strip of T tiles. An image has rows and columns, so each matrix is applied from both sides:
-# P x Pᵀ, G w Gᵀ, Q (…) Qᵀ. All is linear in x and in w, so the backward pass is the same with transposed matrices.
-
-POINTS = (1, -1, 1 / 4, -1 / 4, 2 / 3, -2 / 3, 2, -2)  # in pairs around 1: a third of the usual points' rounding errors
-n = len(POINTS) + 1  # values for each tile; the last point is infinity
-m = n - 2  # outputs of each tile: 7, since 28 and 14 are multiples of it
-STRIP_TILES = 2  # P is mostly 0 between distant tiles and pixels: rows are cut into strips of so many tiles
-WINOGRAD_MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multiplications that they save
-
-@functools.lru_cache(maxsize=None)
-def winograd_tile(dtype, _xp):
-    """A (m, n) and B (n, n) of a tile, and G from both sides (n·n, 9), after Cook and Toom. _xp only keys the cache."""
-    points = np.array(POINTS)
-    A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))
-    for j, p in enumerate(points):
-        others = np.delete(points, j)
-        A[:, j] = p ** np.arange(m)
-        B[j, : n - 1] = np.poly(others)[::-1]  # the polynomial that is 0 at all other points
-        G[j] = p ** np.arange(3) / np.prod(p - others)
-    A[m - 1, n - 1] = G[n - 1, 2] = 1  # infinity reads the highest coefficient
-    B[n - 1] = np.poly(points)[::-1]
-    return A, B, xp.asarray(np.einsum("ia,jb->jiab", G, G).reshape(n * n, 9), dtype)
-
-@functools.lru_cache(maxsize=None)
-def winograd_strips(L, dtype, _xp):
-    """For a row of L pixels: [(pixels that a strip reads, P)], [(pixels that it makes, Q)]. P's rows: point, tile."""
-    A, B, _ = winograd_tile(dtype, xp)
-    T = min(STRIP_TILES, -(-L // m))
-    P, Q = np.zeros((n, T, T * m + 2)), np.zeros((T * m, n, T))
-    for t in range(T):
-        P[:, t, t * m : t * m + n] = B
-        Q[t * m : (t + 1) * m, :, t] = A
-    P, Q = P.reshape(n * T, -1), Q.reshape(-1, n * T)
-    reads, makes = [], []
-    for start in range(0, L, T * m):
-        first, stop, end = max(start - 1, 0), min(start + T * m + 1, L), min(start + T * m, L)  # without the padding
-        reads.append((slice(first, stop), xp.asarray(P[:, first - start + 1 : stop - start + 1], dtype)))
-        makes.append((slice(start, end), xp.asarray(Q[: end - start], dtype)))
-    return reads, makes, *([(pixels, M.T) for pixels, M in strips] for strips in (reads, makes))
-
-def spaced(*shape, dtype):
-    """An empty array whose last axis has a gap of 64 bytes after it.
-    Lengths are often powers of two, and addresses a multiple of 4,096 bytes apart compete for the same few places in
-    the cache: without the gaps, a matrix product over such rows takes up to half as long again."""
-    *outer, last = shape
-    return xp.empty((*outer, last + 64 // dtype.itemsize), dtype)[..., :last]
-
-def to_points(rows, x, cols):
-    """P x Pᵀ, strip by strip: (H, W, N, C) → (strips, strips, n, n, T·S·N, C) with T·S tiles of N images."""
-    H, W, N, C = x.shape
-    nT, nS = len(rows[0][1]), len(cols[0][1])
-    X = xp.empty((len(rows), len(cols), n, nT, nS // n, N * C), x.dtype)
-    for c, (pixels, P) in enumerate(cols):
-        R = spaced(H, nS, N * C, dtype=x.dtype)
-        xp.matmul(P, x.reshape(H, W, N * C)[:, pixels], out=R)  # along the rows
-        R = R.reshape(H, n, nS // n, N * C).transpose(1, 2, 0, 3)
-        for r, (pixels, P) in enumerate(rows):
-            xp.matmul(P, R[:, :, pixels], out=X[r, c].swapaxes(1, 2))  # along the columns
-    return X.reshape(len(rows), len(cols), n, n, -1, C)
-
-def from_points(rows, M, cols, N):
-    """Q M Qᵀ, strip by strip: (strips, strips, n, n, T·S·N, K) → (H, W, N, K)."""
-    H, W, K, nS = rows[-1][0].stop, cols[-1][0].stop, M.shape[-1], cols[0][1].shape[1]
-    M = M.reshape(len(rows), len(cols), n, -1, nS // n, N * K).swapaxes(3, 4)
-    y, R = xp.empty((H, W, N * K), M.dtype), []
-    for c in range(len(cols)):
-        R.append(spaced(H, nS, N * K, dtype=M.dtype))
-        join(rows, M[:, c], R[c].reshape(H, n, nS // n, N * K).transpose(1, 2, 0, 3))
-    join(cols, R, y)
-    return y.reshape(H, W, N, K)
-
-def join(strips, xs, y):
-    """Q @ x of each strip into its rows of y; where strips overlap, their values add."""
-    done = 0
-    for (rows, Q), x in zip(strips, xs):
-        new = max(done, rows.start)
-        xp.matmul(Q[new - rows.start :], x, out=y[..., new : rows.stop, :])
-        if new > rows.start:
-            y[..., rows.start : new, :] += Q[: new - rows.start] @ x
-        done = rows.stop
-
-def is_fast(w):
-    """Whether Winograd's way is the faster one for this kernel (or w is none)."""
-    return len(w.shape) == 4 and w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS
-
-class WinogradKernel:
-    """U = G w Gᵀ (n, n, C, K) of a kernel w (3, 3, C, K), and its transpose UT: once a step, not once a shard."""
-    def __init__(self, w):
-        (_, _, C, K), GG = w.shape, winograd_tile(w.dtype, xp)[2]
-        self.shape, U, UT = w.shape, spaced(n * n, C * K, dtype=w.dtype), spaced(n * n, K * C, dtype=w.dtype)
-        self.U = xp.matmul(GG, w.reshape(9, C * K), out=U).reshape(n, n, C, K)
-        self.UT = xp.matmul(GG, w.swapaxes(2, 3).reshape(9, K * C), out=UT).reshape(n, n, K, C)  # for the backward pass
-
-def conv2d_winograd(x, w, b):
-    """The same convolution for k = 3, with (m+2)² instead of 9m² multiplications for every m×m outputs."""
-    H, W, N, C = x.shape
-    (P, Q, *_), (P2, Q2, *_) = winograd_strips(H, x.dtype, xp), winograd_strips(W, x.dtype, xp)
-    w = w if isinstance(w, WinogradKernel) else WinogradKernel(w)
-    X = to_points(P, x, P2)  # (strips, strips, n, n, T·S·N, C)
-    M = X @ w.U  # (strips, strips, n, n, T·S·N, K): at each pair of points, a matrix product over the channels
-    M[:, :, 0, 0] += b  # all powers of 1 are 1: the value at the points (1, 1) enters every output as it is
-    return from_points(Q, M, Q2, N), (X, w, x.shape)  # cache: what was multiplied, as everywhere
-
-def conv2d_winograd_backward(dy, cache, need_dx=True):
-    """From y = Q M Qᵀ, M = X @ U, X = P x Pᵀ, U = G w Gᵀ: the same products in reverse, each factor transposed."""
-    X, w, (H, W, N, C) = cache
-    (*_, PT, QT), (*_, PT2, QT2) = winograd_strips(H, dy.dtype, xp), winograd_strips(W, dy.dtype, xp)
-    dM = to_points(QT, dy, QT2)
-    db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
-    dU = functools.reduce(xp.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, n, n, *w.shape[2:]))
-    dw = (winograd_tile(dy.dtype, xp)[2].T @ dU.reshape(n * n, -1)).reshape(w.shape)
-    if not need_dx:
-        return None, dw, db
-    dX = dM @ w.UT  # (strips, strips, n, n, T·S·N, C)
-    return from_points(PT, dX, PT2, N), dw, db
+    turned = w[::-1, ::-1].swapaxes(2, 3)  # (k, k, K, C)
+    dx = surroundings(dy, k).T @ turned.reshape(k * k * K, C)  # (H·W·N, C)
+    return dx.reshape(H, W, N, C), dw, db
 
 # ── Blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -651,13 +536,9 @@ class Network(NamedTuple):
 
 RESNET9 = Network(init_params, forward, backward)
 
-def transformed(params):
-    """params, with what every shard would otherwise compute of them again."""
-    return {name: WinogradKernel(p) if is_fast(p) else p for name, p in params.items()}
-
 def gradients_of_shards(params, images, labels, settings, keys, forward, backward, shards):
     """[(loss, gradient of all parameters as one vector)] of some shards: their shares in those of the batch."""
-    kernels, dtype, results = transformed(params), next(iter(params.values())).dtype, []
+    kernels, dtype, results = winograd.prepare(params), next(iter(params.values())).dtype, []
     for i, shard in shards:
         x, rng = images[shard], device_stream(keys[i]) if keys is not None else None
         if rng is not None and (settings.augment or settings.elastic):
@@ -683,7 +564,7 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
 
 def logits_of_shards(params, images, settings, forward, shards):
     """[logits] of some shards, without dropout."""
-    kernels, dtype = transformed(params), next(iter(params.values())).dtype
+    kernels, dtype = winograd.prepare(params), next(iter(params.values())).dtype
     return [forward(kernels, to_input(images[shard], dtype), settings)[0] for _, shard in shards]
 
 def predict(params, images, settings=Settings(), network=RESNET9):

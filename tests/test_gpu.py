@@ -200,9 +200,9 @@ OPERATIONS = {
     "linear": (m.linear, m.linear_backward, [(7, 5), (5, 3), (3,)]),
     "avg_pool2d": (m.avg_pool2d, m.avg_pool2d_backward, [(5, 4, 3, 2)]),
     "max_pool2d": (m.max_pool2d, m.max_pool2d_backward, [(5, 4, 3, 2)]),
-    "im2col": (m.conv2d_im2col, m.conv2d_im2col_backward, [(6, 5, 3, 2), (5, 5, 2, 4), (4,)]),
-    "winograd": (m.conv2d_winograd, m.conv2d_winograd_backward, [(28, 9, 3, 16), (3, 3, 16, 5), (5,)]),
-    "winograd, a tile": (m.conv2d_winograd, m.conv2d_winograd_backward, [(3, 5, 1, 16), (3, 3, 16, 16), (16,)]),
+    "conv2d, 5×5": (m.conv2d, m.conv2d_backward, [(6, 5, 3, 2), (5, 5, 2, 4), (4,)]),
+    "conv2d": (m.conv2d, m.conv2d_backward, [(28, 9, 3, 16), (3, 3, 16, 5), (5,)]),
+    "conv2d, small": (m.conv2d, m.conv2d_backward, [(3, 5, 1, 16), (3, 3, 16, 16), (16,)]),
     "residual_block": (m.residual_block, m.residual_block_backward, [(7, 7, 2, 16), *[(3, 3, 16, 16), (16,)] * 2]),
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import mnist_resnet9 as m
+from support import winograd
 
 SMALL = m.Settings(channels=(2, 3, 3, 4), dropout=0.5, threads=1)
 
@@ -61,7 +62,7 @@ def test_fast_path_agrees_with_the_plain_one(rng, sample, monkeypatch, images_of
         return m.loss_and_gradients(m.init_params(settings, dtype), images, labels, settings)[1].flat
 
     fast, fast32 = gradients(np.float64), gradients(np.float32)
-    monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**6)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 10**6)
     plain = gradients(np.float64)
     assert relative(fast, plain) < 1e-10
     assert relative(fast32, plain) < 1e-3
@@ -86,7 +87,7 @@ def test_fast_and_plain_path_share_ten_steps(rng, monkeypatch, dtype, tolerance)
         return np.array(out)
 
     fast = losses()
-    monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**6)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 10**6)
     np.testing.assert_allclose(fast, losses(), rtol=tolerance)
 
 

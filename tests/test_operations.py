@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from reference import central_differences, error
 
 import mnist_resnet9 as m
+from support import winograd
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -59,9 +60,25 @@ def layer(conv, backward, k, rng, dtype, H=5, W=4, N=2, C=2, K=3):
     return Case(conv, backward, normal(rng, (H, W, N, C), dtype), normal(rng, (k, k, C, K), dtype), normal(rng, K, dtype))
 
 
-def residual(rng, dtype):
-    w1, b1, w2, b2 = (normal(rng, shape, dtype) for shape in ((3, 3, 3, 2), 2, (3, 3, 2, 3), 3))
-    return Case(m.residual_block, m.residual_block_backward, normal(rng, (5, 4, 2, 3), dtype), w1, b1, w2, b2)
+def plain_conv2d(x, w, b):
+    """m.conv2d, which never takes the fast path, whatever the kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "MIN_CHANNELS", 10**9)
+        y, cache = m.conv2d(x, w, b)
+    assert not isinstance(cache, winograd.Cache)
+    return y, cache
+
+
+def residual(C, K):
+    """A residual block: with 3 and 2 channels its convolutions take the plain way, with 4 the fast one."""
+
+    def case(rng, dtype):
+        shapes = (3, 3, C, K), K, (3, 3, K, C), C
+        w1, b1, w2, b2 = (normal(rng, shape, dtype) for shape in shapes)
+        assert winograd.is_faster(w1) == winograd.is_faster(w2) == (C == 4)
+        return Case(m.residual_block, m.residual_block_backward, normal(rng, (5, 4, 2, C), dtype), w1, b1, w2, b2)
+
+    return case
 
 
 def after_softmax(rng, dtype):
@@ -104,10 +121,12 @@ CASES = {
     "conv2d of 3": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 3, rng, dtype),
     "conv2d of 3, 16 channels": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 3, rng, dtype, C=16),
     "conv2d of 5": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 5, rng, dtype),
-    "conv2d_im2col": lambda rng, dtype: layer(m.conv2d_im2col, m.conv2d_im2col_backward, 3, rng, dtype),
-    "conv2d_winograd": lambda rng, dtype: layer(m.conv2d_winograd, m.conv2d_winograd_backward, 3, rng, dtype, H=7, W=9),
+    "plain conv2d, 16 channels": lambda rng, dtype: layer(plain_conv2d, m.conv2d_backward, 3, rng, dtype, C=16),
+    "winograd.conv2d": lambda rng, dtype: layer(winograd.conv2d, winograd.conv2d_backward, 3, rng, dtype, H=7, W=9),
     "conv_block": lambda rng, dtype: layer(m.conv_block, m.conv_block_backward, 3, rng, dtype),
-    "residual_block": residual,
+    "conv_block, 8 channels": lambda rng, dtype: layer(m.conv_block, m.conv_block_backward, 3, rng, dtype, C=8),
+    "residual_block": residual(3, 2),
+    "residual_block, 4 channels": residual(4, 4),
 }
 every_operation = pytest.mark.parametrize("name", CASES)
 
@@ -356,7 +375,7 @@ def test_convolution_equals_its_definition(k, H, W, N, C, K, seed):
     inputs = normal(rng, (H, W, N, C)), normal(rng, (k, k, C, K)), normal(rng, K)
     right = reference.conv2d(*inputs)
     size = reference.conv2d(*map(np.abs, inputs))  # the terms may cancel, so their sizes are what rounding scales with
-    ways = (m.conv2d, m.conv2d_im2col, m.conv2d_winograd) if k == 3 else (m.conv2d, m.conv2d_im2col)
+    ways = (m.conv2d, plain_conv2d, winograd.conv2d) if k == 3 else (m.conv2d, plain_conv2d)
     for way in ways:
         assert error(way(*inputs)[0], right, size) < 1e-12
 
@@ -376,12 +395,12 @@ def test_convolution_gradients_equal_central_differences(k, H, W, N, C, K, seed)
 @example(H=6, W=4, seed=0)
 def test_winograd_gradients_equal_central_differences(H, W, seed):
     rng = np.random.default_rng(seed)
-    case = layer(m.conv2d_winograd, m.conv2d_winograd_backward, 3, rng, float, H, W, 2, 1, 2)
+    case = layer(winograd.conv2d, winograd.conv2d_backward, 3, rng, float, H, W, 2, 1, 2)
     case.check_gradients(rng, h=0.5, limit=1e-9)
 
 
 def both_ways(x, w, b, dy):
-    for way, backward in ((m.conv2d_winograd, m.conv2d_winograd_backward), (m.conv2d_im2col, m.conv2d_im2col_backward)):
+    for way, backward in ((winograd.conv2d, winograd.conv2d_backward), (plain_conv2d, m.conv2d_backward)):
         y, cache = way(x, w, b)
         yield (y, *backward(dy, cache))
 
@@ -392,7 +411,7 @@ def both_ways(x, w, b, dy):
 @example(H=1, W=1, N=1, C=1, K=1, seed=0)
 @example(H=28, W=28, N=2, C=16, K=16, seed=0)
 @example(H=14, W=14, N=2, C=64, K=64, seed=0)
-def test_winograd_equals_im2col_forward_and_backward(dtype, limit, H, W, N, C, K, seed):
+def test_winograd_equals_the_plain_way_forward_and_backward(dtype, limit, H, W, N, C, K, seed):
     rng = np.random.default_rng(seed)
     arrays = [normal(rng, shape, dtype) for shape in ((H, W, N, C), (3, 3, C, K), K, (H, W, N, K))]
     fast, plain = both_ways(*arrays)
