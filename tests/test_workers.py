@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import mnist_resnet9 as m
 from support import workers
@@ -189,3 +190,13 @@ def test_shards_are_spread_evenly_and_in_order(count, parts, monkeypatch):
     assert [i for i, _ in shards] == list(range(count))
     assert [i for _, s in shards for i in range(s.start, s.stop)] == list(range(16 * count - 3))
     assert m.over_cores(lambda part: [i for i, _ in part], shards) == list(range(count)) and spread == parts
+
+
+def blas_threads(_):
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+
+def test_every_process_computes_with_one_thread(three):
+    """Whatever BLAS NumPy is built with: more threads than one in each process would fight for the cores."""
+    for counts in three.map(blas_threads, [0, 1, 2]):
+        assert counts and set(counts) == {1}
