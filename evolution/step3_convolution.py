@@ -2,10 +2,11 @@
 
     python evolution/step3_convolution.py --epochs-max 3 --learning-rate 1e-3
 
-To step 2 a digit that moves by a pixel is another image: it has weights for each place. A convolution has one set of
-5×5 weights a pattern and slides it over the image. Pooling then halves the picture, so that the next convolution sees
-twice as much of the image, and the exact place matters less. It is LeNet's plan (LeCun et al. 1998): convolution and
-pooling twice, then a linear layer, with a ninth of step 2's parameters.
+To step 2 a digit that moves by a pixel is another image: it has weights for each place. A
+convolution has one set of 5×5 weights a pattern and slides it over the image. Pooling then halves
+the picture, so that the next convolution sees twice as much of the image, and the exact place
+matters less. It is LeNet's plan (LeCun et al. 1998): convolution and pooling twice, then a linear
+layer, with a ninth of step 2's parameters.
 """
 
 import math

@@ -9,4 +9,5 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(ValueError):
-    """Something the user can put right. main() prints it as one line and ends with exit status 2."""
+    """Something the user can put right. main() prints it as one line and ends with exit status
+    2."""

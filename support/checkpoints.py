@@ -3,13 +3,26 @@
 import hashlib
 import json
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 
 from support import UserError
 from support.storage import save_arrays
 
-HISTORY = ("epoch", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+
+class Epoch(NamedTuple):
+    """What is known of an epoch: a row of a run's history, in checkpoints and metrics."""
+
+    epoch: int
+    learning_rate: float
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+
+
+HISTORY = Epoch._fields
 CHECKPOINT_VERSION = 1
 
 def checksums(arrays):
@@ -62,4 +75,4 @@ def check_checkpoint(path, like, settings):
     for name, value in settings.items():
         if then.get(name) != value:
             raise ValueError(f"its {name} is {then.get(name)!r}, not {value!r}")
-    return {name: arrays[name] for name in like}, step, [[int(epoch), *row] for epoch, *row in history.tolist()]
+    return {name: arrays[name] for name in like}, step, [Epoch(int(epoch), *row) for epoch, *row in history.tolist()]

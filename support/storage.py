@@ -1,4 +1,5 @@
-"""Files that are either the old one or the new one, whole, whenever the program or the machine stops."""
+"""Files that are either the old one or the new one, whole, whenever the program or the machine
+stops."""
 
 import contextlib
 import errno
@@ -20,7 +21,8 @@ except ImportError:  # Windows
 def write_file(path, data, previous=None):
     """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole.
 
-    previous: the name that the old file keeps. A crash between the two renames leaves only that one: see RunFolder.restore.
+    previous: the name that the old file keeps. A crash between the two renames leaves only that
+    one: see RunFolder.restore.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -42,6 +44,7 @@ def write_file(path, data, previous=None):
         finally:
             os.close(folder)
 
+
 def save_arrays(path, previous=None, **arrays):
     stream = io.BytesIO()
     np.savez(stream, **arrays)
@@ -56,12 +59,17 @@ def save_png(path, figure, **options):
 
 
 def lock_file(path):
-    """The open file at path, locked until it is closed or its process ends. UserError if another program has it."""
+    """The open file at path, locked until it is closed or its process ends. UserError if another
+    program has it."""
     file = open(path, "a")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(
+            file.fileno(), msvcrt.LK_NBLCK, 1
+        )
     except OSError as error:
         file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
-            raise UserError(f"{path.parent} is in use by another program; wait or choose another --tag") from None
+            raise UserError(
+                f"{path.parent} is in use by another program; wait or choose another --tag"
+            ) from None
     return file

@@ -1,38 +1,43 @@
-"""A 3×3 convolution with a fifth of the multiplications, after Winograd. Nothing here learns anything of its own.
+"""A 3×3 convolution with a fifth of the multiplications, after Winograd. Nothing here learns
+anything of its own.
 
-mnist_resnet9.conv2d() shows what a convolution is; what stands here computes the same, faster, on a CPU. A reader who
-skips this file misses nothing but speed: with MIN_CHANNELS set to 10**9 every convolution takes the plain way.
+mnist_resnet9.conv2d() shows what a convolution is; what stands here computes the same, faster, on a
+CPU. A reader who skips this file misses nothing but speed: with MIN_CHANNELS set to 10**9 every
+convolution takes the plain way.
 
-**In one dimension.** A kernel of three weights slides along a row. Seven neighbouring outputs take 7·3 = 21
-multiplications directly. This way takes 9:
+**In one dimension.** A kernel of three weights slides along a row. Seven neighbouring outputs take
+7·3 = 21 multiplications directly. This way takes 9:
 
     transform the 9 pixels that the seven outputs depend on   9 values    x → B x
     transform the 3 weights                                   9 values    g → G g
     multiply elementwise                                      9 products  B x ⊙ G g
     transform the products into the 7 outputs                 7 values    y = A (B x ⊙ G g)
 
-A, B and G are small matrices of constants. The transforms are not free, but they are shared: one pixel's transform
-serves all output channels, one kernel's all images, and the sum over the input channels is taken before the last
-transform. In two dimensions the same is done along the rows and then along the columns, so 9·9 = 81 multiplications
-take the place of 49·9 = 441.
+A, B and G are small matrices of constants. The transforms are not free, but they are shared: one
+pixel's transform serves all output channels, one kernel's all images, and the sum over the input
+channels is taken before the last transform. In two dimensions the same is done along the rows and
+then along the columns, so 9·9 = 81 multiplications take the place of 49·9 = 441.
 
-**Why it works.** Multiplying polynomials: take g(t) of degree 2 and d(t) of degree 6. Their product has degree 8, so
-its values at 9 points determine it. So evaluate both at the points, multiply the values, and interpolate. Evaluating
-a polynomial at fixed points is a matrix times its coefficients (G for g, Aᵀ for d); interpolating is a matrix too, Bᵀ:
+**Why it works.** Multiplying polynomials: take g(t) of degree 2 and d(t) of degree 6. Their product
+has degree 8, so its values at 9 points determine it. So evaluate both at the points, multiply the
+values, and interpolate. Evaluating a polynomial at fixed points is a matrix times its coefficients
+(G for g, Aᵀ for d); interpolating is a matrix too, Bᵀ:
 
     coefficients of g·d = Bᵀ (G g ⊙ Aᵀ d)
 
-For a fixed g that is a matrix times d: the coefficients of g·d are sums Σ g[i] d[j − i], and the matrix has g shifted by
-one in each column. Its transpose computes Σ g[i] x[j + i]: it slides g along x, and that is our convolution. Transposing
-the right-hand side gives y = A (G g ⊙ B x). (Lavin and Gray 2016, arXiv:1509.09308; the matrices are Cook and Toom's.)
+For a fixed g that is a matrix times d: the coefficients of g·d are sums Σ g[i] d[j − i], and the
+matrix has g shifted by one in each column. Its transpose computes Σ g[i] x[j + i]: it slides g
+along x, and that is our convolution. Transposing the right-hand side gives y = A (G g ⊙ B x).
+(Lavin and Gray 2016, arXiv:1509.09308; the matrices are Cook and Toom's.)
 
-**In this file.** A row is cut into tiles of 7 outputs; each needs 9 pixels, so neighbouring tiles share 2. Two tiles
-together form a strip, and P and Q are B and A for a strip, so one matrix product transforms many pixels at once. An
-image is transformed from both sides, as every matrix is that has rows and columns: P x Pᵀ, G w Gᵀ and Q (…) Qᵀ. All of
-this is linear in x and in w, so the backward pass is the same with the matrices transposed.
+**In this file.** A row is cut into tiles of 7 outputs; each needs 9 pixels, so neighbouring tiles
+share 2. Two tiles together form a strip, and P and Q are B and A for a strip, so one matrix product
+transforms many pixels at once. An image is transformed from both sides, as every matrix is that has
+rows and columns: P x Pᵀ, G w Gᵀ and Q (…) Qᵀ. All of this is linear in x and in w, so the backward
+pass is the same with the matrices transposed.
 
-Letters, as in mnist_resnet9.py: H W rows and columns, N images, C channels in, K channels out; T and S are the tiles of
-a strip down and across.
+Letters, as in mnist_resnet9.py: H W rows and columns, N images, C channels in, K channels out; T
+and S are the tiles of a strip down and across.
 """
 
 import functools
@@ -40,21 +45,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# In pairs around 1. Large or uneven points lose digits: these have a third of the rounding errors of 0, ±1, ±2, ±1/2 …
+# In pairs around 1. Large or uneven points lose digits: these have a third of the rounding errors
+# of 0, ±1, ±2, ±1/2 …
 POINTS = (1, -1, 1 / 4, -1 / 4, 2 / 3, -2 / 3, 2, -2)
 VALUES = len(POINTS) + 1  # 9 values a tile, from 9 pixels; the ninth point is infinity
 OUTPUTS = VALUES - 2  # 7 outputs a tile: 28 and 14, the sizes of our images, are multiples of it
 
-STRIP_TILES = 2  # in larger strips P would be mostly zeros: distant tiles and pixels have nothing to do with each other
+STRIP_TILES = 2  # with more, P would be mostly zeros: a tile has nothing to do with distant pixels
 MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multiplications that they save
 
 
 def is_faster(w):
-    """Whether this is the faster way for the kernel w. On a GPU, where w is not a NumPy array, it is not."""
+    """Whether this is the faster way for the kernel w. On a GPU, where w is not a NumPy array, it
+    is not."""
     return isinstance(w, np.ndarray) and w.shape[:2] == (3, 3) and w.shape[2] >= MIN_CHANNELS
 
 
-# ── Matrices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Matrices ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Tile(NamedTuple):
@@ -83,7 +90,8 @@ def tile_matrices():
 
 @functools.lru_cache(maxsize=None)
 def kernel_matrix(dtype):
-    """G from both sides as one matrix: G w Gᵀ, with the 3×3 weights in a row of 9. Shape (81, 9)."""
+    """G from both sides as one matrix: G w Gᵀ, with the 3×3 weights in a row of 9. Shape (81,
+    9)."""
     G = tile_matrices().G
     return np.einsum("ia,jb->jiab", G, G).reshape(VALUES * VALUES, 9).astype(dtype)
 
@@ -94,7 +102,8 @@ class Strip(NamedTuple):
 
 
 class Strips(NamedTuple):
-    """The strips of a row of L pixels, for the forward pass and, transposed, for the backward pass."""
+    """The strips of a row of L pixels, for the forward pass and, transposed, for the backward
+    pass."""
 
     reads: list  # P of each strip, (values · T, pixels)
     makes: list  # Q of each strip, (pixels, values · T)
@@ -131,14 +140,15 @@ def strips_of(L, dtype):
     return Strips(reads, makes, transposed(reads), transposed(makes))
 
 
-# ── Transforms ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Transforms ────────────────────────────────────────────────────────────────────────────────────
 
 
 def spaced(*shape, dtype):
     """An empty array whose last axis has a gap of 64 bytes after it.
 
-    Lengths are often powers of two, and addresses a multiple of 4,096 bytes apart compete for the same few places in
-    the processor's cache: without the gaps, a matrix product over such rows takes up to half as long again."""
+    Lengths are often powers of two, and addresses a multiple of 4,096 bytes apart compete for the
+    same few places in the processor's cache: without the gaps, a matrix product over such rows
+    takes up to half as long again."""
     *outer, last = shape
     return np.empty((*outer, last + 64 // dtype.itemsize), dtype)[..., :last]
 
@@ -178,7 +188,8 @@ def from_points(rows, M, cols, N):
 
 
 def join(strips, xs, y):
-    """Writes matrix @ x of each strip into its pixels of y; where strips overlap, their values add."""
+    """Writes matrix @ x of each strip into its pixels of y; where strips overlap, their values
+    add."""
     done = 0
     for (pixels, Q), x in zip(strips, xs):
         new = max(done, pixels.start)
@@ -188,11 +199,12 @@ def join(strips, xs, y):
         done = pixels.stop
 
 
-# ── The convolution ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The convolution ───────────────────────────────────────────────────────────────────────────────
 
 
 class Kernel(np.ndarray):
-    """A kernel w (3, 3, C, K) that carries along U = G w Gᵀ (VALUES, VALUES, C, K), and UT (…, K, C) for backward."""
+    """A kernel w (3, 3, C, K) that carries along U = G w Gᵀ (VALUES, VALUES, C, K), and UT (…, K,
+    C) for backward."""
 
     U = UT = None
 
@@ -205,12 +217,15 @@ def transform(w):
     UT = spaced(VALUES * VALUES, K * C, dtype=w.dtype)
     kernel = w.view(Kernel)
     kernel.U = np.matmul(G, w.reshape(9, C * K), out=U).reshape(VALUES, VALUES, C, K)
-    kernel.UT = np.matmul(G, w.swapaxes(2, 3).reshape(9, K * C), out=UT).reshape(VALUES, VALUES, K, C)
+    kernel.UT = np.matmul(G, w.swapaxes(2, 3).reshape(9, K * C), out=UT).reshape(
+        VALUES, VALUES, K, C
+    )
     return kernel
 
 
 def prepare(params):
-    """params, with every kernel transformed for which that pays: once for a batch, not once for each of its shards."""
+    """params, with every kernel transformed for which that pays: once for a batch, not once for
+    each of its shards."""
     return {name: transform(p) if p.ndim == 4 and is_faster(p) else p for name, p in params.items()}
 
 
@@ -229,18 +244,25 @@ def conv2d(x, w, b):
     if not isinstance(w, Kernel) or w.U is None:
         w = transform(w)
     X = to_points(rows.reads, x, cols.reads)  # (strips, strips, VALUES, VALUES, T·S·N, C)
-    M = X @ w.U  # (strips, strips, VALUES, VALUES, T·S·N, K): at each pair of points, a sum over the channels
-    M[:, :, 0, 0] += b  # all powers of 1 are 1: the value at the points (1, 1) enters every output as it is
+    M = (
+        X @ w.U
+    )  # (strips, strips, VALUES, VALUES, T·S·N, K): at each pair of points, a sum over the channels
+    M[:, :, 0, 0] += (
+        b  # all powers of 1 are 1: the value at the points (1, 1) enters every output as it is
+    )
     return from_points(rows.makes, M, cols.makes, N), Cache(X, w, x.shape)
 
 
 def conv2d_backward(dy, cache, need_dx=True):
-    """From y = Q M Qᵀ, M = X @ U, X = P x Pᵀ, U = G w Gᵀ: the same products in reverse, each factor transposed."""
+    """From y = Q M Qᵀ, M = X @ U, X = P x Pᵀ, U = G w Gᵀ: the same products in reverse, each factor
+    transposed."""
     X, w, (H, W, N, C) = cache
     rows, cols = strips_of(H, dy.dtype), strips_of(W, dy.dtype)
     dM = to_points(rows.makes_back, dy, cols.makes_back)
     db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
-    dU = functools.reduce(np.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, VALUES, VALUES, *w.shape[2:]))
+    dU = functools.reduce(
+        np.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, VALUES, VALUES, *w.shape[2:])
+    )
     dw = (kernel_matrix(dy.dtype).T @ dU.reshape(VALUES * VALUES, -1)).reshape(w.shape)
     if not need_dx:
         return None, dw, db

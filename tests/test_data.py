@@ -53,8 +53,14 @@ def mirrors(monkeypatch):
 
 def test_the_sample_is_real_and_balanced(sample):
     assert sample.name == "MNIST sample" and sample.notes
-    assert sample.train_images.shape == (4000, 28, 28) and sample.test_images.shape == (1000, 28, 28)
-    assert np.array_equal(np.bincount(sample.train_labels) + np.bincount(sample.test_labels), [500] * 10)
+    assert sample.train_images.shape == (4000, 28, 28) and sample.test_images.shape == (
+        1000,
+        28,
+        28,
+    )
+    assert np.array_equal(
+        np.bincount(sample.train_labels) + np.bincount(sample.test_labels), [500] * 10
+    )
 
 
 def test_another_data_set_is_named_after_its_folder_and_reported(folder):
@@ -79,11 +85,19 @@ DAMAGE = {
     "HTML": (IMAGES, lambda b: b"<html>404 not found</html>", "no idx file"),
     "wrong magic number": (IMAGES, lambda b: b"\0\0\x08\x01" + b[4:], "no idx file"),
     "wrong dimensions": (IMAGES, lambda b: b[:8] + b"\0\0\0\x1b" + b[12:], "no idx file"),
-    "absurd count": (IMAGES, lambda b: b[:4] + b"\x7f\xff\xff\xff" + b[8:], "claims to hold 2147483647"),
+    "absurd count": (
+        IMAGES,
+        lambda b: b[:4] + b"\x7f\xff\xff\xff" + b[8:],
+        "claims to hold 2147483647",
+    ),
     "negative count": (IMAGES, lambda b: b[:4] + b"\xff\xff\xff\xff" + b[8:], "claims to hold -1"),
     "label 10": (LABELS, lambda b: b[:-1] + b"\x0a", "label 10"),
     "images as labels": (LABELS, lambda b: idx(np.zeros((30, 28, 28))), "no idx file"),
-    "another number of labels": (LABELS, lambda b: idx(np.zeros(29)), "30 train images but 29 labels"),
+    "another number of labels": (
+        LABELS,
+        lambda b: idx(np.zeros(29)),
+        "30 train images but 29 labels",
+    ),
 }
 
 
@@ -99,7 +113,9 @@ def test_a_damaged_file_is_refused_by_name(folder, kind, zipped):
     assert kind == "another number of labels" or name in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"<html>not found</html>", gzip.compress(b"\0" * 10000)[:-20], b""])
+@pytest.mark.parametrize(
+    "content", [b"<html>not found</html>", gzip.compress(b"\0" * 10000)[:-20], b""]
+)
 def test_a_gz_file_that_is_no_whole_gzip_is_refused(folder, content):
     (folder / IMAGES).unlink()
     (folder / f"{IMAGES}.gz").write_bytes(content)
@@ -120,7 +136,9 @@ def test_a_changed_pixel_in_known_data_is_refused(tmp_path):
     content = bytearray(gzip.decompress(path.read_bytes()))
     content[5000] ^= 1
     path.write_bytes(gzip.compress(bytes(content)))
-    with pytest.raises(m.UserError, match="train-images-idx3-ubyte should have MNIST sample's contents"):
+    with pytest.raises(
+        m.UserError, match="train-images-idx3-ubyte should have MNIST sample's contents"
+    ):
         m.load_mnist(tmp_path / "copy")
 
 
@@ -133,12 +151,20 @@ def test_an_incomplete_foreign_set_is_not_completed_with_mnist(folder, mirrors):
 
 def test_without_files_and_network_the_sample_serves_and_says_so(tmp_path):
     data = m.load_mnist(tmp_path / "new")
-    assert data.name == "MNIST sample" and "NOT MNIST" in data.notes[0] and "no network" in data.notes[0]
+    assert (
+        data.name == "MNIST sample"
+        and "NOT MNIST" in data.notes[0]
+        and "no network" in data.notes[0]
+    )
     assert not any((tmp_path / "new").iterdir())
 
 
-def test_a_download_takes_the_first_mirror_that_sends_the_right_bytes(tmp_path, mirrors, monkeypatch):
-    monkeypatch.setattr(mnist, "FILES", {role: f._replace(mnist=f.sample) for role, f in mnist.FILES.items()})
+def test_a_download_takes_the_first_mirror_that_sends_the_right_bytes(
+    tmp_path, mirrors, monkeypatch
+):
+    monkeypatch.setattr(
+        mnist, "FILES", {role: f._replace(mnist=f.sample) for role, f in mnist.FILES.items()}
+    )
     answers, asked = mirrors
     for name in NAMES:
         right = (m.ROOT / "data" / "sample" / f"{name}.gz").read_bytes()
@@ -157,12 +183,16 @@ def test_wrong_bytes_from_every_mirror_never_get_the_final_name(tmp_path, mirror
 
 
 def test_a_mirror_that_trickles_is_given_up(tmp_path, mirrors, monkeypatch):
-    monkeypatch.setattr(mnist, "FILES", {role: f._replace(mnist=f.sample) for role, f in mnist.FILES.items()})
+    monkeypatch.setattr(
+        mnist, "FILES", {role: f._replace(mnist=f.sample) for role, f in mnist.FILES.items()}
+    )
     answers, asked = mirrors
     for name in NAMES:
         for mirror in mnist.MIRRORS:
             answers[f"{mirror}{name}.gz"] = (m.ROOT / "data" / "sample" / f"{name}.gz").read_bytes()
-    monkeypatch.setattr(mnist.time, "monotonic", lambda: 1000.0 * len(asked))  # each question takes so long
+    monkeypatch.setattr(
+        mnist.time, "monotonic", lambda: 1000.0 * len(asked)
+    )  # each question takes so long
     assert "not whole after 300 seconds" in m.load_mnist(tmp_path).notes[0]
     assert len(asked) == 2 and not any(tmp_path.iterdir())
 
