@@ -373,8 +373,7 @@ def cross_entropy_loss_backward(dloss, cache):
 
 
 def dropout(x, rate, rng):
-    """Switches each feature off with probability `rate`: the network must not rely on any single
-    one.
+    """Switches each feature off with probability `rate`, so that none is relied on too much.
 
     The others grow by 1/(1 − rate), which keeps the expected value. Without rng, a generator of
     random numbers, y = x: that is for evaluation. Srivastava et al. 2014, in its inverted form."""
@@ -441,7 +440,8 @@ def avg_pool2d_backward(dy, cache):
 def max_pool2d(x, size=2):
     """y = maximum of each size×size window: (H, W, N, C) → (H/size, W/size, N, C).
 
-    The cache is a mask of every position that equals the maximum, ties included."""
+    The cache is a mask of every position that equals the maximum: where two or more do, all of
+    them count."""
     v = windows(x, size)
     positions = [v[:, i, :, j] for i in range(size) for j in range(size)]
     y = functools.reduce(xp.maximum, positions)
@@ -775,6 +775,7 @@ def sgd(w, dw, moments, rate, momentum):
 def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
     """w ← w − rate · mean / (√square + eps): running means of dw and of dw².
 
+    A running mean keeps the share beta of itself in each step, and takes the rest from what is new.
     Dividing by the usual size of a gradient gives all parameters steps of about the same size.
     Both means start at 0; dividing by 1 − beta^t makes up for that. Kingma and Ba 2015,
     arXiv:1412.6980."""
@@ -980,8 +981,9 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
     work = functools.partial(
         gradients_of_shards, dict(params), images, labels, settings, keys, network
     )
-    (loss, flat), *others = over_cores(work, shards)
-    for shard_loss, shard_flat in others:
+    results = over_cores(work, shards)
+    loss, flat = results[0]
+    for shard_loss, shard_flat in results[1:]:
         loss = loss + shard_loss
         flat += shard_flat
     return loss, Parameters(params, flat)
@@ -1138,8 +1140,11 @@ class Run:
         return xp.asarray(rng.permutation(len(self.images)))
 
     def step(self, batch, rng, rate):
-        """Learns from the images with these indices: forward, loss, backward, update."""
-        images, labels = self.images[batch], self.labels[batch]
+        """Learns from the images with these indices. Returns their loss."""
+        return self.learn(self.images[batch], self.labels[batch], rng, rate)
+
+    def learn(self, images, labels, rng, rate):
+        """Forward, loss and backward, which are learn_from() on all cores, and the update."""
         loss, gradients = loss_and_gradients(
             self.state.params, images, labels, self.settings, rng, self.network
         )

@@ -8,7 +8,8 @@ the backward pass the gradient then goes to the pixel that was the maximum and t
 the mean gave each a quarter. All else is step 4, down to the initial weights; the next step,
 dropout and weight decay, is mnist_resnet9.py itself:
 
-    python mnist_resnet9.py --tag evolution_6 --epochs-max 3 --learning-rate 1e-3 --weight-decay 0.05
+    python mnist_resnet9.py --tag evolution_6 --epochs-max 3 --learning-rate 1e-3 \
+        --weight-decay 0.05
 """
 
 import sys

@@ -33,27 +33,35 @@ def whole_numbers(text):
     return tuple(int(part) for part in text.split(","))
 
 
+METAVARS = {str: "STR", int: "INT", float: "FLOAT", tuple: "K,K,K,K"}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with a flag for each setting, and a UserError in place of printing its usage."""
 
     def read_settings(self, kind, arguments):
-        """{name: value} of the flags that are given, those of the fields of `kind` among them:
+        """{name: value} of the flags that were given, with one for each field of `kind`.
+
         epochs_max is --epochs-max."""
         for f in fields(kind):
-            read, choices = whole_numbers if f.type is tuple else f.type, f.metadata["choices"]
+            choices = f.metadata["choices"]
             default = ",".join(map(str, f.default)) if f.type is tuple else f.default
-            self.add_argument(f"--{f.name.replace('_', '-')}", type=read, choices=choices, default=argparse.SUPPRESS,
-                              metavar=None if choices else f.type.__name__.upper().replace("TUPLE", "K,K,K,K"),
-                              help=f"{f.metadata['help']} (default: {default})")  # fmt: skip
+            self.add_argument(
+                f"--{f.name.replace('_', '-')}",
+                type=whole_numbers if f.type is tuple else f.type,
+                choices=choices,
+                default=argparse.SUPPRESS,  # only what was given is in the result
+                metavar=None if choices else METAVARS[f.type],
+                help=f"{f.metadata['help']} (default: {default})",
+            )
         given = vars(self.parse_args(arguments))
-        for name in given.keys() & {
-            "data_dir",
-            "save_dir",
-        }:  # a path on the command line starts where the user is
+        for name in given.keys() & {"data_dir", "save_dir"}:
+            # a path on the command line starts where the user is, not where the program is
             given[name] = str(Path(given[name]).absolute())
         return given
 
     def error(self, message):
         if "unrecognized arguments" in message:
-            message += f"; the flags are {' '.join(a.option_strings[-1] for a in self._actions if a.option_strings)}"
+            flags = (a.option_strings[-1] for a in self._actions if a.option_strings)
+            message += f"; the flags are {' '.join(flags)}"
         raise UserError(message)

@@ -144,7 +144,7 @@ def step_both(runs, steps, rate=1e-3, seed=7):
             np.random.default_rng([seed, step]), 20
         )  # two shards, one of them smaller
         losses = [
-            run.step(images, labels, m.random_stream(0, m.STEP, 1, step), rate) for run in runs
+            run.learn(images, labels, m.random_stream(0, m.STEP, 1, step), rate) for run in runs
         ]
         assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-9)
 
@@ -170,7 +170,7 @@ def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, r
     loss, gradients = m.loss_and_gradients(
         params, images, labels, run.settings, m.random_stream(0, m.STEP, 1, 0)
     )
-    assert theirs.step(
+    assert theirs.learn(
         images, labels, m.random_stream(0, m.STEP, 1, 0), 0.0
     ).item() == pytest.approx(loss, rel=1e-9)
     assert np.array_equal(theirs.state.params.flat, params.flat)  # at rate 0
@@ -234,7 +234,7 @@ def test_on_a_blank_image_max_pooling_ties_and_the_two_differ_on_purpose(pair, p
     run, theirs = pair(dropout=0.0, pool=pool)
     images, labels = np.zeros((4, 28, 28), np.uint8), np.arange(4)
     loss, gradients = m.loss_and_gradients(run.state.params, images, labels, run.settings)
-    assert theirs.step(images, labels, m.random_stream(0, m.STEP), 0.0).item() == pytest.approx(
+    assert theirs.learn(images, labels, m.random_stream(0, m.STEP), 0.0).item() == pytest.approx(
         loss, rel=1e-9
     )
     w = dict(theirs.net.named_parameters())

@@ -1,8 +1,8 @@
 """The network of mnist_resnet9.py once more, with PyTorch's autograd and optimizers in place of
 ours.
 
-    python torch_version/resnet9_torch.py               train; every flag of mnist_resnet9.py works here too
-    python torch_version/resnet9_torch.py --weights F   start from the weights of a checkpoint, ours or PyTorch's
+    python torch_version/resnet9_torch.py               train; takes every flag of mnist_resnet9.py
+    python torch_version/resnet9_torch.py --weights F   start from a checkpoint, ours or PyTorch's
     python plot_figs.py resnet9 torch_resnet9           the curves of both, side by side
 
 Read it beside mnist_resnet9.py: all that is not here comes from there. Settings, data,
@@ -244,9 +244,9 @@ class TorchRun(Run):
         mask = torch.from_numpy(np.concatenate(masks)).to(self.device) if settings.dropout else None
         return self.to_input(np.concatenate(x)), mask
 
-    def step(self, batch, rng, rate):
+    def learn(self, images, labels, rng, rate):
+        """Forward, loss, backward and update."""
         settings, state = self.settings, self.state
-        images, labels = self.images[batch], self.labels[batch]
         x, mask = self.draw(images, rng)
         self.optimizer.zero_grad()
         labels = torch.tensor(labels, dtype=torch.long, device=self.device)
