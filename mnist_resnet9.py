@@ -1,30 +1,43 @@
 """ResNet9 on MNIST, every forward and backward pass written by hand on NumPy or CuPy.
 
-    python mnist_resnet9.py                  train; the same command again continues a run that was stopped
-    python mnist_resnet9.py --recipe quick   three epochs, to a test accuracy of 99.64 % (mean of ten seeds)
-    python mnist_resnet9.py --help           every setting; each can also be edited below, under "Settings"
-    python plot_figs.py                      curves and failures of the run, afterwards or while it is going on
+    python mnist_resnet9.py                  train; the same command again continues a stopped run
+    python mnist_resnet9.py --recipe quick   three epochs: 99.64 % test accuracy, mean of ten seeds
+    python mnist_resnet9.py --help           every setting; each can also be edited below
+    python plot_figs.py                      the run's curves and failures, while it trains or later
     python predict.py my_digit.png           what the network takes your own digit for
 
-The network has nine layers with weights. Letters: H, W rows and columns of the image, N images, C channels
-coming in, K channels going out, F features of one image.
+A network is a function with many adjustable numbers, its parameters. It turns an image into ten
+scores (logits), one for each digit; the highest one is its answer. The loss measures how wrong the
+scores are for a batch, a few images at a time. Training repeats four things:
 
-    layer          what it does                                               output (H, W, N, K)   parameters
-    conv1          3×3 convolution, relu (what is below 0 becomes 0)          28, 28, N,  4                 40
-    conv2          3×3 convolution, relu                                      28, 28, N, 16                592
-    conv3, conv4   residual block: relu(x + conv4(relu(conv3(x))))            28, 28, N, 16              4,640
-    pool           the largest (or the mean) of each 2×2 window               14, 14, N, 16
-    conv5          3×3 convolution, relu                                      14, 14, N, 32              4,640
-    conv6          3×3 convolution, relu                                      14, 14, N, 64             18,496
-    conv7, conv8   residual block                                             14, 14, N, 64             73,856
-    pool           the largest (or the mean) of each 2×2 window                7,  7, N, 64
-    dropout        switches a random share of the features off                N, 3136
-    fc9            linear: ten scores (logits); the largest is the answer     N, 10                     31,370
+    forward    compute the scores and the loss of a batch
+    backward   compute the gradient: how the loss would change with each parameter
+    update     change each parameter a little, against its gradient; the learning rate says how far
+    repeat     with the next batch; one pass over all training images is an epoch
 
-How to read it. Every operation is a pair of functions: `y, cache = op(x, …)`, and directly under it
-`op_backward(dy, cache)`. dy is the gradient of the loss with respect to y and has y's shape; the backward pass
-turns it into dx, dw and db, the gradients with respect to what went in. The cache is what the backward pass will
-need of the forward pass. That is all of backpropagation: the network calls the pairs in order, then in reverse.
+The network has nine layers with weights. Letters, here and throughout: H, W rows and columns of the
+image, N images, C channels coming in, K channels (or classes) going out, F features of one image.
+A channel is one of several numbers that each pixel has, as the red, green and blue of a photograph.
+
+    layer          what it does                                  output (H, W, N, K)   parameters
+    conv1          3×3 convolution, relu (below 0 becomes 0)     28, 28, N,  4                 40
+    conv2          3×3 convolution, relu                         28, 28, N, 16                592
+    conv3, conv4   residual block: relu(x + conv4(relu(conv3(x))))
+                                                                 28, 28, N, 16              4,640
+    pool           the largest (or the mean) of each 2×2 window  14, 14, N, 16
+    conv5          3×3 convolution, relu                         14, 14, N, 32              4,640
+    conv6          3×3 convolution, relu                         14, 14, N, 64             18,496
+    conv7, conv8   residual block                                14, 14, N, 64             73,856
+    pool           the largest (or the mean) of each 2×2 window   7,  7, N, 64
+    dropout        switches a random share of the features off    N, 3136
+    fc9            linear: the ten logits                         N, 10                     31,370
+
+How to read it. Every operation is a pair of functions: `y, cache = op(x, …)`, and directly below it
+`op_backward(dy, cache)`. dy is the gradient of the loss with respect to y and has y's shape; the
+backward function turns it into dx, dw and db, the gradients with respect to what went in: the input
+x, the weights w and the bias b, a number added to each output. The cache holds what the backward
+function will need from the forward one. That is all of backpropagation: the network calls the pairs
+in order, and then in reverse. What does not learn (files, processes, speed) is in support/.
 """
 
 import functools
@@ -44,234 +57,299 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from files import (HERE, Parser, RunFolder, UserError, check_settings, duration, load_mnist, log_header, log_line,
-                   read_checkpoint, save_arrays, setting, write_checkpoint, write_metrics)  # fmt: skip
-from support import gpu
-from workers import Workers, available_cores
+from support import ROOT, UserError, gpu, winograd
+from support.checkpoints import Epoch, read_checkpoint, write_checkpoint
+from support.mnist import find_mnist
+from support.run_folder import RunFolder, duration, log_header, log_line, write_metrics
+from support.settings import Parser, check_settings, setting
+from support.storage import save_arrays
+from support.workers import Workers, available_cores, prepare_process
 
-# ── Settings ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Settings ──────────────────────────────────────────────────────────────────────────────────────
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What defines a run. Edit the defaults here, or give them as flags: epochs_max is --epochs-max."""
+    """What defines a run. Edit the defaults here, or give flags: epochs_max is --epochs-max."""
+
+    # the run and its data
     tag: str = setting("resnet9", "name of the run; its files go to save/<tag>/")
-    seed: int = setting(0, "start of all random numbers: the same seed gives the same run", between=(0, 2**63 - 1))
-    device: str = setting("auto", "auto takes the GPU when CuPy can use it", choices=("auto", "cpu", "gpu"))
-    data_dir: str = setting("data", "folder with the four MNIST idx files; they are downloaded there if missing")
+    seed: int = setting(
+        0, "start of all random numbers: the same seed gives the same run", between=(0, 2**63 - 1)
+    )
+    device: str = setting(
+        "auto", "auto takes the GPU if CuPy can use one", choices=("auto", "cpu", "gpu")
+    )
+    data_dir: str = setting(
+        "data", "folder with the four MNIST idx files; they are downloaded there if missing"
+    )
     save_dir: str = setting("save", "folder that holds one folder for each run")
-    train_images: int = setting(0, "use only the first so many training images; 0 = all", between=(0, 10**9))
-    validation_images: int = setting(0, "hold out so many, the last ones, to choose settings", between=(0, 10**9))
+    train_images: int = setting(
+        0, "train on only the first this many images; 0 = all", between=(0, 10**9)
+    )
+    validation_images: int = setting(
+        0, "of these, hold out the last this many, to choose settings by", between=(0, 10**9)
+    )
+
+    # how it learns
     epochs_max: int = setting(200, "passes over the training images", between=(1, 10**6))
-    batch_size: int = setting(64, "images a step: small for many updates, large for fast matrix products", between=(1, 10**6))
-    learning_rate: float = setting(1e-4, "step size of the optimizer; the peak of one_cycle", between=(0, 1000))
-    optimizer: str = setting("adam", "sgd: down the gradient; adam: evened out; muon: by whole directions", choices=("sgd", "adam", "muon"))
+    batch_size: int = setting(
+        64,
+        "images in a step: fewer give more updates, more give faster products",
+        between=(1, 10**6),
+    )
+    learning_rate: float = setting(
+        1e-4, "step size of the optimizer; the peak of one_cycle", between=(0, 1000)
+    )
+    optimizer: str = setting(
+        "adam",
+        "sgd: down the gradient; adam: evened out; muon: by whole directions",
+        choices=("sgd", "adam", "muon"),
+    )
     momentum: float = setting(0.9, "how much of its last step sgd keeps", between=(0, 0.9999))
-    beta2: float = setting(0.999, "how much of its mean squared gradient adam or muon keeps a step", between=(0, 0.999999))
-    weight_decay: float = setting(0.0, "share taken off each weight, times the learning rate", between=(0, 1000))
-    schedule: str = setting("constant", "one_cycle warms up, then cools down to 0", choices=("constant", "one_cycle"))
-    warm_up: float = setting(0.3, "share of all steps in which one_cycle warms up", between=(0, 0.9))
-    dropout: float = setting(0.9, "share of the features that a training step switches off", between=(0, 0.9999))
+    beta2: float = setting(
+        0.999,
+        "how much of its mean squared gradient adam or muon keeps in a step",
+        between=(0, 0.999999),
+    )
+    weight_decay: float = setting(
+        0.0, "share taken off each weight in a step, times the learning rate", between=(0, 1000)
+    )
+    schedule: str = setting(
+        "constant", "one_cycle warms up, then cools down to 0", choices=("constant", "one_cycle")
+    )
+    warm_up: float = setting(
+        0.3, "share of all steps in which one_cycle warms up", between=(0, 0.9)
+    )
+
+    # the network, and how it is kept from learning by heart
+    dropout: float = setting(
+        0.9, "share of the features that a training step switches off", between=(0, 0.9999)
+    )
     pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
     channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
-    label_smoothing: float = setting(0.0, "share of each label that goes to all ten classes alike", between=(0, 0.99))
-    augment: float = setting(0.0, "random turn, scale, shear and shift: 1 = ±12°, ±2 pixels; 0 = off", between=(0, 10))
-    elastic: float = setting(0.0, "random smooth bending of the images, in pixels (standard deviation)", between=(0, 10))
-    ema: float = setting(0.0, "share kept a step by the mean of the weights to evaluate with; 0 = off", between=(0, 0.999999))
-    threads: int = setting(0, "CPU cores to compute on, a process on each, without influence on the result; 0 = all", between=(0, 256))
+    label_smoothing: float = setting(
+        0.0, "share of each label that goes to all ten classes alike", between=(0, 0.99)
+    )
+    augment: float = setting(
+        0.0, "random turn, scale, shear and shift: 1 = ±12°, ±2 pixels; 0 = off", between=(0, 10)
+    )
+    elastic: float = setting(
+        0.0, "random smooth bending of the images, in pixels (standard deviation)", between=(0, 10)
+    )
+
+    # evaluation, and the machine
+    ema: float = setting(
+        0.0,
+        "share kept in a step by the mean of the weights to evaluate with; 0 = off",
+        between=(0, 0.999999),
+    )
+    threads: int = setting(
+        0,
+        "CPU cores to compute on, one process on each, without influence on the result; 0 = all",
+        between=(0, 256),
+    )
 
     def __post_init__(self):
         check_settings(self)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tag):
-            raise UserError(f"tag {self.tag!r} is no folder name: letters, digits, '.', '_' and '-', at most 100")
-        if len(self.channels) != 4 or not all(isinstance(c, int) and 1 <= c <= 1024 for c in self.channels):
-            raise UserError(f"channels {self.channels} should be four whole numbers from 1 to 1024, as 4,16,32,64")
+            raise UserError(
+                f"tag {self.tag!r} cannot name a folder: "
+                "use letters, digits, '.', '_' and '-', at most 100"
+            )
+        if len(self.channels) != 4 or not all(
+            isinstance(c, int) and 1 <= c <= 1024 for c in self.channels
+        ):
+            raise UserError(
+                f"channels {self.channels} should be four whole numbers from 1 to 1024, "
+                "as 4,16,32,64"
+            )
 
-# What `--recipe NAME` changes, before the other flags; chosen on held-out training images: benchmarks/README.md.
+
+# What `--recipe NAME` changes before the other flags are applied. The values were chosen on
+# training images that were held out: docs/history.md.
+QUICK = dict(
+    epochs_max=3,
+    optimizer="muon",
+    learning_rate=2e-3,
+    schedule="one_cycle",
+    warm_up=0.15,
+    beta2=0.99,
+    weight_decay=0.3,
+    dropout=0.15,
+    label_smoothing=0.05,
+    augment=0.6,
+    elastic=0.5,
+    ema=0.99,
+)
 RECIPES = {
     "reference": {},
-    "quick": dict(epochs_max=3, optimizer="muon", learning_rate=2e-3, schedule="one_cycle", warm_up=0.15, beta2=0.99,
-                  weight_decay=0.3, dropout=0.15, label_smoothing=0.05, augment=0.6, elastic=0.5, ema=0.99),
+    "quick": QUICK,
+    "record": QUICK
+    | dict(
+        epochs_max=9, channels=(16, 16, 48, 96), learning_rate=1.5e-3, weight_decay=0.2, ema=0.995
+    ),
 }
-RECIPES["record"] = RECIPES["quick"] | dict(epochs_max=9, channels=(16, 16, 48, 96), learning_rate=1.5e-3,
-                                            weight_decay=0.2, ema=0.995)  # fmt: skip
 
-# These say where and how a run is computed, not what is computed: they may differ when it is continued.
+# These say where and how a run is computed, not what is computed: they may differ in a continued
+# run.
 NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
 
-def parse_settings(arguments=None, kind=Settings, **preset):
-    """The settings of a command line: defaults, then preset, then the recipe, then the flags. UserError if wrong."""
-    parser = Parser(description="Train ResNet9 on MNIST.", allow_abbrev=False)
-    parser.add_argument("--recipe", choices=RECIPES, default="reference", help="a tried set of settings; flags come on top")
-    given = parser.read_settings(kind, arguments)
-    return kind(**{**preset, **RECIPES[given.pop("recipe")], **given})
 
-# ── Array module ──────────────────────────────────────────────────────────────────────────────────────────────────
-# xp is NumPy or CuPy; both have the same functions, so the network is written once for CPU and GPU.
+def parse_settings(arguments=None, kind=Settings, **preset):
+    """The settings of a command line: defaults, then preset, then the recipe, then the flags."""
+    parser = Parser(description="Train ResNet9 on MNIST.", allow_abbrev=False)
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        default="reference",
+        help="a tried set of settings; flags come on top",
+    )
+    given = parser.read_settings(kind, arguments)
+    recipe = RECIPES[given.pop("recipe")]
+    return kind(**{**preset, **recipe, **given})
+
+
+# ── Array module ──────────────────────────────────────────────────────────────────────────────────
+# xp is NumPy or CuPy. Both have the same functions, so the network is written once for CPU and GPU.
 
 xp = np
 
+
 def use_device(device):
-    """Points xp to CuPy or NumPy as `device` asks (auto, cpu, gpu). Returns a line that says what was taken and why."""
+    """Points xp to CuPy or NumPy as `device` asks. Returns a line saying what was taken and why."""
     global xp
     xp = np
     if device == "cpu":
         return "CPU"
     try:
         import cupy
+
         if not cupy.is_available():
             raise RuntimeError("CuPy finds no CUDA device")
         a = cupy.arange(6, dtype=cupy.float32).reshape(2, 3)
-        if float((a @ a.T + cupy.exp(-a).sum()).sum()) <= 0:  # elementwise, matrix product (GEMM), sum
+        if float((a @ a.T + cupy.exp(-a).sum()).sum()) <= 0:  # elementwise, matrix product, sum
             raise RuntimeError("a first computation on the GPU gave a wrong result")
         xp = cupy
         return f"GPU, {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
-    except Exception as error:  # ImportError, or any of many ways in which a CUDA installation is incomplete
+    except Exception as error:  # ImportError, or any of many ways for CUDA to be incomplete
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if device == "gpu":
-            raise UserError(f"device gpu cannot be used: {reason}; --device cpu works everywhere") from None
+            raise UserError(
+                f"device gpu cannot be used: {reason}; --device cpu works everywhere"
+            ) from None
         return f"CPU (no GPU: {reason})"
+
 
 def to_host(a):
     """A NumPy array with the contents of a."""
     return a if isinstance(a, np.ndarray) else a.get()
 
-# ── Cores ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Nothing in the network mixes images (no batch normalisation), so a batch's gradient is the sum of its images': a batch
-# is cut into shards, each core takes some, and the results are added in the order of the shards. The size of a shard is
-# fixed, so the result has the same bits on one core or sixteen. workers.py has the processes that compute beside this.
 
-SHARD_IMAGES = 16  # small enough for the caches, large enough that a NumPy call costs more than calling it
-PREDICT_SHARD_IMAGES = 32  # there is more to predict than a batch, so shards may be larger: fewer NumPy calls
+# ── Data ──────────────────────────────────────────────────────────────────────────────────────────
+# MNIST: 60,000 handwritten digits to train on and 10,000 others to test with, 28×28 pixels each.
+# support/mnist.py finds, downloads and verifies the files.
 
-workers = Workers(0)  # none, until use_cores() starts some
 
-def use_cores(count):
-    """Spreads the shards from now on over so many processes, this one among them; a GPU needs no more than this one."""
-    global workers
-    workers.close()
-    workers = Workers(count - 1 if xp is np else 0)
+@dataclass(frozen=True)
+class Dataset:
+    name: str  # what figures and logs call it
+    hashes: dict  # file name → SHA-256 of the decompressed file
+    notes: tuple  # what the user should know about where the data came from
+    train_images: Any  # (60000, 28, 28) uint8, pixels 0…255
+    train_labels: Any  # (60000,) uint8, the digits 0…9
+    test_images: Any  # (10000, 28, 28) uint8
+    test_labels: Any  # (10000,) uint8
 
-def shards_of(N, size):
-    """[(0, the first `size` images), (1, the next), …] as slices of a batch of N; on a GPU all images are one shard."""
-    if xp is not np:
-        return [(0, slice(0, N))]
-    return list(enumerate(slice(start, min(start + size, N)) for start in range(0, N, size)))
 
-def over_cores(work, shards):
-    """The list work(shards), which has a result for each shard, made of such lists for some shards a core."""
-    cores = min(1 + len(workers.workers), len(shards))
-    bounds = [i * len(shards) // cores for i in range(cores + 1)]
-    parts = workers.map(work, [shards[start:stop] for start, stop in zip(bounds, bounds[1:])])
-    return [result for part in parts for result in part]
+def read_idx(content):
+    """The array in the bytes of an idx file, MNIST's format: images (N, 28, 28) or labels (N,).
 
-# ── Random numbers ────────────────────────────────────────────────────────────────────────────────────────────────
+    The bytes are two zeros, one for the kind of number (8: uint8), one for the number of axes; then
+    the length of each axis in four bytes, most significant first (">u4"); then the numbers."""
+    axes = content[3]
+    start = 4 + 4 * axes
+    shape = np.frombuffer(content[4:start], ">u4")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
-ORDER, STEP, INIT = 1, 2, 3  # what random numbers are for; each purpose has a stream of its own
 
-def random_stream(seed, purpose, epoch=0, step=0):
-    """A generator that is a function of its arguments alone (Philox scrambles key and counter, and remembers nothing).
-    So a run that is continued needs no saved state of a generator, and draws exactly what it would have drawn."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
+def load_mnist(data_dir="data"):
+    """The data set in data_dir (relative to this script), downloaded first where it is missing."""
+    files = find_mnist(data_dir)
+    arrays = {role: read_idx(content) for role, content in files.contents.items()}
+    return Dataset(files.name, files.hashes, files.notes, **arrays)
 
-def device_stream(key):
-    """A generator that is a function of the key, on the device that xp computes on."""
-    if xp is not np:
-        return gpu.Stream(gpu.cuda(), key)
-    return np.random.Generator(np.random.Philox(key=key))
 
-# ── Data ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# files.py finds, downloads and checks MNIST: load_mnist() gives 60,000 images to train on and 10,000 to test with.
+PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, with pixels scaled to 0…1
 
-PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, pixels scaled to 0…1
 
 def to_input(images, dtype):
-    """(N, 28, 28) pixels 0…255 → the network's input (28, 28, N, 1), with mean 0 and variance 1 over the data set."""
+    """Pixels 0…255 (N, 28, 28) → the network's input (28, 28, N, 1): mean 0, variance 1 over MNIST.
+
+    dtype, the kind of number in an array, is float32 in training and float64 in exact tests."""
     x = images.astype(dtype) / 255
-    return ((x - PIXEL_MEAN) / PIXEL_STD).transpose(1, 2, 0)[..., None]
+    x = (x - PIXEL_MEAN) / PIXEL_STD
+    return x.transpose(1, 2, 0)[..., None]
 
-BEND_PIXELS = 4  # over about this distance neighbouring pixels move together
 
-@functools.lru_cache(maxsize=None)
-def bumps(H, W, _xp):
-    """(J, H·W): J round bumps on a grid. Their sums with normal weights are smooth, with variance 1 at every pixel."""
-    bells = []
-    for L in (H, W):
-        centres = np.linspace(0, L - 1, round(L / (BEND_PIXELS * math.sqrt(2))) + 1)[:, None]
-        bells.append(np.exp(-((np.arange(L) - centres) ** 2) / (2 * BEND_PIXELS**2)))  # (centres, L), Gauss's curves
-    both = np.kron(*bells)
-    return xp.asarray(both / np.sqrt((both**2).sum(axis=0)), np.float32)
+# ── Operations ────────────────────────────────────────────────────────────────────────────────────
+# Each has its backward pass directly below it. The chain rule is the only rule: from dy, the
+# gradient of the loss with respect to y, follows dx = dy · ∂y/∂x. Where x enters y in several ways,
+# its gradients add.
 
-def augment(images, strength, rng, elastic=0):
-    """Each image turned, scaled, sheared, shifted and bent at random: (N, 28, 28) → the same in float32, pixels 0…255.
-
-    Every pixel of the result looks up where it came from: source = A (pixel − centre) + centre + shift + bend, and takes
-    the mean of the four pixels around that point, weighted by nearness (bilinear). Outside the image all is 0. The bend
-    is smooth: like ink on rubber, strokes keep their topology (Simard, Steinkraus and Platt 2003)."""
-    N, H, W = images.shape
-    r = strength * (2 * rng.random((6, N), dtype=xp.float32) - 1)  # (6, N) uniform in ±strength
-    turn, shear = math.radians(12) * r[0], 0.15 * r[1]
-    wide, high = 1 + 0.12 * r[2], 1 + 0.12 * r[3]
-    cos, sin = xp.cos(turn), xp.sin(turn)
-    A = xp.stack([cos / high, sin / high, (shear * cos - sin) / wide, (shear * sin + cos) / wide])  # (4, N)
-    y, x = xp.meshgrid(xp.arange(H) - (H - 1) / 2, xp.arange(W) - (W - 1) / 2, indexing="ij")
-    y, x = y.ravel().astype(xp.float32), x.ravel().astype(xp.float32)  # (H·W,) from the centre
-    row = A[0][:, None] * y + A[1][:, None] * x + (2 * r[4] + (H - 1) / 2)[:, None]  # (N, H·W)
-    col = A[2][:, None] * y + A[3][:, None] * x + (2 * r[5] + (W - 1) / 2)[:, None]
-    if elastic:
-        smooth = bumps(H, W, xp)  # (J, H·W)
-        row += elastic * (rng.standard_normal((N, len(smooth)), dtype=xp.float32) @ smooth)
-        col += elastic * (rng.standard_normal((N, len(smooth)), dtype=xp.float32) @ smooth)
-    row, col = xp.clip(row, -1, H), xp.clip(col, -1, W)  # all that lies outside meets the border of zeros
-    padded = xp.zeros((N, H + 3, W + 3), xp.float32)
-    padded[:, 1 : H + 1, 1 : W + 1] = images
-    top, left = xp.floor(row), xp.floor(col)
-    down, right = row - top, col - left  # how far below and to the right of the top left neighbour
-    at = (top.astype(xp.int32) + 1) * (W + 3) + left.astype(xp.int32) + 1 + xp.arange(N)[:, None] * ((H + 3) * (W + 3))
-    pixels = padded.ravel()
-    upper = pixels[at] * (1 - right) + pixels[at + 1] * right
-    lower = pixels[at + W + 3] * (1 - right) + pixels[at + W + 4] * right
-    return (upper * (1 - down) + lower * down).reshape(N, H, W)
-
-# ── Operations ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Each comes with its backward pass directly underneath. The chain rule is the only rule: from dy, the gradient of
-# the loss with respect to y, follows dx = dy · ∂y/∂x. Where x goes into y in several ways, its gradients add.
 
 def relu(x, out=None):
-    """y = max(x, 0), element by element; out is where to write y, x itself if nobody needs it any more."""
+    """y = max(x, 0), element by element.
+
+    out is where to write y: x itself, where nobody needs x any more. That saves 2 % of a step."""
     mask = x > 0
-    return xp.multiply(x, mask, out=out), mask  # cache: where x > 0; the slope needs no more
+    y = xp.multiply(x, mask, out=out)
+    return y, mask  # cache: where x > 0; the slope depends on nothing else
+
 
 def relu_backward(dy, mask):
     """dx = dy where x > 0, and 0 elsewhere: the slope is 1 or 0."""
     return dy * mask
 
+
 def softmax(x):
     """probs = exp(x) / Σ exp(x), row by row: (N, K) numbers → (N, K) probabilities."""
-    e = xp.exp(x - x.max(axis=1, keepdims=True))  # subtracting the maximum changes no probability, and never overflows
+    shifted = x - x.max(axis=1, keepdims=True)  # changes no probability, and exp cannot overflow
+    e = xp.exp(shifted)
     probs = e / e.sum(axis=1, keepdims=True)
     return probs, probs
+
 
 def softmax_backward(dprobs, probs):
     """From ∂probs_i/∂x_j = probs_i (1[i=j] − probs_j): dx = probs · (dprobs − Σ dprobs · probs)."""
     return probs * (dprobs - (dprobs * probs).sum(axis=1, keepdims=True))
 
+
 def cross_entropy(probs, labels):
-    """loss = −mean log probs[n, labels[n]]: probs (N, K), labels (N,) → a number; 0 when all are right and sure."""
+    """loss = −mean log probs[n, labels[n]]: probs (N, K), labels (N,) → a number.
+
+    It is 0 when every label has probability 1, and grows without bound as one's goes to 0."""
     N = len(labels)
-    return -xp.log(probs[xp.arange(N), labels]).mean(), (probs, labels)
+    loss = -xp.log(probs[xp.arange(N), labels]).mean()
+    return loss, (probs, labels)
+
 
 def cross_entropy_backward(dloss, cache):
     """dprobs = −dloss / (N · probs) at the label, 0 elsewhere."""
     probs, labels = cache
-    at, dprobs = (xp.arange(len(labels)), labels), xp.zeros_like(probs)
-    dprobs[at] = -dloss / (len(labels) * probs[at])  # 1/N comes from the mean
+    N = len(labels)
+    at_label = (xp.arange(N), labels)
+    dprobs = xp.zeros_like(probs)
+    dprobs[at_label] = -dloss / (N * probs[at_label])  # 1/N comes from the mean
     return dprobs
 
-def cross_entropy_loss(logits, labels, smoothing=0):
-    """Softmax and cross-entropy in one: loss = mean (log Σ exp(logits) − logits[label]). What the training uses.
 
-    Working with logarithms throughout, it stays exact where a probability is too small for a float. smoothing is the
-    share of the label that all K classes get alike, so that logits need not grow for ever: Szegedy et al. 2016."""
+def cross_entropy_loss(logits, labels, smoothing=0):
+    """Softmax and cross-entropy in one: loss = mean (log Σ exp(logits) − logits[label]).
+
+    This is what the training uses. With logarithms throughout, it stays exact where a probability
+    is too small for a float. smoothing is the share of each label that all K classes get alike, so
+    that logits need not grow for ever (Szegedy et al. 2016)."""
     shifted = logits - logits.max(axis=1, keepdims=True)  # (N, K)
     log_sum = xp.log(xp.exp(shifted).sum(axis=1))  # (N,)
     log_probs = shifted - log_sum[:, None]
@@ -280,30 +358,41 @@ def cross_entropy_loss(logits, labels, smoothing=0):
         loss = (1 - smoothing) * loss - smoothing * log_probs.mean()
     return loss, (log_probs, labels, smoothing)  # cache: exp(log_probs) are the probabilities
 
+
 def cross_entropy_loss_backward(dloss, cache):
-    """From d(log Σ exp)/dlogits = probs and d(logits[label])/dlogits = onehot: dlogits = (probs − onehot) dloss / N.
-    With smoothing, (1 − smoothing) onehot + smoothing / K takes the place of onehot."""
+    """dlogits = (probs − onehot) · dloss / N, where onehot is 1 at the label and 0 elsewhere.
+
+    It follows from d(log Σ exp)/dlogits = probs and d(logits[label])/dlogits = onehot. With
+    smoothing, (1 − smoothing) · onehot + smoothing / K takes the place of onehot."""
     log_probs, labels, smoothing = cache
+    N, K = log_probs.shape
     dlogits = xp.exp(log_probs)
-    dlogits[xp.arange(len(labels)), labels] -= 1 - smoothing
-    dlogits -= smoothing / dlogits.shape[1]
-    return dlogits * (dloss / len(labels))  # 1/N enters here, from the mean
+    dlogits[xp.arange(N), labels] -= 1 - smoothing
+    dlogits -= smoothing / K
+    return dlogits * (dloss / N)  # 1/N enters here, from the mean
+
 
 def dropout(x, rate, rng):
-    """Switches each feature off with probability `rate`; the others grow by 1/(1 − rate), so the expectation stays.
-    Without rng (evaluation) y = x. Srivastava et al. 2014, in its inverted form."""
+    """Switches each feature off with probability `rate`, so that none is relied on too much.
+
+    The others grow by 1/(1 − rate), which keeps the expected value. Without rng, a generator of
+    random numbers, y = x: that is for evaluation. Srivastava et al. 2014, in its inverted form."""
     if rng is None or rate == 0:
         return x, None
-    mask = (rng.random(x.shape, dtype=xp.float32) >= rate) * x.dtype.type(1 / (1 - rate))
-    return x * mask, mask  # cache: which features were on, and their factor
+    kept = rng.random(x.shape, dtype=xp.float32) >= rate
+    mask = kept * x.dtype.type(1 / (1 - rate))
+    return x * mask, mask  # cache: which features stayed on, and their factor
+
 
 def dropout_backward(dy, mask):
     """From y = x · mask: dx = dy · mask."""
     return dy if mask is None else dy * mask
 
+
 def linear(x, w, b):
     """y = x @ w + b: (N, F) @ (F, K) + (K,)."""
     return x @ w + b, (x, w)  # cache: each factor is the other one's slope
+
 
 def linear_backward(dy, cache):
     """From y = x @ w + b: dx = dy wᵀ, dw = xᵀ dy, db = Σ dy."""
@@ -313,412 +402,300 @@ def linear_backward(dy, cache):
     db = dy.sum(axis=0)  # (K,)
     return dx, dw, db
 
+
 def windows(x, size):
-    """The size×size windows of x as a view: (H, W, N, C) → (H/size, size, W/size, size, N, C)."""
+    """The size×size windows of x: (H, W, N, C) → (H/size, size, W/size, size, N, C).
+
+    The result is a view: an array that shares its memory with x, so nothing is copied. A last row
+    or column that fills no window is left out."""
     H, W, N, C = x.shape
-    h, w = H // size, W // size  # a last row or column that fills no window is left out
+    h, w = H // size, W // size
     return x[: h * size, : w * size].reshape(h, size, w, size, N, C)
 
-def from_windows(d, shape):
-    """The reverse: gradients of the windows as gradient of x; what no window covers gets 0."""
-    h, size, w = d.shape[:3]
-    d = d.reshape(h * size, w * size, *d.shape[4:])
-    if d.shape == shape:
-        return d
-    dx = xp.zeros(shape, d.dtype)
-    dx[: h * size, : w * size] = d
+
+def windows_backward(dv, shape):
+    """From dv, the gradient of the windows, that of x; what no window covers gets 0."""
+    h, size, w, _, N, C = dv.shape
+    covered = dv.reshape(h * size, w * size, N, C)
+    if covered.shape == shape:
+        return covered
+    dx = xp.zeros(shape, dv.dtype)
+    dx[: h * size, : w * size] = covered
     return dx
+
 
 def avg_pool2d(x, size=2):
     """y = mean of each size×size window: (H, W, N, C) → (H/size, W/size, N, C)."""
     return windows(x, size).mean(axis=(1, 3)), (x.shape, size)
 
+
 def avg_pool2d_backward(dy, cache):
     """dx = dy / size²: every pixel of a window has that slope."""
     shape, size = cache  # a mean is linear, so no value of x was kept
-    share = xp.broadcast_to((dy / size**2)[:, None, :, None], (dy.shape[0], size, dy.shape[1], size, *dy.shape[2:]))
-    return from_windows(share, shape)
+    h, w, N, C = dy.shape
+    each = (dy / size**2)[:, None, :, None]
+    return windows_backward(xp.broadcast_to(each, (h, size, w, size, N, C)), shape)
+
 
 def max_pool2d(x, size=2):
     """y = maximum of each size×size window: (H, W, N, C) → (H/size, W/size, N, C).
-    The cache is a mask of every position that equals the maximum, ties included. Pixels whose surroundings are
-    equal (background) tie, but their values were summed up in different orders: equal means up to that rounding."""
+
+    The cache is a mask of every position that equals the maximum: where two or more do, all of
+    them count."""
     v = windows(x, size)
-    y = functools.reduce(xp.maximum, (v[:, i, :, j] for i in range(size) for j in range(size)))
+    positions = [v[:, i, :, j] for i in range(size) for j in range(size)]
+    y = functools.reduce(xp.maximum, positions)
+    # Pixels with equal surroundings (background) tie, but their values were summed in different
+    # orders, so they can differ by rounding. Equal means equal up to that.
     rounding = 1e-5 if x.dtype == xp.float32 else 1e-12
-    mask = v >= (y - rounding * (1 + abs(y)))[:, None, :, None]
+    lowest = y - rounding * (1 + abs(y))
+    mask = v >= lowest[:, None, :, None]
     return y, (mask, x.shape)
+
 
 def max_pool2d_backward(dy, cache):
     """dx = dy at every maximum of the window, and 0 elsewhere."""
     mask, shape = cache
-    return from_windows(dy[:, None, :, None] * mask, shape)
+    return windows_backward(dy[:, None, :, None] * mask, shape)
 
-# A convolution slides a k×k kernel over the image: y[h, w] = b + Σ x[h+i−r, w+j−r] @ w[i, j] over i, j = 0 … k−1,
-# with r = (k−1)/2 and zeros beyond the border ("same" padding: y is as large as x). x is (H, W, N, C), w is
-# (k, k, C, K), y is (H, W, N, K). From that, dw[i, j] = Σ x[h+i−r, w+j−r]ᵀ dy[h, w], db = Σ dy and
-# dx[h, w] = Σ dy[h−i+r, w−j+r] @ w[i, j]ᵀ. Of the two ways below the first explains; the second is fast, on a CPU.
 
-def conv2d(x, w, b):
-    """y = conv(x, w) + b, (H, W, N, C) → (H, W, N, K), any odd k, stride 1 (the kernel moves a pixel at a time)."""
-    way, back = (conv2d_winograd, conv2d_winograd_backward) if is_fast(w) else (conv2d_plain, conv2d_plain_backward)
-    y, cache = way(x, w, b)
-    return y, (back, cache)
+# A convolution slides a k×k kernel of weights over the image, one pixel at a time. Each output is a
+# weighted sum of the k×k pixels around its place, over all their channels. Beyond the border there
+# are zeros, so y has as many rows and columns as x:
+#
+#     y[h, w] = b + Σ x[h + i − r, w + j − r] @ weights[i, j]
+#
+# The sum is over i, j = 0 … k − 1, and r = (k − 1) / 2. x is (H, W, N, C), the weights w are
+# (k, k, C, K) with k odd, y is (H, W, N, K).
 
-def conv2d_backward(dy, cache, need_dx=True):
-    """dx, dw, db; the first layer of a network does without dx, since images are not learnt."""
-    backward, cache = cache
-    return backward(dy, cache, need_dx)
-
-def conv2d_plain(x, w, b):
-    """The convolution as one matrix product: each pixel's k×k surroundings are a row of `cols`."""
-    (H, W, N, _), (k, _, C, K) = x.shape, w.shape
-    cols = surroundings(x, k)  # (H·W·N, k·k·C)
-    y = cols @ w.reshape(k * k * C, K) + b  # (H·W·N, K)
-    return y.reshape(H, W, N, K), (cols, w, x.shape)  # cache: as in linear, each factor is the other one's slope
 
 def surroundings(x, k):
-    """What the kernel sees at each pixel, zeros beyond the border: (H, W, N, C) → (H·W·N, k·k·C)."""
-    (H, W, N, C), r = x.shape, k // 2
+    """The k×k pixels around each pixel, a column for each: (H, W, N, C) → (k·k·C, H·W·N).
+
+    An array's strides are how many bytes of memory lie between neighbours along each axis. Here a
+    step i, j within the kernel goes as far as a step h, w over the image, which makes
+
+        view[i, j, c, h, w, n] = padded[h + i, w + j, n, c]
+
+    without a copy. The reshape then copies everything at once."""
+    H, W, N, C = x.shape
+    r = k // 2
     padded = xp.zeros((H + 2 * r, W + 2 * r, N, C), x.dtype)
     padded[r : r + H, r : r + W] = x
     down, right, image, channel = padded.strides
-    # A view: at [h, w, n, i, j, c] it shows padded[h + i, w + j, n, c]. reshape then makes a copy of all that.
-    view = xp.lib.stride_tricks.as_strided(padded, (H, W, N, k, k, C), (down, right, image, down, right, channel))
-    return view.reshape(H * W * N, k * k * C)
+    strides = (down, right, channel, down, right, image)
+    view = xp.lib.stride_tricks.as_strided(padded, (k, k, C, H, W, N), strides)
+    return view.reshape(k * k * C, H * W * N)
 
-def conv2d_plain_backward(dy, cache, need_dx=True):
-    """From y = cols @ w + b: dw = colsᵀ @ dy, db = Σ dy. A pixel x[h, w] meets tap (i, j) in y[h−i+r, w−j+r]: so dx is
-    a convolution of dy too, with the kernel turned round, from K channels to C."""
-    cols, w, (H, W, N, C) = cache
-    k, K = w.shape[0], w.shape[3]
-    rows = dy.reshape(H * W * N, K)
-    dw = (cols.T @ rows).reshape(w.shape)
-    db = rows.sum(axis=0)
+
+def conv2d(x, w, b):
+    """y = convolution of x with w, + b: (H, W, N, C) → (H, W, N, K), as one matrix product."""
+    if winograd.is_faster(w):  # the same result, sooner: support/winograd.py
+        return winograd.conv2d(x, w, b)
+    H, W, N, C = x.shape
+    k, _, _, K = w.shape
+    cols = surroundings(x, k)  # (k·k·C, H·W·N)
+    y = cols.T @ w.reshape(k * k * C, K) + b  # (H·W·N, K)
+    return y.reshape(H, W, N, K), (cols, w)  # cache: as in linear, each is the other one's slope
+
+
+def conv2d_backward(dy, cache, need_dx=True):
+    """dw = cols @ dy, db = Σ dy, and dx is a convolution too: of dy, with the kernel turned round.
+
+    The pixel x[h, w] enters y[h − i + r, w − j + r] with the weights w[i, j]. So it collects dy
+    from all around itself, with the kernel turned by 180° and its channels swapped. The first layer
+    of a network does without dx, since images are not learnt."""
+    if isinstance(cache, winograd.Cache):
+        return winograd.conv2d_backward(dy, cache, need_dx)
+    cols, w = cache
+    H, W, N, K = dy.shape
+    k, _, C, _ = w.shape
+    dy_rows = dy.reshape(H * W * N, K)
+    dw = (cols @ dy_rows).reshape(k, k, C, K)
+    db = xp.ones(H * W * N, dy.dtype) @ dy_rows  # Σ dy; sum() would take ten times as long
     if not need_dx:
         return None, dw, db
-    turned = w[::-1, ::-1].swapaxes(2, 3).reshape(k * k * K, C)
-    return (surroundings(dy, k) @ turned).reshape(H, W, N, C), dw, db
+    turned = w[::-1, ::-1].swapaxes(2, 3)  # (k, k, K, C)
+    dx = surroundings(dy, k).T @ turned.reshape(k * k * K, C)  # (H·W·N, C)
+    return dx.reshape(H, W, N, C), dw, db
 
-# The fast way (Winograd; Lavin and Gray 2016, arXiv:1509.09308). Two polynomials are multiplied by evaluating both at
-# enough points, multiplying the values, and interpolating: g·d = Bᵀ (G g ⊙ Aᵀ d), with the coefficients as vectors.
-# For a fixed kernel g this is a matrix times d; its transpose slides g over a row, and that is our convolution:
-# y = A (G g ⊙ B x). m outputs cost n = m+2 multiplications, not 3m; in two dimensions n² for m², not 9m²: with m = 7
-# between a fifth and a sixth. A row is cut into tiles of m outputs, each made from n pixels (neighbours share 2). P
-# and Q are B and A for a strip of T tiles. An image has rows and columns, so each matrix is applied from both sides:
-# P x Pᵀ, G w Gᵀ, Q (…) Qᵀ. All is linear in x and in w, so the backward pass is the same with transposed matrices.
 
-POINTS = (1, -1, 1 / 4, -1 / 4, 2 / 3, -2 / 3, 2, -2)  # in pairs around 1: a third of the usual points' rounding errors
-n = len(POINTS) + 1  # values for each tile; the last point is infinity
-m = n - 2  # outputs of each tile: 7, since 28 and 14 are multiples of it
-STRIP_TILES = 2  # P is mostly 0 between distant tiles and pixels: rows are cut into strips of so many tiles
-WINOGRAD_MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multiplications that they save
+# ── Blocks ────────────────────────────────────────────────────────────────────────────────────────
 
-@functools.lru_cache(maxsize=None)
-def winograd_tile(dtype, _xp):
-    """A (m, n) and B (n, n) of a tile, and G from both sides (n·n, 9), after Cook and Toom. _xp only keys the cache."""
-    points = np.array(POINTS)
-    A, B, G = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, 3))
-    for j, p in enumerate(points):
-        others = np.delete(points, j)
-        A[:, j] = p ** np.arange(m)
-        B[j, : n - 1] = np.poly(others)[::-1]  # the polynomial that is 0 at all other points
-        G[j] = p ** np.arange(3) / np.prod(p - others)
-    A[m - 1, n - 1] = G[n - 1, 2] = 1  # infinity reads the highest coefficient
-    B[n - 1] = np.poly(points)[::-1]
-    return A, B, xp.asarray(np.einsum("ia,jb->jiab", G, G).reshape(n * n, 9), dtype)
-
-@functools.lru_cache(maxsize=None)
-def winograd_strips(L, dtype, _xp):
-    """For a row of L pixels: [(pixels that a strip reads, P)], [(pixels that it makes, Q)]. P's rows: point, tile."""
-    A, B, _ = winograd_tile(dtype, xp)
-    T = min(STRIP_TILES, -(-L // m))
-    P, Q = np.zeros((n, T, T * m + 2)), np.zeros((T * m, n, T))
-    for t in range(T):
-        P[:, t, t * m : t * m + n] = B
-        Q[t * m : (t + 1) * m, :, t] = A
-    P, Q = P.reshape(n * T, -1), Q.reshape(-1, n * T)
-    reads, makes = [], []
-    for start in range(0, L, T * m):
-        first, stop, end = max(start - 1, 0), min(start + T * m + 1, L), min(start + T * m, L)  # without the padding
-        reads.append((slice(first, stop), xp.asarray(P[:, first - start + 1 : stop - start + 1], dtype)))
-        makes.append((slice(start, end), xp.asarray(Q[: end - start], dtype)))
-    return reads, makes, *([(pixels, M.T) for pixels, M in strips] for strips in (reads, makes))
-
-def spaced(*shape, dtype):
-    """An empty array whose last axis has a gap of 64 bytes after it.
-    Lengths are often powers of two, and addresses a multiple of 4,096 bytes apart compete for the same few places in
-    the cache: without the gaps, a matrix product over such rows takes up to half as long again."""
-    *outer, last = shape
-    return xp.empty((*outer, last + 64 // dtype.itemsize), dtype)[..., :last]
-
-def to_points(rows, x, cols):
-    """P x Pᵀ, strip by strip: (H, W, N, C) → (strips, strips, n, n, T·S·N, C) with T·S tiles of N images."""
-    H, W, N, C = x.shape
-    nT, nS = len(rows[0][1]), len(cols[0][1])
-    X = xp.empty((len(rows), len(cols), n, nT, nS // n, N * C), x.dtype)
-    for c, (pixels, P) in enumerate(cols):
-        R = spaced(H, nS, N * C, dtype=x.dtype)
-        xp.matmul(P, x.reshape(H, W, N * C)[:, pixels], out=R)  # along the rows
-        R = R.reshape(H, n, nS // n, N * C).transpose(1, 2, 0, 3)
-        for r, (pixels, P) in enumerate(rows):
-            xp.matmul(P, R[:, :, pixels], out=X[r, c].swapaxes(1, 2))  # along the columns
-    return X.reshape(len(rows), len(cols), n, n, -1, C)
-
-def from_points(rows, M, cols, N):
-    """Q M Qᵀ, strip by strip: (strips, strips, n, n, T·S·N, K) → (H, W, N, K)."""
-    H, W, K, nS = rows[-1][0].stop, cols[-1][0].stop, M.shape[-1], cols[0][1].shape[1]
-    M = M.reshape(len(rows), len(cols), n, -1, nS // n, N * K).swapaxes(3, 4)
-    y, R = xp.empty((H, W, N * K), M.dtype), []
-    for c in range(len(cols)):
-        R.append(spaced(H, nS, N * K, dtype=M.dtype))
-        join(rows, M[:, c], R[c].reshape(H, n, nS // n, N * K).transpose(1, 2, 0, 3))
-    join(cols, R, y)
-    return y.reshape(H, W, N, K)
-
-def join(strips, xs, y):
-    """Q @ x of each strip into its rows of y; where strips overlap, their values add."""
-    done = 0
-    for (rows, Q), x in zip(strips, xs):
-        new = max(done, rows.start)
-        xp.matmul(Q[new - rows.start :], x, out=y[..., new : rows.stop, :])
-        if new > rows.start:
-            y[..., rows.start : new, :] += Q[: new - rows.start] @ x
-        done = rows.stop
-
-def is_fast(w):
-    """Whether Winograd's way is the faster one for this kernel (or w is none): made for a CPU's caches."""
-    return xp is np and len(w.shape) == 4 and w.shape[0] == 3 and w.shape[2] >= WINOGRAD_MIN_CHANNELS
-
-class WinogradKernel:
-    """U = G w Gᵀ (n, n, C, K) of a kernel w (3, 3, C, K), and its transpose UT: once a step, not once a shard."""
-    def __init__(self, w):
-        (_, _, C, K), GG = w.shape, winograd_tile(w.dtype, xp)[2]
-        self.shape, U, UT = w.shape, spaced(n * n, C * K, dtype=w.dtype), spaced(n * n, K * C, dtype=w.dtype)
-        self.U = xp.matmul(GG, w.reshape(9, C * K), out=U).reshape(n, n, C, K)
-        self.UT = xp.matmul(GG, w.swapaxes(2, 3).reshape(9, K * C), out=UT).reshape(n, n, K, C)  # for the backward pass
-
-def conv2d_winograd(x, w, b):
-    """The same convolution for k = 3, with (m+2)² instead of 9m² multiplications for every m×m outputs."""
-    H, W, N, C = x.shape
-    (P, Q, *_), (P2, Q2, *_) = winograd_strips(H, x.dtype, xp), winograd_strips(W, x.dtype, xp)
-    w = w if isinstance(w, WinogradKernel) else WinogradKernel(w)
-    X = to_points(P, x, P2)  # (strips, strips, n, n, T·S·N, C)
-    M = X @ w.U  # (strips, strips, n, n, T·S·N, K): at each pair of points, a matrix product over the channels
-    M[:, :, 0, 0] += b  # all powers of 1 are 1: the value at the points (1, 1) enters every output as it is
-    return from_points(Q, M, Q2, N), (X, w, x.shape)  # cache: what was multiplied, as everywhere
-
-def conv2d_winograd_backward(dy, cache, need_dx=True):
-    """From y = Q M Qᵀ, M = X @ U, X = P x Pᵀ, U = G w Gᵀ: the same products in reverse, each factor transposed."""
-    X, w, (H, W, N, C) = cache
-    (*_, PT, QT), (*_, PT2, QT2) = winograd_strips(H, dy.dtype, xp), winograd_strips(W, dy.dtype, xp)
-    dM = to_points(QT, dy, QT2)
-    db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
-    dU = functools.reduce(xp.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, n, n, *w.shape[2:]))
-    dw = (winograd_tile(dy.dtype, xp)[2].T @ dU.reshape(n * n, -1)).reshape(w.shape)
-    if not need_dx:
-        return None, dw, db
-    dX = dM @ w.UT  # (strips, strips, n, n, T·S·N, C)
-    return from_points(PT, dX, PT2, N), dw, db
-
-# ── Blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def conv_block(x, w, b):
-    """y = relu(conv(x, w) + b), (H, W, N, C) → (H, W, N, K)."""
+    """y = relu(convolution): (H, W, N, C) → (H, W, N, K)."""
     h, conv = conv2d(x, w, b)
     y, act = relu(h, out=h)
     return y, (conv, act)
 
+
 def conv_block_backward(dy, cache, need_dx=True):
     """dx, dw, db: first back through relu, then through the convolution."""
     conv, act = cache
-    return conv2d_backward(relu_backward(dy, act), conv, need_dx)
+    dh = relu_backward(dy, act)
+    return conv2d_backward(dh, conv, need_dx)
+
 
 def residual_block(x, w1, b1, w2, b2):
-    """relu(x + conv(relu(conv(x)))): two convolutions learn what to add to x. He et al. 2015, arXiv:1512.03385."""
+    """relu(x + conv(relu(conv(x)))): two convolutions learn what to add to x.
+
+    He et al. 2015, arXiv:1512.03385."""
     h, block = conv_block(x, w1, b1)
     h, conv = conv2d(h, w2, b2)
     h += x
     y, act = relu(h, out=h)
     return y, (block, conv, act)
 
-def residual_block_backward(dy, cache):
-    """dx, dw1, db1, dw2, db2. x forked: what comes back on the straight way and through the block adds."""
-    block, conv, act = cache
-    dsum = relu_backward(dy, act)  # of x + h: the gradient goes to both alike
-    dh, dw2, db2 = conv2d_backward(dsum, conv)
-    dh, dw1, db1 = conv_block_backward(dh, block)
-    dh += dsum
-    return dh, dw1, db1, dw2, db2
 
-# ── The network ───────────────────────────────────────────────────────────────────────────────────────────────────
+def residual_block_backward(dy, cache):
+    """dx, dw1, db1, dw2, db2. x took two paths, so the gradients of both paths add."""
+    block, conv, act = cache
+    dsum = relu_backward(dy, act)  # of x + h: x and h both get it unchanged
+    dh, dw2, db2 = conv2d_backward(dsum, conv)
+    dx, dw1, db1 = conv_block_backward(dh, block)  # through the two convolutions
+    dx += dsum  # and past them
+    return dx, dw1, db1, dw2, db2
+
+
+# ── The network ───────────────────────────────────────────────────────────────────────────────────
+
 
 class Parameters(dict):
-    """name → array, each a view of one flat vector: `.flat`. So an update of all of them is a few array operations."""
+    """name → array. Each array is a view of one flat vector, `.flat`.
+
+    So an update of all parameters is a few operations on one array."""
+
     def __init__(self, arrays, flat=None):
-        """A copy of the arrays; or views of `flat`, shaped as they are."""
-        self.flat = xp.concatenate([a.reshape(-1) for a in arrays.values()]) if flat is None else flat
+        """A copy of the arrays; or, with flat, views of it that have the arrays' shapes."""
+        self.flat = (
+            xp.concatenate([a.reshape(-1) for a in arrays.values()]) if flat is None else flat
+        )
         start = 0
         for name, a in arrays.items():
             self[name] = self.flat[start : start + a.size].reshape(a.shape)
             start += a.size
 
-def init_params(settings, dtype=np.float32):
-    """Normal with variance 2 / (inputs of one output), so relu keeps the size of the signal: arXiv:1502.01852.
 
-    A residual block adds its branch to its input, so the branch starts small (its second convolution at half size); fc9
-    starts small too, so the first probabilities are near 1/10 and the first loss is near −ln(1/10). Biases start a
-    little above 0: where a background has switched off all inputs of a relu, 0 would be its kink, without a slope."""
+def init_params(settings, dtype=np.float32):
+    """Random weights with variance 2 / (inputs of one output): relu keeps the signal's size.
+
+    That is He's initialisation, arXiv:1502.01852. A residual block adds its branch to its input, so
+    the branch starts small: its second convolution at half size. fc9 starts small too, so the first
+    probabilities are near 1/10 and the first loss near −ln(1/10). The convolutions' biases start a
+    little above 0: where the background makes all inputs of a relu 0, its slope is then 1."""
     rng = random_stream(settings.seed, INIT)
     c1, c2, c3, c4 = settings.channels
-    arrays, shapes = {}, [(1, c1), (c1, c2), (c2, c2), (c2, c2), (c2, c3), (c3, c4), (c4, c4), (c4, c4)]
+    shapes = [(1, c1), (c1, c2), (c2, c2), (c2, c2), (c2, c3), (c3, c4), (c4, c4), (c4, c4)]
+    arrays = {}
     for i, (C, K) in enumerate(shapes, start=1):
         scale = 0.5 if i in (4, 8) else 1
-        arrays[f"conv{i}.weight"] = rng.standard_normal((3, 3, C, K)) * scale * math.sqrt(2 / (9 * C))
+        arrays[f"conv{i}.weight"] = (
+            rng.standard_normal((3, 3, C, K)) * scale * math.sqrt(2 / (9 * C))
+        )
         arrays[f"conv{i}.bias"] = np.full(K, 0.01)
-    arrays["fc9.weight"] = rng.standard_normal((49 * c4, 10)) * 0.1 * math.sqrt(2 / (49 * c4))
+    F = 49 * c4
+    arrays["fc9.weight"] = rng.standard_normal((F, 10)) * 0.1 * math.sqrt(2 / F)
     arrays["fc9.bias"] = np.zeros(10)
     return Parameters({name: xp.asarray(a, dtype) for name, a in arrays.items()})
 
-POOLS = {"max": (max_pool2d, max_pool2d_backward), "avg": (avg_pool2d, avg_pool2d_backward)}
+
+def dtype_of(params):
+    return next(iter(params.values())).dtype
+
+
+POOLS = {
+    "max": (max_pool2d, max_pool2d_backward),
+    "avg": (avg_pool2d, avg_pool2d_backward),
+}
+
 
 def forward(params, x, settings, rng=None):
-    """x (28, 28, N, 1) → logits (N, 10), caches. With rng dropout is on."""
-    p, (pool2d, _) = params, POOLS[settings.pool]
+    """x (28, 28, N, 1) → logits (N, 10), caches. With rng, dropout is on."""
+    p = params
+    pool2d, _ = POOLS[settings.pool]
     h, conv1 = conv_block(x, p["conv1.weight"], p["conv1.bias"])  # (28, 28, N, 4)
     h, conv2 = conv_block(h, p["conv2.weight"], p["conv2.bias"])  # (28, 28, N, 16)
-    h, res34 = residual_block(h, p["conv3.weight"], p["conv3.bias"], p["conv4.weight"], p["conv4.bias"])
+    h, res34 = residual_block(
+        h, p["conv3.weight"], p["conv3.bias"], p["conv4.weight"], p["conv4.bias"]
+    )
     h, pool4 = pool2d(h)  # (14, 14, N, 16)
     h, conv5 = conv_block(h, p["conv5.weight"], p["conv5.bias"])  # (14, 14, N, 32)
     h, conv6 = conv_block(h, p["conv6.weight"], p["conv6.bias"])  # (14, 14, N, 64)
-    h, res78 = residual_block(h, p["conv7.weight"], p["conv7.bias"], p["conv8.weight"], p["conv8.bias"])
+    h, res78 = residual_block(
+        h, p["conv7.weight"], p["conv7.bias"], p["conv8.weight"], p["conv8.bias"]
+    )
     h, pool8 = pool2d(h)  # (7, 7, N, 64)
     h = h.transpose(2, 0, 1, 3)  # (N, 7, 7, 64)
     features, drop = dropout(h.reshape(len(h), -1), settings.dropout, rng)  # (N, 3136)
     logits, fc9 = linear(features, p["fc9.weight"], p["fc9.bias"])  # (N, 10)
     return logits, (conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, h.shape, drop, fc9)
 
+
 def backward(dlogits, caches, settings):
-    """dlogits (N, 10) → the gradient of every parameter. Read it beside forward: the same lines from bottom to top."""
-    d, (_, pool2d_backward) = {}, POOLS[settings.pool]
+    """dlogits (N, 10) → {name: gradient}. Read it beside forward: the same lines, bottom to top."""
+    d = {}
+    _, pool2d_backward = POOLS[settings.pool]
     conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, shape, drop, fc9 = caches
     dfeatures, d["fc9.weight"], d["fc9.bias"] = linear_backward(dlogits, fc9)
-    dh = dropout_backward(dfeatures, drop).reshape(shape).transpose(1, 2, 0, 3)  # (7, 7, N, 64)
+    dh = dropout_backward(dfeatures, drop).reshape(shape)  # (N, 7, 7, 64)
+    dh = dh.transpose(1, 2, 0, 3)  # (7, 7, N, 64)
     dh = pool2d_backward(dh, pool8)
-    dh, d["conv7.weight"], d["conv7.bias"], d["conv8.weight"], d["conv8.bias"] = residual_block_backward(dh, res78)
+    dh, d["conv7.weight"], d["conv7.bias"], d["conv8.weight"], d["conv8.bias"] = (
+        residual_block_backward(dh, res78)
+    )
     dh, d["conv6.weight"], d["conv6.bias"] = conv_block_backward(dh, conv6)
     dh, d["conv5.weight"], d["conv5.bias"] = conv_block_backward(dh, conv5)
     dh = pool2d_backward(dh, pool4)
-    dh, d["conv3.weight"], d["conv3.bias"], d["conv4.weight"], d["conv4.bias"] = residual_block_backward(dh, res34)
+    dh, d["conv3.weight"], d["conv3.bias"], d["conv4.weight"], d["conv4.bias"] = (
+        residual_block_backward(dh, res34)
+    )
     dh, d["conv2.weight"], d["conv2.bias"] = conv_block_backward(dh, conv2)
     _, d["conv1.weight"], d["conv1.bias"] = conv_block_backward(dh, conv1, need_dx=False)
     return d
 
+
 class Network(NamedTuple):
     """What the training needs to know of a network."""
+
     init_params: Callable  # (settings, dtype) → Parameters
     forward: Callable  # (params, x, settings, rng) → logits, caches
     backward: Callable  # (dlogits, caches, settings) → {name: gradient}
 
+
 RESNET9 = Network(init_params, forward, backward)
 
-def transformed(params):
-    """params, with what every shard would otherwise compute of them again."""
-    return {name: WinogradKernel(p) if is_fast(p) else p for name, p in params.items()}
+# ── One step of learning ──────────────────────────────────────────────────────────────────────────
 
-def gradients_of_shards(params, images, labels, settings, keys, forward, backward, shards):
-    """[(loss, gradient of all parameters as one vector)] of some shards: their shares in those of the batch."""
-    kernels, dtype, results = transformed(params), next(iter(params.values())).dtype, []
-    for i, shard in shards:
-        x, rng = images[shard], device_stream(keys[i]) if keys is not None else None
-        if rng is not None and (settings.augment or settings.elastic):
-            x = augment(x, settings.augment, rng, settings.elastic)
-        logits, caches = forward(kernels, to_input(x, dtype), settings, rng)
-        loss, cache = cross_entropy_loss(logits, labels[shard], settings.label_smoothing)
-        share = len(x) / len(images)  # the batch's mean is the mean of the shards' means, weighted by their sizes
-        gradients = backward(cross_entropy_loss_backward(share, cache), caches, settings)
-        results.append((loss * share, xp.concatenate([gradients[name].reshape(-1) for name in params])))
-    return results
 
-def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
-    """(mean loss, {name: gradient}) of a batch: images (N, 28, 28) pixels 0…255, labels (N,) digits.
-    rng (any NumPy generator) turns dropout and augmentation on. All is in the dtype of params."""
-    shards = shards_of(len(images), SHARD_IMAGES)
-    keys = rng.integers(2**63, size=len(shards)) if rng is not None else None  # a random stream for each shard
-    work = functools.partial(gradients_of_shards, dict(params), images, labels, settings, keys, network.forward, network.backward)
-    (loss, flat), *others = over_cores(work, shards)
-    for shard_loss, shard_flat in others:
-        loss = loss + shard_loss
-        flat += shard_flat
-    return loss, Parameters(params, flat)
+def learn_from(params, images, labels, settings, rng, network, share=1.0):
+    """The loss of these images, and its gradient for every parameter.
 
-def logits_of_shards(params, images, settings, forward, shards):
-    """[logits] of some shards, without dropout."""
-    kernels, dtype = transformed(params), next(iter(params.values())).dtype
-    return [forward(kernels, to_input(images[shard], dtype), settings)[0] for _, shard in shards]
+    share is how much they count, where they are only a part of a batch. Without rng, there is no
+    dropout and the images stay as they are."""
+    if rng is not None and (settings.augment or settings.elastic):
+        images = augment(images, settings.augment, rng, settings.elastic)
+    x = to_input(images, dtype_of(params))
+    logits, caches = network.forward(params, x, settings, rng)
+    loss, cache = cross_entropy_loss(logits, labels, settings.label_smoothing)
+    dlogits = cross_entropy_loss_backward(share, cache)
+    return loss * share, network.backward(dlogits, caches, settings)
 
-def predict(params, images, settings=Settings(), network=RESNET9):
-    """images (N, 28, 28), pixels 0…255 → logits (N, 10), without dropout, in the dtype of params."""
-    work = functools.partial(logits_of_shards, dict(params), images, settings, network.forward)
-    return xp.concatenate(over_cores(work, shards_of(len(images), PREDICT_SHARD_IMAGES)))
 
-# ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────────────────────
+# The rest of a step is the update, below. Run.step(), near the end, joins the two.
 
-def learning_rate(step, steps, settings):
-    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly at first, then falls to 0 as a cosine."""
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    rise = settings.warm_up * steps
-    if step < rise:
-        return settings.learning_rate * (step + 1) / (rise + 1)
-    return settings.learning_rate * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+# ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────
 
-def sgd(w, dw, moments, rate, momentum):
-    """moment ← momentum · moment + dw,  w ← w − rate · moment."""
-    moments[0] *= momentum
-    moments[0] += dw
-    w -= rate * moments[0]
-
-def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
-    """w ← w − rate · m / (√v + eps), where m and v are running means of dw and dw². Kingma and Ba 2015, arXiv:1412.6980.
-    Both start at 0; dividing by 1 − beta^t makes up for that."""
-    m, v = moments
-    m += (1 - beta1) * (dw - m)
-    v += (1 - beta2) * (dw * dw - v)
-    t = step + 1
-    w -= (rate / (1 - beta1**t)) * m / (xp.sqrt(v / (1 - beta2**t)) + eps)
-
-def orthogonal(x):
-    """About U Vᵀ, where U S Vᵀ is the singular value decomposition of x (rows, K): all directions as long as each other.
-
-    Without a decomposition: each round takes every singular value s to 3.4445 s − 4.775 s³ + 2.0315 s⁵, and five bring
-    what lies between 0.01 and 1 to between 0.68 and 1.14. Jordan and others 2024, kellerjordan.github.io/posts/muon."""
-    x = x / ((x * x).sum() ** 0.5 + 1e-7)  # so no singular value is above 1
-    for _ in range(5):
-        A = x.T @ x  # (K, K)
-        x = 3.4445 * x + x @ (-4.775 * A + 2.0315 * (A @ A))
-    return x
-
-def muon(params, gradients, moments, rate, step, beta2, beta1=0.95):
-    """Adam, except between two hidden layers: w ← w − 0.2 rate √(longer side) orthogonal(running mean of dw).
-
-    A gradient is mostly a few strong directions. Adam evens out single numbers, this whole directions, so that weak ones
-    are learnt too. The factor makes a step about as long as Adam's: Liu and others 2025, arXiv:2502.16982."""
-    before, m = Parameters(params), Parameters(params, moments[0])
-    adam(params.flat, gradients.flat, moments, rate, step, beta2, beta1)
-    for name, w in params.items():
-        if w.ndim == 4 and name != "conv1.weight":  # (3, 3, C, K), as a matrix (9C, K)
-            mean = ((1 - beta1) * gradients[name] + beta1 * m[name]).reshape(-1, w.shape[3])  # one ahead: Nesterov's
-            w[...] = before[name] - rate * 0.2 * math.sqrt(max(mean.shape)) * orthogonal(mean).reshape(w.shape)
 
 @dataclass
 class State:
     """All that training changes: what a checkpoint holds."""
+
     params: Parameters
     moments: Any  # (1 or 2, parameters): what the optimizer remembers
     ema: Any  # running mean of the parameters, or None
     step: int = 0  # steps done
-    history: list = field(default_factory=list)  # a row for each epoch, from epoch 0 on: HISTORY names the columns
+    history: list = field(default_factory=list)  # an Epoch for each epoch, from epoch 0 on
 
     def views(self):
         """name → array of all that a checkpoint holds in numbers of the parameters' kind."""
@@ -732,152 +709,477 @@ class State:
         """The parameters to evaluate with."""
         return self.ema if self.ema is not None else self.params
 
+
 def init_state(settings, network=RESNET9):
     """The State before the first step: fresh parameters, moments 0."""
     params = network.init_params(settings)
-    moments = xp.zeros((1 if settings.optimizer == "sgd" else 2, params.flat.size), params.flat.dtype)
+    rows = 1 if settings.optimizer == "sgd" else 2
+    moments = xp.zeros((rows, params.flat.size), params.flat.dtype)
     return State(params, moments, Parameters(params) if settings.ema else None)
 
+
 def update(state, gradients, settings, rate):
-    """One step of the optimizer, in place; state.step counts it. gradients are Parameters, rate is the step size."""
-    w = state.params.flat
-    if settings.weight_decay:  # decoupled from the gradient: Loshchilov and Hutter 2019, arXiv:1711.05101
-        for name, weight in state.params.items():
-            if name.endswith("weight"):
-                weight *= 1 - rate * settings.weight_decay
+    """One step of the optimizer, in place. gradients are Parameters, rate is the step size."""
+    w, dw = state.params.flat, gradients.flat
+    decay_weights(state.params, settings, rate)
     if settings.optimizer == "adam":
-        adam(w, gradients.flat, state.moments, rate, state.step, settings.beta2)
+        adam(w, dw, state.moments, rate, state.step, settings.beta2)
     elif settings.optimizer == "muon":
         muon(state.params, gradients, state.moments, rate, state.step, settings.beta2)
     else:
-        sgd(w, gradients.flat, state.moments, rate, settings.momentum)
+        sgd(w, dw, state.moments, rate, settings.momentum)
     if state.ema is not None:
-        keep = min(settings.ema, (1 + state.step) / (10 + state.step))  # a short memory as long as all is new
-        state.ema.flat += (1 - keep) * (w - state.ema.flat)
+        state.ema.flat += (1 - ema_keeps(settings, state.step)) * (w - state.ema.flat)
     state.step += 1
 
-# ── Evaluation, log, checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
-TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first so many, without dropout
-PREDICT_IMAGES = 1024  # at once: whole shards, and all 10,000 would fill 10 GB of a GPU with what backward needs
+def learning_rate(step, steps, settings):
+    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly, then falls to 0."""
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    rise = settings.warm_up * steps
+    if step < rise:
+        return settings.learning_rate * (step + 1) / (rise + 1)
+    return settings.learning_rate * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+
+
+def decay_weights(params, settings, rate):
+    """Shrinks the weights, not the biases, a little, so that none grows without a reason.
+
+    This is done apart from the gradient, which the optimizer would even out together with it:
+    decoupled weight decay, Loshchilov and Hutter 2019, arXiv:1711.05101."""
+    if settings.weight_decay:
+        for name, weight in params.items():
+            if name.endswith("weight"):
+                weight *= 1 - rate * settings.weight_decay
+
+
+def ema_keeps(settings, step):
+    """The share that the running mean of the weights keeps in this step.
+
+    The first weights are soon worth little. So at first the mean reaches back over about a ninth of
+    the steps done so far, and further later."""
+    return min(settings.ema, (1 + step) / (10 + step))
+
+
+def sgd(w, dw, moments, rate, momentum):
+    """moment ← momentum · moment + dw,  w ← w − rate · moment.
+
+    Stochastic gradient descent. The moment carries on in the direction of the last steps, as a
+    rolling ball does: what changes from batch to batch cancels, what stays adds up."""
+    moments[0] *= momentum
+    moments[0] += dw
+    w -= rate * moments[0]
+
+
+def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
+    """w ← w − rate · mean / (√square + eps): running means of dw and of dw².
+
+    A running mean keeps the share beta of itself in each step, and takes the rest from what is new.
+    Dividing by the usual size of a gradient gives all parameters steps of about the same size.
+    Both means start at 0; dividing by 1 − beta^t makes up for that. Kingma and Ba 2015,
+    arXiv:1412.6980."""
+    mean, square = moments
+    mean += (1 - beta1) * (dw - mean)
+    square += (1 - beta2) * (dw * dw - square)
+    t = step + 1
+    w -= (rate / (1 - beta1**t)) * mean / (xp.sqrt(square / (1 - beta2**t)) + eps)
+
+
+def takes_muon(name, w):
+    """Whether muon updates this parameter its own way: a convolution between two hidden layers."""
+    return w.ndim == 4 and name != "conv1.weight"
+
+
+def muon(params, gradients, moments, rate, step, beta2, beta1=0.95):
+    """Adam; but between hidden layers w ← w − 0.2 rate √(longer side) orthogonal(mean of dw).
+
+    A gradient, taken as a matrix, is mostly a few strong directions. Adam evens out single numbers,
+    this evens out whole directions, so that weak ones are learnt too. The factor makes a step about
+    as long as Adam's: Liu and others 2025, arXiv:2502.16982."""
+    before = Parameters(params)
+    means = Parameters(params, moments[0])  # the running means of dw, by name; Adam updates them
+    adam(params.flat, gradients.flat, moments, rate, step, beta2, beta1)
+    for name, w in params.items():
+        if takes_muon(name, w):
+            # The mean as it will be if the gradient stays: Nesterov's way to look a step ahead.
+            mean = (1 - beta1) * gradients[name] + beta1 * means[name]
+            matrix = mean.reshape(-1, w.shape[3])  # (3, 3, C, K) → (9C, K)
+            length = 0.2 * math.sqrt(max(matrix.shape))
+            w[...] = before[name] - rate * length * orthogonal(matrix).reshape(w.shape)
+
+
+def orthogonal(x):
+    """About U Vᵀ, where U S Vᵀ is the singular value decomposition of the matrix x.
+
+    The singular values S are how long x is in each of its directions; in U Vᵀ they are all 1. No
+    decomposition is needed: each round takes every singular value s to
+    3.4445 s − 4.775 s³ + 2.0315 s⁵, and five rounds bring what lies between 0.01 and 1 to between
+    0.68 and 1.14. Jordan and others 2024, kellerjordan.github.io/posts/muon."""
+    x = x / ((x * x).sum() ** 0.5 + 1e-7)  # so no singular value is above 1
+    for _ in range(5):
+        square = x.T @ x  # (K, K)
+        x = 3.4445 * x + x @ (-4.775 * square + 2.0315 * (square @ square))
+    return x
+
+
+# ── Augmentation ──────────────────────────────────────────────────────────────────────────────────
+# A digit that is turned, shifted or bent a little is still the same digit. So each time an image
+# is learnt from, it can be changed at random, and the network hardly ever sees one twice.
+
+
+def augment(images, strength, rng, elastic=0):
+    """Every image changed at random: (N, 28, 28) → the same in float32, pixels 0…255.
+
+    Each pixel of the result looks up where in the image it came from:
+    source = matrix @ (pixel − centre) + centre + shift + bend."""
+    N, H, W = images.shape
+    matrices, shifts = random_matrices(N, strength, rng)
+    y, x = xp.meshgrid(xp.arange(H) - (H - 1) / 2, xp.arange(W) - (W - 1) / 2, indexing="ij")
+    y, x = y.ravel().astype(xp.float32), x.ravel().astype(xp.float32)  # (H·W,), from the centre
+    a, b, c, d = matrices[:, :, None]  # (N, 1) each
+    row = a * y + b * x + (shifts[0] + (H - 1) / 2)[:, None]  # (N, H·W)
+    col = c * y + d * x + (shifts[1] + (W - 1) / 2)[:, None]
+    if elastic:
+        row += random_bend(N, H, W, elastic, rng)
+        col += random_bend(N, H, W, elastic, rng)
+    return pixels_at(images, row, col)
+
+
+def random_matrices(N, strength, rng):
+    """2×2 matrices that turn, scale and shear, as four numbers each, (4, N), and shifts (2, N)."""
+    r = strength * (2 * rng.random((6, N), dtype=xp.float32) - 1)  # uniform in ±strength
+    turn = math.radians(12) * r[0]
+    shear = 0.15 * r[1]
+    wide = 1 + 0.12 * r[2]
+    high = 1 + 0.12 * r[3]
+    cos, sin = xp.cos(turn), xp.sin(turn)
+    matrices = [cos / high, sin / high, (shear * cos - sin) / wide, (shear * sin + cos) / wide]
+    return xp.stack(matrices), 2 * r[4:]
+
+
+BEND_PIXELS = 4  # over about this distance neighbouring pixels move together
+
+
+@functools.lru_cache(maxsize=None)
+def bumps(H, W, xp):
+    """(J, H·W): J round bumps on a grid, such that every pixel's sum of squares is 1.
+
+    Their sums with random weights are smooth, and with normal weights every pixel has variance
+    1."""
+    bells = []
+    for L in (H, W):
+        count = round(L / (BEND_PIXELS * math.sqrt(2))) + 1
+        centres = np.linspace(0, L - 1, count)[:, None]
+        bells.append(np.exp(-((np.arange(L) - centres) ** 2) / (2 * BEND_PIXELS**2)))  # (count, L)
+    both = np.kron(*bells)  # each bell down times each bell across
+    return xp.asarray(both / np.sqrt((both**2).sum(axis=0)), np.float32)
+
+
+def random_bend(N, H, W, pixels, rng):
+    """How far each pixel moves along one axis: smooth, normal, `pixels` its standard deviation.
+
+    Like ink on rubber, strokes stay connected. Simard, Steinkraus and Platt 2003."""
+    smooth = bumps(H, W, xp)  # (J, H·W)
+    return pixels * (rng.standard_normal((N, len(smooth)), dtype=xp.float32) @ smooth)
+
+
+def pixels_at(images, row, col):
+    """The images' values at the points (row, col), both (N, H·W), which lie between the pixels.
+
+    A value is the mean of the four pixels around the point, weighted by nearness (bilinear
+    interpolation). Outside the image all is 0."""
+    N, H, W = images.shape
+    row, col = xp.clip(row, -1, H), xp.clip(col, -1, W)  # all that lies outside meets the border
+    padded = xp.zeros((N, H + 3, W + 3), xp.float32)  # a border of zeros: 1 before, 2 after
+    padded[:, 1 : H + 1, 1 : W + 1] = images
+    top, left = xp.floor(row), xp.floor(col)
+    down, right = row - top, col - left  # how far below and to the right of that pixel
+    image = xp.arange(N)[:, None] * ((H + 3) * (W + 3))  # where each image starts in memory
+    at = (top.astype(xp.int32) + 1) * (W + 3) + left.astype(xp.int32) + 1 + image
+    pixels = padded.ravel()
+    upper = pixels[at] * (1 - right) + pixels[at + 1] * right
+    lower = pixels[at + W + 3] * (1 - right) + pixels[at + W + 4] * right
+    return (upper * (1 - down) + lower * down).reshape(N, H, W)
+
+
+# ── Cores and repeatable randomness ───────────────────────────────────────────────────────────────
+# Nothing in the network mixes images, so a batch's gradient is the sum of its images' gradients. A
+# batch is cut into shards, each core takes some of them, and their results are added in the order
+# of the shards. A shard's size is fixed, so the result has the same bits on one core or sixteen.
+# support/workers.py has the processes that compute beside this one.
+
+SHARD_IMAGES = 16  # few enough for the cache, many enough that a NumPy call is worth its overhead
+PREDICT_SHARD_IMAGES = 32  # without a backward pass less is kept, so more fits
+
+workers = Workers(0)  # none, until use_cores() starts some
+
+
+def use_cores(count):
+    """Spreads the shards from now on over `count` processes, this one included.
+
+    A GPU needs no more than this one."""
+    global workers
+    workers.close()
+    workers = Workers(count - 1 if xp is np else 0)
+
+
+def shards_of(N, size):
+    """A batch of N images as [(0, slice of the first `size`), (1, the next), …]; one on a GPU."""
+    if xp is not np:
+        return [(0, slice(0, N))]
+    starts = range(0, N, size)
+    return list(enumerate(slice(start, min(start + size, N)) for start in starts))
+
+
+def over_cores(work, shards):
+    """work(shards), a list with one result for each shard; each core does a part of it."""
+    cores = min(1 + len(workers.workers), len(shards))
+    bounds = [i * len(shards) // cores for i in range(cores + 1)]
+    parts = workers.map(work, [shards[start:stop] for start, stop in zip(bounds, bounds[1:])])
+    return [result for part in parts for result in part]
+
+
+ORDER, STEP, INIT = 1, 2, 3  # what random numbers are for: each purpose has a stream of its own
+
+
+def random_stream(seed, purpose, epoch=0, step=0):
+    """A generator of random numbers that depends on its arguments alone.
+
+    Philox is a generator without a memory: it scrambles a key and a counter. So a continued run
+    needs no saved state of a generator, and draws exactly what it would have drawn."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
+
+
+def device_stream(key):
+    """A generator that depends on the key alone, on the device that xp computes on."""
+    if xp is not np:
+        return gpu.Stream(gpu.cuda(), key)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def gradients_of_shards(params, images, labels, settings, keys, network, shards):
+    """[(loss, gradient of all parameters as one vector)]: what each shard adds to the batch's."""
+    prepared = winograd.prepare(params)  # once for all shards
+    results = []
+    for i, shard in shards:
+        rng = device_stream(keys[i]) if keys is not None else None
+        part, part_labels = images[shard], labels[shard]
+        share = len(part) / len(images)  # the batch's mean, from the shards' means
+        loss, gradients = learn_from(prepared, part, part_labels, settings, rng, network, share)
+        results.append((loss, xp.concatenate([gradients[name].reshape(-1) for name in params])))
+    return results
+
+
+def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
+    """learn_from() on all cores: (mean loss, {name: gradient}) of a batch.
+
+    images are (N, 28, 28) pixels 0…255, labels (N,) digits. rng, any NumPy generator, turns dropout
+    and augmentation on. All is in the dtype of params."""
+    shards = shards_of(len(images), SHARD_IMAGES)
+    keys = rng.integers(2**63, size=len(shards)) if rng is not None else None  # a stream per shard
+    work = functools.partial(
+        gradients_of_shards, dict(params), images, labels, settings, keys, network
+    )
+    results = over_cores(work, shards)
+    loss, flat = results[0]
+    for shard_loss, shard_flat in results[1:]:
+        loss = loss + shard_loss
+        flat += shard_flat
+    return loss, Parameters(params, flat)
+
+
+def logits_of_shards(params, images, settings, network, shards):
+    """[logits] of each shard, without dropout."""
+    prepared = winograd.prepare(params)
+    dtype = dtype_of(params)
+    return [
+        network.forward(prepared, to_input(images[shard], dtype), settings)[0]
+        for _, shard in shards
+    ]
+
+
+def predict(params, images, settings=Settings(), network=RESNET9):  # noqa: B008  (it is frozen)
+    """Pixels 0…255 (N, 28, 28) → logits (N, 10), without dropout, in the dtype of params."""
+    work = functools.partial(logits_of_shards, dict(params), images, settings, network)
+    return xp.concatenate(over_cores(work, shards_of(len(images), PREDICT_SHARD_IMAGES)))
+
+
+# ── Evaluation and checkpoints ────────────────────────────────────────────────────────────────────
+
+TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first of them
+PREDICT_IMAGES = 1024  # at once; all 10,000 would fill 10 GB of a GPU with what backward needs
+
 
 def evaluate(params, images, labels, settings, network=RESNET9):
-    """(mean loss, accuracy 0…1, probabilities (N, 10)) of images (N, 28, 28) with labels (N,), without dropout."""
-    starts = range(0, len(images), PREDICT_IMAGES)
-    logits = xp.concatenate([predict(params, images[i : i + PREDICT_IMAGES], settings, network) for i in starts])
-    return scores(logits, labels)
+    """(mean loss, accuracy 0…1, probabilities (N, 10)) of images (N, 28, 28), without dropout."""
+    parts = []
+    for start in range(0, len(images), PREDICT_IMAGES):
+        parts.append(predict(params, images[start : start + PREDICT_IMAGES], settings, network))
+    return scores(xp.concatenate(parts), labels)
+
 
 def scores(logits, labels):
-    """(mean loss, accuracy 0…1, probabilities (N, 10))."""
+    """(mean loss, accuracy 0…1, probabilities (N, 10)) of logits (N, 10)."""
+    loss, _ = cross_entropy_loss(logits, labels)
+    probs, _ = softmax(logits)
     right = logits.argmax(axis=1) == labels
-    return float(cross_entropy_loss(logits, labels)[0]), float(right.mean()), softmax(logits)[0]
+    return float(loss), float(right.mean()), probs
+
 
 def save_checkpoint(path, state, settings, previous=None):
-    """Writes the State; the file from before stays under the name `previous`. UserError if it is no longer finite."""
+    """Writes the State; the old file keeps the name `previous`. UserError if not finite."""
     if not state.is_finite():
-        raise UserError(f"the parameters are no longer finite at step {state.step}; {path.name} stays as it was")
-    experiment = {name: value for name, value in asdict(settings).items() if name not in ("tag", *NOT_THE_EXPERIMENT)}
+        raise UserError(
+            f"the parameters are no longer finite at step {state.step}; {path.name} stays as it was"
+        )
+    left_out = ("tag", *NOT_THE_EXPERIMENT)
+    experiment = {name: v for name, v in asdict(settings).items() if name not in left_out}
     arrays = {name: to_host(a) for name, a in state.views().items()}
     write_checkpoint(path, arrays, state.step, state.history, experiment, previous)
 
+
 def load_checkpoint(path, settings, network=RESNET9):
-    """The State that save_checkpoint wrote. UserError if the file is damaged or of another network."""
+    """The State that save_checkpoint wrote. UserError if it is damaged or of another network."""
     state = init_state(settings, network)
-    like = {"pool": settings.pool, "optimizer": settings.optimizer}  # the arrays' shapes show the other settings
-    arrays, state.step, state.history = read_checkpoint(path, state.views(), like)
-    for name, a in state.views().items():
-        if name in arrays or name != "moments":  # a run that was made small has only the weights: they are their mean
-            a[...] = xp.asarray(arrays[name if name in arrays else name.removeprefix("ema.")])
+    views = state.views()
+    same = {"pool": settings.pool, "optimizer": settings.optimizer}  # shapes show the others
+    arrays, state.step, state.history = read_checkpoint(path, views, same)
+    if "moments" not in arrays:  # a finished run that was made small: its weights are their mean
+        del views["moments"]
+    for name, a in views.items():
+        a[...] = xp.asarray(arrays[name if name in arrays else name.removeprefix("ema.")])
     return state
 
-# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# ── Training ──────────────────────────────────────────────────────────────────────────────────────
+
 
 class Run:
-    """One training run: its data, its folder and its state, as new or as the last checkpoint left it."""
+    """A training run: its data, its folder and its state, new or from the last checkpoint."""
+
     use_device, use_cores = staticmethod(use_device), staticmethod(use_cores)
 
     def __init__(self, settings, network, data, device, scripts):
-        count, held_out = settings.train_images or len(data.train_images), settings.validation_images
+        count = settings.train_images or len(data.train_images)
+        held_out = settings.validation_images
         if count > len(data.train_images):
-            raise UserError(f"train_images is {count}, but the data set has {len(data.train_images)}")
+            raise UserError(
+                f"train_images is {count}, but the data set has {len(data.train_images)}"
+            )
         if held_out >= count:
-            raise UserError(f"validation_images is {held_out}, but should leave some of the {count} images to train on")
+            raise UserError(
+                f"validation_images is {held_out}, "
+                f"but should leave some of the {count} images to train on"
+            )
         self.settings, self.network = settings, network
+        self.on_gpu = xp is not np
+        self.stop = 0  # the number of the signal that asked for an end, or 0
+
         config = {
             "settings": asdict(settings) | {"channels": list(settings.channels)},
-            "data": {"name": data.name, "sha256": data.hashes}, "device": device,
-            "versions": {"python": platform.python_version(), "numpy": np.__version__, xp.__name__: xp.__version__}}
-        free = set(NOT_THE_EXPERIMENT) - (set() if settings.schedule == "constant" else {"epochs_max"})
-        self.folder = RunFolder(HERE / settings.save_dir / settings.tag, config, free, asdict(Settings()), scripts)
+            "data": {"name": data.name, "sha256": data.hashes},
+            "device": device,
+            "versions": {
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                xp.__name__: xp.__version__,
+            },
+        }
+        free = set(NOT_THE_EXPERIMENT)
+        if settings.schedule != "constant":
+            free.remove("epochs_max")  # the learning rate depends on it
+        folder = ROOT / settings.save_dir / settings.tag
+        self.folder = RunFolder(folder, config, free, asdict(Settings()), scripts)
         state = self.folder.restore(lambda path: load_checkpoint(path, settings, network))
-        self.resumed, self.state = state is not None, state or init_state(settings, network)
-        self.metrics = self.folder.restore_metrics(self.state.history, lost=[math.nan] * (2 + bool(held_out)))
-        images, labels = xp.asarray(data.train_images[:count]), xp.asarray(data.train_labels[:count])
-        count -= held_out
-        self.images, self.labels = images[:count], labels[:count]
-        self.validation_images, self.validation_labels = images[count:], labels[count:]
-        self.test_images, self.test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
-        self.steps = -(-count // settings.batch_size)  # an epoch; its last batch may be smaller
-        self.on_gpu = xp is not np
-        self.fast, self.why_plain = None, ""  # the GPU's fast path, or why there is none
-        if self.on_gpu:
-            self.fast, self.why_plain = gpu.fast_path(
-                settings, self.state, self.images, self.labels, bumps(28, 28, xp), network is RESNET9)
-        self.stop = 0  # the number of the signal that asked for an end, or 0
+        self.resumed = state is not None
+        self.state = state or init_state(settings, network)
+        lost = [math.nan] * (3 if held_out else 2)
+        self.metrics = self.folder.restore_metrics(self.state.history, lost)
+
+        train = count - held_out
+        self.images = xp.asarray(data.train_images[:train])
+        self.labels = xp.asarray(data.train_labels[:train])
+        self.validation_images = xp.asarray(data.train_images[train:count])
+        self.validation_labels = xp.asarray(data.train_labels[train:count])
+        self.test_images = xp.asarray(data.test_images)
+        self.test_labels = xp.asarray(data.test_labels)
+        self.steps = math.ceil(train / settings.batch_size)  # an epoch; the last may be smaller
+        self.fast, self.why_plain = self.fast_path()
+
+    def fast_path(self):
+        """The GPU's fast path, support/gpu.py, or None; and why not, where a GPU has to do without."""
+        if not self.on_gpu:
+            return None, ""
+        smooth, is_resnet9 = bumps(28, 28, xp), self.network is RESNET9
+        return gpu.fast_path(
+            self.settings, self.state, self.images, self.labels, smooth, is_resnet9
+        )
 
     def train(self):
         """Trains until epochs_max or a stop signal. Returns the exit status."""
-        settings, state, folder, steps, B = self.settings, self.state, self.folder, self.steps, self.settings.batch_size
+        settings, state = self.settings, self.state
         if not state.history:
             self.end_epoch(0, time.perf_counter(), 0)
-        timed = min(51 if self.on_gpu else 20, steps - state.step % steps)  # a GPU is waited for at each 50th step
-        first_step, first_time = state.step, time.perf_counter()
+        self.first_step, self.first_time = state.step, time.perf_counter()
         while len(state.history) <= settings.epochs_max and not self.stop:
-            epoch, start = len(state.history), time.perf_counter()
-            order = xp.asarray(random_stream(settings.seed, ORDER, epoch).permutation(len(self.images)))
-            done = state.step - (epoch - 1) * steps  # 0, or where this epoch was interrupted
-            if self.fast:
-                self.begin_fast_epoch(epoch, order, done)
-            with tqdm(range(done, steps), f"epoch {epoch}", initial=done, total=steps, unit="step", leave=False,
-                       disable=None, dynamic_ncols=True) as bar:  # fmt: skip
-                for step in bar:
-                    if self.fast:  # the whole step in one go: support/gpu.py
-                        loss = self.fast.step(step)
-                        state.step += 1
-                    else:
-                        batch = order[step * B : (step + 1) * B]
-                        rng = random_stream(settings.seed, STEP, epoch, step)
-                        rate = learning_rate(state.step, steps * settings.epochs_max, settings)
-                        loss = self.step(self.images[batch], self.labels[batch], rng, rate)
-                    if not self.on_gpu or step % 50 == 0:  # reading a number from a GPU waits for all that it has to do
-                        self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
-                        bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-                    if state.step == first_step + timed:
-                        self.say_how_long((time.perf_counter() - first_time) / timed)
-                    if self.stop:
-                        break
-            if state.step == epoch * steps:
-                self.end_epoch(epoch, start, len(self.images) - done * B)
-        if self.stop and len(state.history) <= settings.epochs_max:
-            saved = folder.write(folder.last, self.save)
-            what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
-            folder.log(f"Stopped after step {state.step:,}; {what}. To continue: {shlex.join(['python', *sys.argv])}")
-            return 128 + self.stop
-        folder.log(f"Finished. {self.result()} Figures: python {os.path.relpath(HERE / 'plot_figs.py')} {settings.tag}")
-        if folder.save_failed:
-            print("*** Some files were not written: see above.", file=sys.stderr)
-        return 1 if folder.save_failed else 0
+            self.train_epoch(len(state.history))
+        if len(state.history) <= settings.epochs_max:
+            return self.stopped()
+        return self.finished()
+
+    def train_epoch(self, epoch):
+        """One pass over the training images in random order, or what is left of it."""
+        settings, state, B = self.settings, self.state, self.settings.batch_size
+        start = time.perf_counter()
+        order = self.order_of(epoch)
+        done = state.step - (epoch - 1) * self.steps  # 0, or where this epoch was interrupted
+        if self.fast:
+            self.begin_fast_epoch(epoch, order, done)
+        with self.progress(epoch, done) as bar:
+            for step in bar:
+                if self.fast:  # what stands below as one CUDA graph: support/gpu.py
+                    loss = self.fast_step(step)
+                else:
+                    batch = order[step * B : (step + 1) * B]
+                    rng = random_stream(settings.seed, STEP, epoch, step)
+                    rate = learning_rate(state.step, self.steps * settings.epochs_max, settings)
+                    loss = self.step(batch, rng, rate)
+                self.watch(loss, epoch, step, bar)
+                if self.stop:
+                    break
+        if state.step == epoch * self.steps:
+            self.end_epoch(epoch, start, len(self.images) - done * B)
+
+    def order_of(self, epoch):
+        """The order in which this epoch takes the images."""
+        rng = random_stream(self.settings.seed, ORDER, epoch)
+        return xp.asarray(rng.permutation(len(self.images)))
 
     def begin_fast_epoch(self, epoch, order, done):
-        """Gives the fast path what differs between the steps of this epoch."""
+        """Gives the fast path what differs from step to step."""
         settings, first = self.settings, (epoch - 1) * self.steps
-        keys = [random_stream(settings.seed, STEP, epoch, step).integers(2**63) for step in range(self.steps)]
-        rates = [learning_rate(first + step, self.steps * settings.epochs_max, settings) for step in range(self.steps)]
+        total = self.steps * settings.epochs_max
+        keys = [
+            random_stream(settings.seed, STEP, epoch, step).integers(2**63)
+            for step in range(self.steps)
+        ]
+        rates = [learning_rate(first + step, total, settings) for step in range(self.steps)]
         self.fast.begin_epoch(order, keys, rates, first, done)
 
-    def step(self, images, labels, rng, rate):
-        """Learns from one batch. Returns its loss."""
-        loss, gradients = loss_and_gradients(self.state.params, images, labels, self.settings, rng, self.network)
+    def fast_step(self, step):
+        self.state.step += 1
+        return self.fast.step(step)
+
+    def step(self, batch, rng, rate):
+        """Learns from the images with these indices. Returns their loss."""
+        return self.learn(self.images[batch], self.labels[batch], rng, rate)
+
+    def learn(self, images, labels, rng, rate):
+        """Forward, loss and backward, which are learn_from() on all cores, and the update."""
+        loss, gradients = loss_and_gradients(
+            self.state.params, images, labels, self.settings, rng, self.network
+        )
         update(self.state, gradients, self.settings, rate)
         return loss
 
@@ -887,82 +1189,181 @@ class Run:
         return evaluate(self.state.averaged(), images, labels, self.settings, self.network)
 
     def end_epoch(self, epoch, start, images_seen):
-        """Evaluates, logs and saves; the checkpoint last, so that a crash before it leaves only what restore removes."""
-        settings, state, folder, part = self.settings, self.state, self.folder, TRAIN_EVALUATION_IMAGES
+        """Evaluates, logs and saves.
+
+        The checkpoint comes last: a crash before it leaves only what restore() removes."""
+        settings, state, folder = self.settings, self.state, self.folder
         trained = time.perf_counter() - start
-        train_loss, train_accuracy, _ = self.evaluate(self.images[:part], self.labels[:part])
+        part = slice(0, TRAIN_EVALUATION_IMAGES)
+        train_loss, train_accuracy, _ = self.evaluate(self.images[part], self.labels[part])
         test_loss, test_accuracy, probs = self.evaluate(self.test_images, self.test_labels)
-        validation = [self.evaluate(self.validation_images, self.validation_labels)[1]] if settings.validation_images else []
-        self.check_finite(train_loss + test_loss if state.is_finite() else math.nan, f"epoch {epoch}")
+        validation = []
+        if settings.validation_images:
+            _, accuracy, _ = self.evaluate(self.validation_images, self.validation_labels)
+            validation.append(accuracy)
+        finite = state.is_finite()
+        self.check_finite(train_loss + test_loss if finite else math.nan, f"epoch {epoch}")
         seconds = time.perf_counter() - start
+
         rate = learning_rate(max(0, state.step - 1), self.steps * settings.epochs_max, settings)
-        best = test_accuracy > max((row[-1] for row in state.history), default=-1)
-        state.history.append([epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy])
-        self.metrics.append([*state.history[-1], seconds, images_seen / seconds, *validation])
-        whole = trained * len(self.images) / max(1, images_seen) + seconds - trained  # had it not been interrupted
+        best = test_accuracy > max((row.test_accuracy for row in state.history), default=-1)
+        row = Epoch(epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy)
+        state.history.append(row)
+        self.metrics.append([*row, seconds, images_seen / seconds, *validation])
+        # What the epoch would have taken, had it not been interrupted.
+        whole = trained * len(self.images) / max(1, images_seen) + seconds - trained
         folder.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
-        predictions = dict(labels=self.test_labels, predictions=probs.argmax(axis=1), probabilities=probs)
+
         folder.write(folder.path / "metrics.csv", lambda path: write_metrics(path, self.metrics))
-        folder.write(folder.path / "predictions.npz",
-                     lambda path: save_arrays(path, **{name: to_host(a) for name, a in predictions.items()}))  # fmt: skip
-        for path in (folder.best, folder.last) if best else (folder.last,):
-            folder.write(path, self.save)
+        predictions = {
+            "labels": to_host(self.test_labels),
+            "predictions": to_host(probs.argmax(axis=1)),
+            "probabilities": to_host(probs),
+        }
+        folder.write(folder.path / "predictions.npz", lambda path: save_arrays(path, **predictions))
+        if best:
+            folder.write(folder.best, self.save)
+        folder.write(folder.last, self.save)
 
     def save(self, path):
-        save_checkpoint(path, self.state, self.settings, self.folder.previous if path == self.folder.last else None)
+        previous = self.folder.previous if path == self.folder.last else None
+        save_checkpoint(path, self.state, self.settings, previous)
+
+    def progress(self, epoch, done):
+        """The numbers of the steps to do, with a progress bar."""
+        return tqdm(
+            range(done, self.steps),
+            f"epoch {epoch}",
+            initial=done,
+            total=self.steps,
+            unit="step",
+            leave=False,
+            disable=None,
+            dynamic_ncols=True,
+        )
+
+    def watch(self, loss, epoch, step, bar):
+        """After each step: checks and shows the loss, and says once how long the run takes."""
+        # Reading a number makes a GPU finish all its work first.
+        if not self.on_gpu or step % 50 == 0:
+            self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
+            bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+        enough = 51 if self.on_gpu else 20
+        timed = min(enough, self.steps - self.first_step % self.steps)  # with no evaluation
+        if self.state.step == self.first_step + timed:
+            self.say_how_long((time.perf_counter() - self.first_time) / timed)
 
     def check_finite(self, loss, where):
         if not math.isfinite(loss):
-            rate, folder = self.settings.learning_rate, self.folder.path
-            raise UserError(f"the loss is {float(loss)} at {where}: learning rate {rate:g} is probably too high; "
-                            f"the checkpoints in {folder} are those from before; try a lower one, with another --tag")  # fmt: skip
+            raise UserError(
+                f"the loss is {float(loss)} at {where}: "
+                f"learning rate {self.settings.learning_rate:g} is probably too high; "
+                f"the checkpoints in {self.folder.path} are those from before; "
+                "try a lower one, with another --tag"
+            )
 
     def say_how_long(self, step_seconds):
-        state, settings = self.state, self.settings
-        evaluation = (len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)) / settings.batch_size
-        evaluations = evaluation / 3 * (settings.epochs_max + 1 - len(state.history))  # forward is a third of a step
-        steps = self.steps * settings.epochs_max - state.step + evaluations
-        self.folder.log(f"About {duration(step_seconds * steps)} to epoch {settings.epochs_max} on this "
-                        "machine. Ctrl-C is safe: the same command continues.")  # fmt: skip
+        settings, epochs_left = (
+            self.settings,
+            self.settings.epochs_max + 1 - len(self.state.history),
+        )
+        evaluated = len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)
+        evaluation = evaluated / settings.batch_size / 3  # in steps: forward is a third of one
+        steps = self.steps * settings.epochs_max - self.state.step + evaluation * epochs_left
+        self.folder.log(
+            f"About {duration(step_seconds * steps)} to epoch {settings.epochs_max} "
+            "on this machine. Ctrl-C is safe: the same command continues."
+        )
 
     def ask_to_stop(self, number, _frame):
         self.stop = number
 
-    def result(self):
-        last, best = self.state.history[-1], max(self.state.history, key=lambda row: row[-1])
-        return f"Test accuracy {last[-1]:.2%} at the last epoch ({last[0]:.0f}), {best[-1]:.2%} at the best ({best[0]:.0f})."
+    def stopped(self):
+        """Saves what there is after a stop signal. Returns the exit status."""
+        saved = self.folder.write(self.folder.last, self.save)
+        what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
+        again = shlex.join(["python", *sys.argv])
+        self.folder.log(f"Stopped after step {self.state.step:,}; {what}. To continue: {again}")
+        return 128 + self.stop
 
-SCRIPTS = (*(HERE / f"{name}.py" for name in ("mnist_resnet9", "files", "workers", "plot_figs")),
-           *(HERE / "support" / name for name in ("__init__.py", "gpu.py", "gpu.cu")))  # fmt: skip (for save/<tag>/code/)
+    def finished(self):
+        figures = f"python {os.path.relpath(ROOT / 'plot_figs.py')} {self.settings.tag}"
+        self.folder.log(f"Finished. {self.result()} Figures: {figures}")
+        if self.folder.save_failed:
+            print("*** Some files were not written: see above.", file=sys.stderr)
+            return 1
+        return 0
+
+    def result(self):
+        last = self.state.history[-1]
+        best = max(self.state.history, key=lambda row: row.test_accuracy)
+        return (
+            f"Test accuracy {last.test_accuracy:.2%} at the last epoch ({last.epoch}), "
+            f"{best.test_accuracy:.2%} at the best ({best.epoch})."
+        )
+
+    def log_start(self, data, device, cores):
+        settings, folder = self.settings, self.folder
+        for note in data.notes:
+            folder.log(f"*** {note}")
+        images = f"{len(self.images):,} images, {self.steps} steps an epoch"
+        folder.log(f"{settings.tag}: {data.name}, {images}")
+        where = device
+        if not self.on_gpu:
+            where += f", {cores} core" if cores == 1 else f", {cores} cores"
+        if self.why_plain:
+            where += f" ({self.why_plain})"
+        path = os.path.relpath(folder.path)
+        folder.log(f"{self.state.params.flat.size:,} parameters; {where}; files in {path}")
+        if self.resumed:
+            total = self.steps * settings.epochs_max
+            folder.log(f"Continuing after step {self.state.step:,} of {total:,}.")
+        folder.log(log_header(settings.validation_images))
+
+
+# ── Main ──────────────────────────────────────────────────────────────────────────────────────────
+
+# What a run keeps a copy of, in save/<tag>/code/.
+SCRIPTS = (
+    ROOT / "mnist_resnet9.py",
+    ROOT / "plot_figs.py",
+    *sorted((ROOT / "support").glob("*.py")),
+    ROOT / "support" / "gpu.cu",
+)
+
 
 def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     """Starts or continues the run that settings define. Returns the exit status."""
-    device, data = kind.use_device(settings.device), load_mnist(settings.data_dir)
-    run = kind(settings, network, data, device, scripts)
-    if len(run.state.history) > settings.epochs_max:
-        print(f"{settings.tag} is finished. {run.result()} To go further, raise --epochs-max.")
+    device = kind.use_device(settings.device)
+    data = load_mnist(settings.data_dir)
+    training = kind(settings, network, data, device, scripts)
+    if len(training.state.history) > settings.epochs_max:
+        print(f"{settings.tag} is finished. {training.result()} To go further, raise --epochs-max.")
         return 0
-    count = settings.threads or available_cores()
-    cores = f", {count} core{'s' * (count > 1)}" if not run.on_gpu else f" ({run.why_plain})" * bool(run.why_plain)
-    for line in (*(f"*** {note}" for note in data.notes),
-                 f"{settings.tag}: {data.name}, {len(run.images):,} images, {run.steps} steps an epoch",
-                 f"{run.state.params.flat.size:,} parameters; {device}{cores}; files in {os.path.relpath(run.folder.path)}",
-                 *([f"Continuing after step {run.state.step:,} of {run.steps * settings.epochs_max:,}."] * run.resumed),
-                 log_header(settings.validation_images)):  # fmt: skip
-        run.folder.log(line)
-    previous = {number: signal.signal(number, run.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    cores = settings.threads or available_cores()
+    training.log_start(data, device, cores)
+    stops = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, training.ask_to_stop) for number in stops}
     try:
-        kind.use_cores(count)
-        return run.train()
+        kind.use_cores(cores)
+        return training.train()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        run.folder.close()
+        training.folder.close()
         workers.close()
 
-def main(arguments=None, start=lambda arguments: run(parse_settings(arguments))):
-    """Runs a command line. Returns the exit status: 0, 2 after a UserError (one line says it), 128 + a stop signal."""
-    warnings.simplefilter("ignore", RuntimeWarning)  # overflow and the like show in the loss, which is checked
+
+def start_run(arguments):
+    return run(parse_settings(arguments))
+
+
+def main(arguments=None, start=start_run):
+    """Runs a command line: start(arguments). Returns the exit status.
+
+    That is 0, 2 after a UserError (one line says it), or 128 + the number of a stop signal."""
+    prepare_process()
+    warnings.simplefilter("ignore", RuntimeWarning)  # overflow shows in the loss, which is checked
     try:
         return start(arguments)
     except UserError as error:
@@ -971,6 +1372,7 @@ def main(arguments=None, start=lambda arguments: run(parse_settings(arguments)))
     except KeyboardInterrupt:
         print("Stopped before the first step; nothing to save.", file=sys.stderr)
         return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -33,8 +33,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from files import HERE, METRICS, UserError, load_mnist, read_metrics, write_file
-from mnist_resnet9 import Parser, Settings, conv2d, relu, to_input
+from mnist_resnet9 import Settings, conv2d, load_mnist, relu, to_input
+from support import ROOT, UserError
+from support.run_folder import METRICS, read_metrics
+from support.settings import Parser
+from support.storage import write_file
 
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#707070"  # colour-blind readers tell these apart
 STYLE = {
@@ -387,7 +390,7 @@ def main(arguments=None):
     for f in fields(Settings):
         if f.name in ("save_dir", "data_dir"):  # a path on the command line starts where the user is
             flag, said = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default: {f.default})"
-            parser.add_argument(flag, help=said, metavar="FOLDER", default=HERE / f.default,
+            parser.add_argument(flag, help=said, metavar="FOLDER", default=ROOT / f.default,
                                 type=lambda text: Path(text).absolute())  # fmt: skip
     try:
         plot(**vars(parser.parse_args(arguments)))

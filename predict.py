@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-import files
 import mnist_resnet9 as m
 from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
+from support.storage import write_file
 
 REFERENCE = "record"  # the run in git, whose weights are the default
 MAX_PIXELS = 10**8  # a larger picture is refused before it is unpacked
@@ -406,7 +406,7 @@ def write_figure(path, shown):
         figure = draw(shown)
         figure.savefig(stream, format="png", dpi=min(150, 2**15 / figure.get_figheight()))  # Matplotlib's limit is 2¹⁶
     try:
-        files.write_file(path, stream.getvalue())
+        write_file(path, stream.getvalue())
     except OSError as error:
         raise m.UserError(f"{path} cannot be written ({error.strerror}); choose another --figure") from None
 
@@ -416,7 +416,7 @@ def start(arguments):
     parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="PNG, JPEG or whatever Pillow reads")
     parser.add_argument("--tag", help=f"the run whose weights serve (default: {REFERENCE}, else the newest)")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="write the answers there as a figure, too")
-    parser.add_argument("--save-dir", type=lambda text: Path(text).absolute(), default=m.HERE / m.Settings.save_dir,
+    parser.add_argument("--save-dir", type=lambda text: Path(text).absolute(), default=m.ROOT / m.Settings.save_dir,
                         metavar="FOLDER", help=f"folder with the runs (default: {m.Settings.save_dir})")  # fmt: skip
     given = parser.parse_args(arguments)
     predict_pictures(given.pictures, given.save_dir, given.tag, given.figure)

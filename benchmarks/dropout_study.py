@@ -21,8 +21,9 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from files import UserError, read_metrics  # noqa: E402
 from plot_figs import BLUE, STYLE, scale_accuracy  # noqa: E402
+from support import UserError  # noqa: E402
+from support.run_folder import read_metrics  # noqa: E402
 
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
 from step_time import plain_network  # noqa: E402
+
+import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
 
 SETTINGS = m.Settings(tag="epoch", epochs_max=1, augment=1.0, dropout=0.5, learning_rate=1e-3)
 

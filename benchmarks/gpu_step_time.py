@@ -38,7 +38,9 @@ def our_step(m, data, settings, fast=False):
         path, why = m.gpu.fast_path(settings, state, images, labels, m.bumps(28, 28, m.xp), True)
         if path is None:
             raise m.UserError(why)
-        keys = [m.random_stream(settings.seed, m.STEP, 1, step).integers(2**63) for step in range(steps)]
+        keys = [
+            m.random_stream(settings.seed, m.STEP, 1, step).integers(2**63) for step in range(steps)
+        ]
 
     def fast_step():
         number = state.step % (len(images) // N)  # whole batches only, as the other sides
@@ -51,7 +53,9 @@ def our_step(m, data, settings, fast=False):
         start = state.step % (len(images) // N) * N
         batch = order[start : start + N]
         rng = m.random_stream(settings.seed, m.STEP, 1, state.step)
-        loss, gradients = m.loss_and_gradients(state.params, images[batch], labels[batch], settings, rng)
+        loss, gradients = m.loss_and_gradients(
+            state.params, images[batch], labels[batch], settings, rng
+        )
         m.update(state, gradients, settings, settings.learning_rate)
         return loss
 
@@ -66,17 +70,25 @@ def torch_step(m, data, settings, device, way="eager"):
 
     images = torch.from_numpy(data.train_images.copy()).to(device)
     labels = torch.from_numpy(data.train_labels.astype("int64")).to(device)
-    order = torch.from_numpy(m.random_stream(settings.seed, m.ORDER, 1).permutation(len(images))).to(device)
+    order = torch.from_numpy(
+        m.random_stream(settings.seed, m.ORDER, 1).permutation(len(images))
+    ).to(device)
     params, N, rate = m.init_params(settings), settings.batch_size, settings.dropout
     net = t.build(settings, torch.from_numpy(m.to_host(params.flat).copy()).to(device), params)
-    optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, fused=True, capturable=way == "graph")
+    optimizer = torch.optim.Adam(
+        net.parameters(), lr=settings.learning_rate, fused=True, capturable=way == "graph"
+    )
     model = torch.compile(net, dynamic=False) if way == "compile" else net
     batch, done = order[:N].clone(), 0
 
     def work():
         x = ((images[batch].float() / 255 - m.PIXEL_MEAN) / m.PIXEL_STD)[:, None]
         x = x.contiguous(memory_format=torch.channels_last)
-        mask = (torch.rand(N, net.fc9.in_features, device=device) >= rate) / (1 - rate) if rate else None
+        mask = (
+            (torch.rand(N, net.fc9.in_features, device=device) >= rate) / (1 - rate)
+            if rate
+            else None
+        )
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x, mask), labels[batch])
         loss.backward()
@@ -85,7 +97,9 @@ def torch_step(m, data, settings, device, way="eager"):
 
     replay = work
     if way == "graph":
-        side = torch.cuda.Stream()  # what PyTorch's documentation asks for: some steps on another stream, then capture
+        side = (
+            torch.cuda.Stream()
+        )  # what PyTorch's documentation asks for: some steps on another stream, then capture
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -96,7 +110,9 @@ def torch_step(m, data, settings, device, way="eager"):
         with torch.cuda.graph(graph):
             loss = work()
 
-        def replay(used=(images, labels, net, optimizer)):  # the graph reads them, but does not keep them
+        def replay(
+            used=(images, labels, net, optimizer),
+        ):  # the graph reads them, but does not keep them
             graph.replay()
             return loss
 
@@ -141,13 +157,19 @@ def kernels(step, synchronize):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--turns", type=int, default=20, help=f"turns a side, each of {TURN} steps")
-    parser.add_argument("--skip-compile", action="store_true", help="leave torch.compile out (it takes a minute)")
+    parser.add_argument(
+        "--skip-compile", action="store_true", help="leave torch.compile out (it takes a minute)"
+    )
     parser.add_argument("--data-dir", default="data", help="folder with the four MNIST files")
     parser.add_argument("--tf32", action="store_true", help="TF32 on all sides")
-    parser.add_argument("--check", action="store_true", help="only say whether CuPy and PyTorch can both use a GPU")
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether CuPy and PyTorch can both use a GPU"
+    )
     o = parser.parse_args(arguments)
     os.environ["CUPY_TF32"] = "1" if o.tf32 else "0"  # CuPy reads it once, before its first product
 
@@ -157,9 +179,13 @@ def main(arguments=None):
     try:
         import resnet9_torch as t
     except ImportError as error:
-        raise m.UserError(f"PyTorch is missing ({error}); requirements-torch.txt says how to get it") from None
+        raise m.UserError(
+            f"PyTorch is missing ({error}); requirements-torch.txt says how to get it"
+        ) from None
     theirs = t.use_device("gpu")
-    print(f"{ours}; {m.xp.__name__} {m.xp.__version__}; {theirs.split(', ')[-1]}; {'TF32' if o.tf32 else 'float32'}")
+    print(
+        f"{ours}; {m.xp.__name__} {m.xp.__version__}; {theirs.split(', ')[-1]}; {'TF32' if o.tf32 else 'float32'}"
+    )
     if o.check:
         return 0
 
@@ -175,15 +201,23 @@ def main(arguments=None):
         sides["ours, plain operations"] = our_step(m, data, settings)
         sides |= {f"PyTorch {way}": torch_step(m, data, settings, "cuda", way) for way in ways}
         times = seconds_a_step(sides, o.turns, torch.cuda.synchronize)
-        print(f"\nbatch {N}, median of {o.turns} turns of {TURN} steps   ms a step   images/s   of eager's time   of its graph's   kernels")
+        print(
+            f"\nbatch {N}, median of {o.turns} turns of {TURN} steps   ms a step   images/s   of eager's time   of its graph's   kernels"
+        )
         for name, seconds in times.items():
-            count = sum(row[1] for row in kernels(sides[name], torch.cuda.synchronize)) or "not seen"
+            count = (
+                sum(row[1] for row in kernels(sides[name], torch.cuda.synchronize)) or "not seen"
+            )
             eager, graph = seconds / times["PyTorch eager"], seconds / times["PyTorch graph"]
-            print(f"  {name:38s}  {1000 * seconds:9.3f}  {N / seconds:9.0f}  {eager:16.2f}  {graph:15.2f}   {count:>7}")
+            print(
+                f"  {name:38s}  {1000 * seconds:9.3f}  {N / seconds:9.0f}  {eager:16.2f}  {graph:15.2f}   {count:>7}"
+            )
         fast = "ours, one CUDA graph"
         where = kernels(sides[fast], torch.cuda.synchronize)
         if where:  # side by side they take longer each than alone, and together less than their sum
-            print(f"  our kernels, {sum(row[2] for row in where) / 1000:.2f} ms in {1000 * times[fast]:.2f}:")
+            print(
+                f"  our kernels, {sum(row[2] for row in where) / 1000:.2f} ms in {1000 * times[fast]:.2f}:"
+            )
         for name, count, time_us in where[:KERNELS_SHOWN]:
             print(f"    {time_us / 1000:7.3f} ms  {count:4d} ×  {name[:90]}")
     return 0

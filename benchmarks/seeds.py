@@ -12,12 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from files import UserError  # noqa: E402  (it lies in the folder that was just added)
-from plot_figs import find_runs, read_run  # noqa: E402
+from mnist_resnet9 import NOT_THE_EXPERIMENT  # noqa: E402
+from plot_figs import find_runs, read_run  # noqa: E402  (it lies in the folder that was just added)
+from support import UserError  # noqa: E402
+
 
 def summary(runs):
     """UserError if the runs differ in more than seed, tag and where they were computed, or one is unfinished."""
-    here = ("seed", "tag", "device", "data_dir", "save_dir", "threads")
+    here = {"seed", "tag", *NOT_THE_EXPERIMENT} - {"epochs_max"}
     kinds = {tuple((k, v) for k, v in vars(run.settings).items() if k not in here) for run in runs}
     if len(kinds) > 1 or len({run.settings.seed for run in runs}) < len(runs):
         raise UserError("these runs should be the same experiment with different seeds")

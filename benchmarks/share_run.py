@@ -14,7 +14,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from files import checksums, save_arrays  # noqa: E402  (it lies in the folder that was just added)
+from support.checkpoints import checksums  # noqa: E402  (it lies in the folder that was just added)
+from support.storage import save_arrays  # noqa: E402
+
 
 def keep_weights_only(path):
     with np.load(path, allow_pickle=False) as file:

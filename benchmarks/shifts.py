@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
-from files import UserError, load_mnist  # noqa: E402
 from plot_figs import find_runs, read_run  # noqa: E402
+from support import UserError  # noqa: E402
 
 SHIFTS = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]  # rows down, columns to the right
 
@@ -26,7 +26,7 @@ def shifted(images, down, right):
 
 def main(tags):
     for run in (read_run(folder) for folder in find_runs(ROOT / "save", tags)):
-        data = load_mnist(run.settings.data_dir)
+        data = m.load_mnist(run.settings.data_dir)
         params = m.load_checkpoint(run.folder / "checkpoint_last.npz", run.settings).averaged()
         probs = [m.evaluate(params, shifted(data.test_images, *s), data.test_labels, run.settings)[2] for s in SHIFTS]
         once, five = [(p.argmax(axis=1) == data.test_labels).mean() for p in (probs[0], np.mean(probs, axis=0))]

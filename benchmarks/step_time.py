@@ -30,6 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+from support import winograd  # noqa: E402
 
 SIDES = ("ours", "torch", "torch channels_last", "torch.compile")
 TURN, WARM_UP = 5, 5  # steps
@@ -192,7 +193,7 @@ def multiplications(o):
     """Of one step (or of one forward pass), with Winograd's algorithm in the 3×3 convolutions but the first."""
     c1, c2, c3, c4 = o.channels
     layers = [(28, c1, c2), (28, c2, c2), (28, c2, c2), (14, c2, c3), (14, c3, c4), (14, c4, c4), (14, c4, c4)]
-    one_pass = sum((m.n * -(-size // m.m)) ** 2 * C * K for size, C, K in layers) + 49 * c4 * 10
+    one_pass = sum((winograd.VALUES * -(-size // winograd.OUTPUTS)) ** 2 * C * K for size, C, K in layers) + 49 * c4 * 10
     first = 28 * 28 * 9 * c1
     return o.batch * (one_pass + first if o.evaluate else 3 * one_pass + 2 * first)  # images need no gradient
 

@@ -25,8 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-import files  # noqa: E402  (it lies in the folder that was just added)
-import mnist_resnet9 as m  # noqa: E402
+import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+from support import mnist  # noqa: E402
 
 FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "2", "--channels", "2,4,4,4",
          "--train-images", "256", "--batch-size", "32", "--augment", "1", "--ema", "0.9")  # fmt: skip
@@ -127,7 +127,7 @@ def fuzz(work, rng, count):
     right = m.load_checkpoint(path, settings)
     sources = []
     for images in (True, False):
-        name = files.FILES["test_images" if images else "test_labels"].name
+        name = mnist.FILES["test_images" if images else "test_labels"].name
         packed = (HERE / "data" / "sample" / f"{name}.gz").read_bytes()
         content = gzip.decompress(packed)
         if images:
@@ -147,7 +147,7 @@ def fuzz(work, rng, count):
             path = work / f"fuzz-{name}"
             path.write_bytes(mutate(content, rng))
             try:
-                files.read_idx(path, images)
+                mnist.read_verified(path, images)
                 counts["idx read"] += 1  # a changed pixel is still an idx file; the SHA-256 of the set finds it
             except m.UserError:
                 counts["idx refused"] += 1

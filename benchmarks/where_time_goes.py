@@ -19,15 +19,16 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+from support import winograd  # noqa: E402
 
 KINDS = {
-    "GEMM": ("conv2d_winograd", "conv2d_winograd_backward", "linear", "linear_backward"),
-    "transforms": ("to_points", "from_points", "transformed"),
-    "plain": ("conv2d_plain", "conv2d_plain_backward"),
+    "GEMM": ("winograd.conv2d", "winograd.conv2d_backward", "linear", "linear_backward"),
+    "transforms": ("winograd.to_points", "winograd.from_points", "winograd.prepare"),
     "elementwise": ("relu", "relu_backward", "residual_block", "residual_block_backward", "max_pool2d",
                     "max_pool2d_backward", "dropout", "dropout_backward", "cross_entropy_loss",
                     "cross_entropy_loss_backward", "to_input"),
-    "other": ("conv2d", "conv2d_backward", "conv_block", "conv_block_backward", "forward", "backward"),
+    "plain conv": ("conv2d", "conv2d_backward", "surroundings"),
+    "other": ("conv_block", "conv_block_backward", "forward", "backward"),
 }  # fmt: skip
 LAYERS = ("images", *(f"conv{i}" for i in range(1, 9)), "fc9")  # what lies between two convolutions goes to the first
 
@@ -39,13 +40,13 @@ class Clock:
         self.seconds, self.here = Counter(), SimpleNamespace()
         for kind, names in KINDS.items():
             for name in names:
-                setattr(m, name, self.wrap(getattr(m, name), kind))
+                home = winograd if name.startswith("winograd.") else m
+                function = getattr(home, name.removeprefix("winograd."))
+                setattr(home, function.__name__, self.wrap(function, kind, name))
         m.POOLS["max"] = (m.max_pool2d, m.max_pool2d_backward)
         self.network = m.RESNET9._replace(forward=m.forward, backward=m.backward)
 
-    def wrap(self, function, kind):
-        name = function.__name__
-
+    def wrap(self, function, kind, name):
         @functools.wraps(function)
         def timed(*args, **kwargs):
             here = self.here

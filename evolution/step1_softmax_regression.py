@@ -2,9 +2,10 @@
 
     python evolution/step1_softmax_regression.py --epochs-max 3 --learning-rate 1e-3
 
-The whole network is one matrix product, logits = x w + b. Column k of w is a picture of digit k, and its logit says
-how much the image resembles that picture. Softmax makes probabilities of the logits; the training loop does that
-together with the loss. The gradient says, for each pixel, how much brighter or darker the pictures should be.
+The whole network is one matrix product, logits = x w + b. Column k of w is a picture of digit k,
+and its logit says how much the image resembles that picture. Softmax makes probabilities of the
+logits; the training loop does that together with the loss. The gradient says, for each pixel, how
+much brighter or darker the pictures should be.
 """
 
 import sys
@@ -18,7 +19,8 @@ ADDS = "one linear layer, 784 pixels to 10 logits, trained with softmax and cros
 
 
 def init_params(settings, dtype=np.float32):
-    # Here, and only here, zeros are a good start: without a hidden layer no two weights do the same work.
+    # Here, and only here, zeros are a good start: without a hidden layer no two weights do the same
+    # work.
     return to_params({"fc1.weight": np.zeros((784, 10)), "fc1.bias": np.zeros(10)}, dtype)
 
 

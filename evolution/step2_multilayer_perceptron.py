@@ -2,9 +2,10 @@
 
     python evolution/step2_multilayer_perceptron.py --epochs-max 3 --learning-rate 1e-3
 
-Step 1 can only compare an image with one picture a digit. Here 128 hidden units look for patterns of their own, and
-the digits are told from those. Without relu between them two linear layers would be one: x w1 w2 = x (w1 w2). With
-relu a unit is silent until its pattern is there, and the composition can bend.
+Step 1 can only compare an image with one picture a digit. Here 128 hidden units look for patterns
+of their own, and the digits are told from those. Without relu between them two linear layers would
+be one: x w1 w2 = x (w1 w2). With relu a unit is silent until its pattern is there, and the
+composition can bend.
 """
 
 import math
@@ -20,12 +21,15 @@ HIDDEN = 128
 
 
 def init_params(settings, dtype=np.float32):
-    """Random, so that the hidden units differ (equal ones would get equal gradients for ever); He's size for relu."""
+    """Random, so that the hidden units differ (equal ones would get equal gradients for ever); He's
+    size for relu."""
     rng = random_stream(settings.seed, INIT)
     arrays = {
         "fc1.weight": rng.standard_normal((784, HIDDEN)) * math.sqrt(2 / 784),
         "fc1.bias": np.zeros(HIDDEN),
-        "fc2.weight": rng.standard_normal((HIDDEN, 10)) * 0.1 * math.sqrt(2 / HIDDEN),  # small: first loss near ln 10
+        "fc2.weight": rng.standard_normal((HIDDEN, 10))
+        * 0.1
+        * math.sqrt(2 / HIDDEN),  # small: first loss near ln 10
         "fc2.bias": np.zeros(10),
     }
     return to_params(arrays, dtype)
@@ -40,7 +44,8 @@ def forward(params, x, settings, rng=None):
 
 
 def backward(dlogits, caches, settings):
-    """Forward from bottom to top: what comes out of one line's backward pass goes into that of the line above."""
+    """Forward from bottom to top: what comes out of one line's backward pass goes into that of the
+    line above."""
     fc1, act, fc2 = caches
     dh, dw2, db2 = linear_backward(dlogits, fc2)  # dh (N, 128)
     dh = relu_backward(dh, act)

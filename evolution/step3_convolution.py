@@ -2,10 +2,11 @@
 
     python evolution/step3_convolution.py --epochs-max 3 --learning-rate 1e-3
 
-To step 2 a digit that moves by a pixel is another image: it has weights for each place. A convolution has one set of
-5×5 weights a pattern and slides it over the image. Pooling then halves the picture, so that the next convolution sees
-twice as much of the image, and the exact place matters less. It is LeNet's plan (LeCun et al. 1998): convolution and
-pooling twice, then a linear layer, with a ninth of step 2's parameters.
+To step 2 a digit that moves by a pixel is another image: it has weights for each place. A
+convolution has one set of 5×5 weights a pattern and slides it over the image. Pooling then halves
+the picture, so that the next convolution sees twice as much of the image, and the exact place
+matters less. It is LeNet's plan (LeCun et al. 1998): convolution and pooling twice, then a linear
+layer, with a ninth of step 2's parameters.
 """
 
 import math
@@ -14,8 +15,17 @@ import sys
 import numpy as np
 from steps import flatten, flatten_backward, run_step, to_params
 
-from mnist_resnet9 import (INIT, Network, avg_pool2d, avg_pool2d_backward, conv_block, conv_block_backward, linear,
-                           linear_backward, random_stream)  # fmt: skip
+from mnist_resnet9 import (
+    INIT,
+    Network,
+    avg_pool2d,
+    avg_pool2d_backward,
+    conv_block,
+    conv_block_backward,
+    linear,
+    linear_backward,  # fmt: skip
+    random_stream,
+)
 
 ADDS = "two 5×5 convolutions, each followed by average pooling, in place of the hidden layer"
 

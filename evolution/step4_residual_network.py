@@ -1,26 +1,39 @@
-"""Step 4, ResNet9 with average pooling: deep, and still trainable, because residual blocks let the gradient through.
+"""Step 4, ResNet9 with average pooling: deep, and still trainable, because residual blocks let the
+gradient through.
 
     python evolution/step4_residual_network.py --epochs-max 3 --learning-rate 1e-3
 
-Nine layers with weights, all convolutions 3×3: two of them see as far as one of 5×5, with fewer weights and one more
-relu. The deeper a plain network, the weaker and noisier the gradient that reaches its first layers. A residual block
-computes x + f(x): its backward pass hands dy on as it is and adds what comes through f. The network is the same stage
-twice (convolution, convolution, residual block, then pooling), and a linear layer. It has its final shape here; max
-pooling and dropout are still to come.
+Nine layers with weights, all convolutions 3×3: two of them see as far as one of 5×5, with fewer
+weights and one more relu. The deeper a plain network, the weaker and noisier the gradient that
+reaches its first layers. A residual block computes x + f(x): its backward pass hands dy on as it is
+and adds what comes through f. The network is the same stage twice (convolution, convolution,
+residual block, then pooling), and a linear layer. It has its final shape here; max pooling and
+dropout are still to come.
 """
 
 import sys
 
 from steps import flatten, flatten_backward, run_step
 
-from mnist_resnet9 import (Network, avg_pool2d, avg_pool2d_backward, conv_block, conv_block_backward, init_params,
-                           linear, linear_backward, residual_block, residual_block_backward)  # fmt: skip
+from mnist_resnet9 import (
+    Network,
+    avg_pool2d,
+    avg_pool2d_backward,
+    conv_block,
+    conv_block_backward,
+    init_params,
+    linear,  # fmt: skip
+    linear_backward,
+    residual_block,
+    residual_block_backward,
+)
 
 ADDS = "depth: eight 3×3 convolutions, four of them in two residual blocks"
 
 
 def stage(p, x, i):
-    """conv<i>, conv<i+1> and a residual block of the two convolutions after them: (H, W, N, C) → (H, W, N, K)."""
+    """conv<i>, conv<i+1> and a residual block of the two convolutions after them: (H, W, N, C) →
+    (H, W, N, K)."""
     h, first = conv_block(x, p[f"conv{i}.weight"], p[f"conv{i}.bias"])
     h, second = conv_block(h, p[f"conv{i + 1}.weight"], p[f"conv{i + 1}.bias"])
     block = [p[f"conv{j}.{part}"] for j in (i + 2, i + 3) for part in ("weight", "bias")]
@@ -29,7 +42,8 @@ def stage(p, x, i):
 
 
 def stage_backward(dh, caches, d, i):
-    """Puts the gradients of its eight parameters into d, and returns dx; None for the first stage."""
+    """Puts the gradients of its eight parameters into d, and returns dx; None for the first
+    stage."""
     first, second, residual = caches
     dh, *block = residual_block_backward(dh, residual)
     d |= zip([f"conv{j}.{part}" for j in (i + 2, i + 3) for part in ("weight", "bias")], block)

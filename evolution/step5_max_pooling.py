@@ -1,12 +1,15 @@
-"""Step 5, ResNet9 with max pooling: what counts is that a pattern is there, not how much of the window it fills.
+"""Step 5, ResNet9 with max pooling: what counts is that a pattern is there, not how much of the
+window it fills.
 
     python evolution/step5_max_pooling.py --epochs-max 3 --learning-rate 1e-3
 
-The mean of a window makes one strong response among three weak ones weak. The maximum keeps it. In the backward pass
-the gradient then goes to the pixel that was the maximum and to no other, where the mean gave each a quarter. All else
-is step 4, down to the initial weights; the next step, dropout and weight decay, is mnist_resnet9.py itself:
+The mean of a window makes one strong response among three weak ones weak. The maximum keeps it. In
+the backward pass the gradient then goes to the pixel that was the maximum and to no other, where
+the mean gave each a quarter. All else is step 4, down to the initial weights; the next step,
+dropout and weight decay, is mnist_resnet9.py itself:
 
-    python mnist_resnet9.py --tag evolution_6 --epochs-max 3 --learning-rate 1e-3 --weight-decay 0.05
+    python mnist_resnet9.py --tag evolution_6 --epochs-max 3 --learning-rate 1e-3 \
+        --weight-decay 0.05
 """
 
 import sys
@@ -14,7 +17,14 @@ import sys
 from step4_residual_network import stage, stage_backward
 from steps import flatten, flatten_backward, run_step
 
-from mnist_resnet9 import Network, init_params, linear, linear_backward, max_pool2d, max_pool2d_backward
+from mnist_resnet9 import (
+    Network,
+    init_params,
+    linear,
+    linear_backward,
+    max_pool2d,
+    max_pool2d_backward,
+)
 
 ADDS = "max pooling in place of average pooling"
 

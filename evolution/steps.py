@@ -1,4 +1,5 @@
-"""What all steps share: settings, the training loop of mnist_resnet9.py, and a comparison with the step before."""
+"""What all steps share: settings, the training loop of mnist_resnet9.py, and a comparison with the
+step before."""
 
 import sys
 from pathlib import Path
@@ -6,12 +7,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
-from files import read_metrics  # noqa: E402
+import mnist_resnet9 as m
+from support.run_folder import read_metrics
 
 
 def to_params(arrays, dtype):
-    """name → NumPy array becomes the Parameters that the training updates, on its device and in its dtype."""
+    """name → NumPy array becomes the Parameters that the training updates, on its device and in its
+    dtype."""
     return m.Parameters({name: m.xp.asarray(a, dtype) for name, a in arrays.items()})
 
 
@@ -26,7 +28,8 @@ def flatten_backward(dfeatures, shape):
 
 
 def run_step(number, adds, network, arguments=None, **preset):
-    """Trains the network of a step as mnist_resnet9.py trains ResNet9, with the same flags. Returns the exit status.
+    """Trains the network of a step as mnist_resnet9.py trains ResNet9, with the same flags. Returns
+    the exit status.
 
     preset holds settings that describe the network, where it differs from ResNet9.
     """
@@ -36,8 +39,12 @@ def run_step(number, adds, network, arguments=None, **preset):
         print(f"Step {number} adds: {adds}")
         status = m.run(settings, network, (*m.SCRIPTS, *sorted(HERE.glob("*.py"))))
         if status == 0:
-            save_dir = m.HERE / settings.save_dir
-            print(what_it_bought(number, save_dir / settings.tag, save_dir / f"evolution_{number - 1}"))
+            save_dir = m.ROOT / settings.save_dir
+            print(
+                what_it_bought(
+                    number, save_dir / settings.tag, save_dir / f"evolution_{number - 1}"
+                )
+            )
         return status
 
     return m.main(arguments, start)

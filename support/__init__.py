@@ -1,0 +1,13 @@
+"""What supports the training and learns nothing: a reader of mnist_resnet9.py may skip all of it.
+
+Nothing in this folder imports mnist_resnet9: run as a program, it would be loaded a second time.
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(ValueError):
+    """Something the user can put right. main() prints it as one line and ends with exit status
+    2."""

@@ -10,7 +10,6 @@ Nothing here is needed to understand how the network learns: without this file a
 same with the plain operations of mnist_resnet9.py.
 """
 
-import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,7 +64,17 @@ class Convolution:
             self.shared = 4 * (2 if taps < 9 else 1) * (rows * row_of_8x4(depth) + kernel)
             if self.shared <= limit:
                 break
-        sizes = side, side, C, K, str(back).lower(), warps_m, warps_n, tiles_m, columns // warps_n // 8
+        sizes = (
+            side,
+            side,
+            C,
+            K,
+            str(back).lower(),
+            warps_m,
+            warps_n,
+            tiles_m,
+            columns // warps_n // 8,
+        )
         self.name = f"convolution<{', '.join(map(str, sizes))}>"
         self.threads, self.rows, self.columns = 32 * warps_m * warps_n, rows, columns
 
@@ -89,8 +98,19 @@ class KernelGradient:
             self.shared = 4 * 2 * rows * pitch
             if warps <= 8 and self.shared <= min(limit, 100_000):
                 break
-        sizes = (side, side, C, K, taps, warps_m, warps_n, self.groups, tiles // warps_m,
-                 columns // warps_n // 8, rows)  # fmt: skip
+        sizes = (
+            side,
+            side,
+            C,
+            K,
+            taps,
+            warps_m,
+            warps_n,
+            self.groups,
+            tiles // warps_m,
+            columns // warps_n // 8,
+            rows,
+        )
         self.name = f"kernel_gradient<{', '.join(map(str, sizes))}>"
         self.threads, self.rows = 32 * warps, rows
         self.tiles = 9 // taps * -(-K // columns)
@@ -122,8 +142,16 @@ class Layer:
 
 def layers_of(channels, limit):
     c1, c2, c3, c4 = channels
-    shapes = [(28, 1, c1), (28, c1, c2), (28, c2, c2), (28, c2, c2),
-              (14, c2, c3), (14, c3, c4), (14, c4, c4), (14, c4, c4)]  # fmt: skip
+    shapes = [
+        (28, 1, c1),
+        (28, c1, c2),
+        (28, c2, c2),
+        (28, c2, c2),
+        (14, c2, c3),
+        (14, c3, c4),
+        (14, c4, c4),
+        (14, c4, c4),
+    ]
     return [Layer(i, *shape, limit) for i, shape in enumerate(shapes, start=1)]
 
 
@@ -183,12 +211,16 @@ class Cuda:
     def module(self, names):
         if names not in self.modules:
             code, options = SOURCE.read_text(encoding="utf-8"), ("-std=c++17",)
-            self.modules[names] = self.xp.RawModule(code=code, options=options, name_expressions=names)
+            self.modules[names] = self.xp.RawModule(
+                code=code, options=options, name_expressions=names
+            )
         return self.modules[names]
 
     def launch(self, name, grid, threads, *arguments):
         """Runs one kernel now, by itself."""
-        self.module(("fill_normal", "fill_uniform")).get_function(name)((grid, 1, 1), (threads, 1, 1), arguments)
+        self.module(("fill_normal", "fill_uniform")).get_function(name)(
+            (grid, 1, 1), (threads, 1, 1), arguments
+        )
 
     def record(self, program):
         """A function that runs the program, as one CUDA graph."""
@@ -254,9 +286,21 @@ class Network:
             inputs[i] = h
             y = outputs[i] = program.empty(side, side, N, K)
             shortcut = inputs[i - 1] if i in (4, 8) else NULL
-            program.launch(layer.forward.name, layer.forward.grid(N), layer.forward.threads, h,
-                           params[f"conv{i}.weight"], params[f"conv{i}.bias"], shortcut, NULL, y,
-                           np.int32(True), np.int32(N), inverse, shared=layer.forward.shared)  # fmt: skip
+            program.launch(
+                layer.forward.name,
+                layer.forward.grid(N),
+                layer.forward.threads,
+                h,
+                params[f"conv{i}.weight"],
+                params[f"conv{i}.bias"],
+                shortcut,
+                NULL,
+                y,
+                np.int32(True),
+                np.int32(N),
+                inverse,
+                shared=layer.forward.shared,
+            )
             h = y
         return inputs, outputs, inverse
 
@@ -271,12 +315,43 @@ class Predictor(Network):
         self.images = program.empty(N, 28, 28, dtype=np.uint8)
         self.logits = program.empty(N, 10)
         x = program.empty(28, 28, N)
-        program.launch("read_images<false>", (N, 4), 256, self.images, NULL, np.int32(0), x, np.int32(N),
-                       np.float32(0), np.float32(0), NULL, np.int32(0), NULL, NULL, NULL)  # fmt: skip
+        program.launch(
+            "read_images<false>",
+            (N, 4),
+            256,
+            self.images,
+            NULL,
+            np.int32(0),
+            x,
+            np.int32(N),
+            np.float32(0),
+            np.float32(0),
+            NULL,
+            np.int32(0),
+            NULL,
+            NULL,
+            NULL,
+        )
         _, outputs, _ = self.forward(program, params, x, N)
-        program.launch(f"head<{settings.channels[3]}, {self.max}>", N, 256, outputs[8], NULL,
-                       params["fc9.weight"], params["fc9.bias"], NULL, self.logits, NULL, NULL,
-                       np.int32(0), NULL, np.float32(0), NULL, NULL, np.int32(N))  # fmt: skip
+        program.launch(
+            f"head<{settings.channels[3]}, {self.max}>",
+            N,
+            256,
+            outputs[8],
+            NULL,
+            params["fc9.weight"],
+            params["fc9.bias"],
+            NULL,
+            self.logits,
+            NULL,
+            NULL,
+            np.int32(0),
+            NULL,
+            np.float32(0),
+            NULL,
+            NULL,
+            np.int32(N),
+        )
         self.run = device.record(program)
 
     def __call__(self, images):
@@ -299,9 +374,17 @@ class Trainer(Network):
     bumps: what augmentation bends with.
     """
 
-    def __init__(self, device, settings, params, flat, moments, ema, ema_flat, images, labels, bumps):
+    def __init__(
+        self, device, settings, params, flat, moments, ema, ema_flat, images, labels, bumps
+    ):
         super().__init__(device, settings)
-        self.params, self.flat, self.moments, self.ema, self.ema_flat = params, flat, moments, ema, ema_flat
+        self.params, self.flat, self.moments, self.ema, self.ema_flat = (
+            params,
+            flat,
+            moments,
+            ema,
+            ema_flat,
+        )
         self.images, self.labels, self.bumps = images, labels, bumps
         xp, steps = device.xp, -(-len(images) // settings.batch_size)
         self.order = xp.empty(len(images), np.int32)
@@ -311,8 +394,14 @@ class Trainer(Network):
         self.gradient = xp.empty(flat.size, np.float32)
         self.next, self.now = xp.zeros(1, np.int32), xp.zeros(1, np.int32)  # step of the epoch
         muon = {f"conv{i}.weight" for i in range(2, 9)} if settings.optimizer == "muon" else ()
-        kinds = [np.full(a.size, MUON_WEIGHT if name in muon else WEIGHT if name.endswith("weight") else BIAS, np.uint8)
-                 for name, a in params.items()]  # fmt: skip
+        kinds = [
+            np.full(
+                a.size,
+                MUON_WEIGHT if name in muon else WEIGHT if name.endswith("weight") else BIAS,
+                np.uint8,
+            )
+            for name, a in params.items()
+        ]
         self.kinds = xp.asarray(np.concatenate(kinds))
         self.programs = {}
         for N in {self.images_of(number) for number in (0, steps - 1)}:
@@ -332,8 +421,13 @@ class Trainer(Network):
         for i, rate in enumerate(rates):
             step = first_step + i
             keep = min(settings.ema, (1 + step) / (10 + step))
-            plan[i] = (rate, 1 - rate * settings.weight_decay, rate / (1 - beta1 ** (step + 1)),
-                       1 - beta2 ** (step + 1), 1 - keep)  # fmt: skip
+            plan[i] = (
+                rate,
+                1 - rate * settings.weight_decay,
+                rate / (1 - beta1 ** (step + 1)),
+                1 - beta2 ** (step + 1),
+                1 - keep,
+            )
         xp = self.device.xp
         self.order[...] = xp.asarray(order.astype(np.int32))
         self.keys[...] = xp.asarray(np.asarray(keys, np.uint64))
@@ -370,52 +464,155 @@ class Trainer(Network):
         if settings.dropout:
             mask = program.empty(N, F)
             J = len(self.bumps)
-            first = (round_up(6 * N, 8) + (2 * round_up(N * J, 8) if settings.elastic else 0)) if augment else 0
+            first = (
+                (round_up(6 * N, 8) + (2 * round_up(N * J, 8) if settings.elastic else 0))
+                if augment
+                else 0
+            )
             rate, kept = np.float32(settings.dropout), np.float32(1 / (1 - settings.dropout))
-            program.launch("dropout_mask", -(-N * F // 2048), 256, mask, np.int32(N * F), rate, kept,
-                           np.int32(first), self.keys, self.next, branch=1)  # fmt: skip
+            program.launch(
+                "dropout_mask",
+                -(-N * F // 2048),
+                256,
+                mask,
+                np.int32(N * F),
+                rate,
+                kept,
+                np.int32(first),
+                self.keys,
+                self.next,
+                branch=1,
+            )
         x = program.empty(28, 28, N)
-        program.launch(f"read_images<{str(augment).lower()}>", (N, 4), 256, self.images, self.order, batch, x,
-                       np.int32(N), np.float32(settings.augment), np.float32(settings.elastic), self.bumps,
-                       np.int32(len(self.bumps)), self.keys, self.next, self.now)  # fmt: skip
+        program.launch(
+            f"read_images<{str(augment).lower()}>",
+            (N, 4),
+            256,
+            self.images,
+            self.order,
+            batch,
+            x,
+            np.int32(N),
+            np.float32(settings.augment),
+            np.float32(settings.elastic),
+            self.bumps,
+            np.int32(len(self.bumps)),
+            self.keys,
+            self.next,
+            self.now,
+        )
         inputs, outputs, inverse = self.forward(program, params, x, N)
         program.join()
         features, logits = program.empty(N, F), program.empty(N, 10)
         losses, dlogits = program.empty(N), program.empty(N, 10)
-        program.launch(f"head<{C}, {self.max}>", N, 256, outputs[8], mask, params["fc9.weight"],
-                       params["fc9.bias"], features, logits, self.labels, self.order, batch, self.now,
-                       np.float32(settings.label_smoothing), losses, dlogits, np.int32(N))  # fmt: skip
-        program.launch("linear_gradient", -(-(F + 1) // 32), 256, features, dlogits, dw["fc9.weight"],
-                       np.int32(F), np.int32(N), branch=1)  # fmt: skip
+        program.launch(
+            f"head<{C}, {self.max}>",
+            N,
+            256,
+            outputs[8],
+            mask,
+            params["fc9.weight"],
+            params["fc9.bias"],
+            features,
+            logits,
+            self.labels,
+            self.order,
+            batch,
+            self.now,
+            np.float32(settings.label_smoothing),
+            losses,
+            dlogits,
+            np.int32(N),
+        )
+        program.launch(
+            "linear_gradient",
+            -(-(F + 1) // 32),
+            256,
+            features,
+            dlogits,
+            dw["fc9.weight"],
+            np.int32(F),
+            np.int32(N),
+            branch=1,
+        )
 
-        slopes = {8: program.empty(14, 14, N, C)}  # the gradient of each layer's output before its relu
-        program.launch(f"head_gradient<{C}, {self.max}>", -(-49 * N * C // 256), 256, outputs[8], mask,
-                       params["fc9.weight"], dlogits, slopes[8], np.int32(N))  # fmt: skip
+        slopes = {
+            8: program.empty(14, 14, N, C)
+        }  # the gradient of each layer's output before its relu
+        program.launch(
+            f"head_gradient<{C}, {self.max}>",
+            -(-49 * N * C // 256),
+            256,
+            outputs[8],
+            mask,
+            params["fc9.weight"],
+            dlogits,
+            slopes[8],
+            np.int32(N),
+        )
         for layer in reversed(self.layers):
             i = layer.i
-            change = self.learn(program, layer, inputs[i], slopes[i], dw, N, inverse, branch=2 + i % 3)
+            change = self.learn(
+                program, layer, inputs[i], slopes[i], dw, N, inverse, branch=2 + i % 3
+            )
             if not layer.back:
                 break
             dx = program.empty(layer.side, layer.side, N, layer.C)
             gate = NULL if i == 5 else inputs[i]  # what comes from pooling did not pass a relu
             shortcut = slopes[i + 1] if i in (3, 7) else NULL
-            program.launch(layer.back.name, layer.back.grid(N), layer.back.threads, slopes[i],
-                           params[f"conv{i}.weight"], NULL, shortcut, gate, dx, np.int32(False),
-                           np.int32(N), inverse, shared=layer.back.shared)  # fmt: skip
+            program.launch(
+                layer.back.name,
+                layer.back.grid(N),
+                layer.back.threads,
+                slopes[i],
+                params[f"conv{i}.weight"],
+                NULL,
+                shortcut,
+                gate,
+                dx,
+                np.int32(False),
+                np.int32(N),
+                inverse,
+                shared=layer.back.shared,
+            )
             change()
             slopes[i - 1] = dx
             if i == 5:
                 slopes[4] = program.empty(28, 28, N, layer.C)
                 size, NC = np.int32(dx.size), np.int32(N * layer.C)
-                program.launch(f"pool_gradient<28, {self.max}>", -(-dx.size // 256), 256, outputs[4], dx,
-                               slopes[4], size, NC)  # fmt: skip
+                program.launch(
+                    f"pool_gradient<28, {self.max}>",
+                    -(-dx.size // 256),
+                    256,
+                    outputs[4],
+                    dx,
+                    slopes[4],
+                    size,
+                    NC,
+                )
         program.join()
         optimizer = ("sgd", "adam", "muon").index(settings.optimizer)
         beta1 = settings.momentum if settings.optimizer == "sgd" else BETA1[settings.optimizer]
         ema = NULL if self.ema is None else self.ema_flat
-        program.launch(f"update<{optimizer}>", -(-self.flat.size // 256), 256, self.flat, self.gradient,
-                       self.moments, ema, self.kinds, np.int32(self.flat.size), np.float32(beta1),
-                       np.float32(settings.beta2), self.plan, losses, np.int32(N), self.losses, self.now, self.next)  # fmt: skip
+        program.launch(
+            f"update<{optimizer}>",
+            -(-self.flat.size // 256),
+            256,
+            self.flat,
+            self.gradient,
+            self.moments,
+            ema,
+            self.kinds,
+            np.int32(self.flat.size),
+            np.float32(beta1),
+            np.float32(settings.beta2),
+            self.plan,
+            losses,
+            np.int32(N),
+            self.losses,
+            self.now,
+            self.next,
+        )
 
     def learn(self, program, layer, x, dy, dw, N, inverse, branch):
         """The gradient of a layer's kernel and bias, beside the way back. Returns a function that launches
@@ -424,11 +621,30 @@ class Trainer(Network):
         a_block, blocks = gradient.split(N)
         count = blocks * gradient.groups
         parts = program.empty(count, gradient.size)
-        program.launch(gradient.name, (blocks, gradient.tiles), gradient.threads, x, dy, parts, np.int32(a_block),
-                       np.int32(N), inverse, shared=gradient.shared, branch=branch)  # fmt: skip
+        program.launch(
+            gradient.name,
+            (blocks, gradient.tiles),
+            gradient.threads,
+            x,
+            dy,
+            parts,
+            np.int32(a_block),
+            np.int32(N),
+            inverse,
+            shared=gradient.shared,
+            branch=branch,
+        )
         columns = 8 if count > 64 else 32
-        program.launch(add_parts_name(count), -(-gradient.size // columns), 256, parts, dw[name],
-                       np.int32(gradient.size), np.int32(count), branch=branch)  # fmt: skip
+        program.launch(
+            add_parts_name(count),
+            -(-gradient.size // columns),
+            256,
+            parts,
+            dw[name],
+            np.int32(gradient.size),
+            np.int32(count),
+            branch=branch,
+        )
         if self.settings.optimizer == "muon" and layer.i > 1:
             return self.orthogonal_step(program, layer, dw[name], branch)
         return lambda: None
@@ -439,16 +655,51 @@ class Trainer(Network):
         padded, strips = round_up(K, 16), -(-R // 32)
         X, parts = program.empty(32 * strips, padded), program.empty(strips, padded, padded)
         Q, scale = program.empty(padded, padded), program.empty(1)
-        program.launch(f"muon_mean<{R}, {K}>", strips, 256, dw, self.moment(0, name), self.moment(1, name),
-                       X, parts, np.float32(BETA1["muon"]), np.float32(self.settings.beta2), branch=branch)  # fmt: skip
-        each = next(n for n in range(1, 99) if padded // 8 % n == 0 and padded // 16 * (padded // 8 // n) <= 32)
-        program.launch(f"muon_rounds<{K}>", 1, padded // 16 * (padded // 8 // each) * 32, parts, np.int32(strips),
-                       Q, scale, shared=layer.muon_shared, branch=branch)  # fmt: skip
+        program.launch(
+            f"muon_mean<{R}, {K}>",
+            strips,
+            256,
+            dw,
+            self.moment(0, name),
+            self.moment(1, name),
+            X,
+            parts,
+            np.float32(BETA1["muon"]),
+            np.float32(self.settings.beta2),
+            branch=branch,
+        )
+        each = next(
+            n
+            for n in range(1, 99)
+            if padded // 8 % n == 0 and padded // 16 * (padded // 8 // n) <= 32
+        )
+        program.launch(
+            f"muon_rounds<{K}>",
+            1,
+            padded // 16 * (padded // 8 // each) * 32,
+            parts,
+            np.int32(strips),
+            Q,
+            scale,
+            shared=layer.muon_shared,
+            branch=branch,
+        )
         ema = NULL if self.ema is None else self.ema[name]
 
         def update():
-            program.launch(f"muon_update<{R}, {K}>", -(-R // 64), 128, self.params[name], ema, X, Q, scale,
-                           self.plan, self.now, branch=branch)  # fmt: skip
+            program.launch(
+                f"muon_update<{R}, {K}>",
+                -(-R // 64),
+                128,
+                self.params[name],
+                ema,
+                X,
+                Q,
+                scale,
+                self.plan,
+                self.now,
+                branch=branch,
+            )
 
         return update
 
@@ -460,8 +711,17 @@ class FastPath:
         ema = state.ema
         means = (ema, ema.flat) if ema is not None else (None, None)
         bumps = device.xp.ascontiguousarray(bumps)
-        self.trainer = Trainer(device, settings, state.params, state.params.flat, state.moments, *means,
-                               images, labels, bumps)  # fmt: skip
+        self.trainer = Trainer(
+            device,
+            settings,
+            state.params,
+            state.params.flat,
+            state.moments,
+            *means,
+            images,
+            labels,
+            bumps,
+        )
         self.begin_epoch, self.step = self.trainer.begin_epoch, self.trainer.take
         self.predict = Predictor(device, settings, state.averaged(), PREDICT_IMAGES)
 
@@ -473,7 +733,9 @@ def fast_path(settings, state, images, labels, bumps, is_resnet9):
     if not reason:
         try:
             return FastPath(device, settings, state, images, labels, bumps), ""
-        except Exception as error:  # an old CUDA, a compiler that is missing: the plain operations go on
+        except (
+            Exception
+        ) as error:  # an old CUDA, a compiler that is missing: the plain operations go on
             reason = " ".join(str(error).split())[:200] or type(error).__name__
     return None, f"plain operations: {reason}"
 
@@ -490,7 +752,9 @@ class Stream:
 
     def draw(self, name, shape):
         out = self.device.xp.empty(shape, np.float32)
-        self.device.launch(name, -(-out.size // 256), 256, out, np.int32(out.size), self.key, np.int32(self.used))
+        self.device.launch(
+            name, -(-out.size // 256), 256, out, np.int32(out.size), self.key, np.int32(self.used)
+        )
         self.used += round_up(out.size, 8)  # each draw starts with a fresh word of four
         return out
 

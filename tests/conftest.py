@@ -9,9 +9,11 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+import mnist_resnet9 as m
+from support import winograd
 
-# No deadline: a machine with two busy cores is slow now and then. In CI the examples are always the same ones.
+# No deadline: a machine with two busy cores is slow now and then. In CI the examples are always the
+# same ones.
 settings.register_profile("dev", deadline=None, max_examples=25)
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("ci" if "CI" in os.environ else "dev")
@@ -30,5 +32,5 @@ def sample():
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Calling it makes every convolution take the way that explains, until the test ends."""
-    return lambda: monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**9)
+    """Calling it makes every convolution take the plain way until the test ends."""
+    return lambda: monkeypatch.setattr(winograd, "MIN_CHANNELS", 10**9)

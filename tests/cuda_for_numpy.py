@@ -35,4 +35,6 @@ class CudaForNumpy:
 
     def launch(self, name, grid, threads, *arguments, shared=0):
         grid = (grid, 1) if isinstance(grid, int) else grid
-        self.run(self.cuda.module((name,)).get_function(name), grid, (threads, 1, 1), arguments, shared)
+        self.run(
+            self.cuda.module((name,)).get_function(name), grid, (threads, 1, 1), arguments, shared
+        )

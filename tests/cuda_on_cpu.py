@@ -41,12 +41,24 @@ class CudaOnCpu:
         lines += [f"void kernel_{i}(int x, int y, int block, void** a) {{ launch({name}, x, y, block, a); }}"
                   for i, name in enumerate(names)]  # fmt: skip
         code = "\n".join([*lines, "}"])
-        stem = hashlib.sha256((code + gpu.SOURCE.read_text() + (HERE / "cuda_on_cpu.h").read_text()).encode())
+        stem = hashlib.sha256(
+            (code + gpu.SOURCE.read_text() + (HERE / "cuda_on_cpu.h").read_text()).encode()
+        )
         library = self.folder / f"kernels_{stem.hexdigest()[:16]}.so"
         if not library.exists():
             source = library.with_suffix(".cpp")
             source.write_text(code)
-            command = [COMPILER, "-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-o", str(library), str(source)]
+            command = [
+                COMPILER,
+                "-std=c++17",
+                "-O2",
+                "-w",
+                "-shared",
+                "-fPIC",
+                "-o",
+                str(library),
+                str(source),
+            ]
             subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(library))
         return {name: getattr(loaded, f"kernel_{i}") for i, name in enumerate(names)}

@@ -60,7 +60,9 @@ def conv2d(x, w, b):
                         for j in range(size):
                             if 0 <= row + i - r < H and 0 <= col + j - r < W:
                                 for c in range(C):
-                                    y[row, col, n, k] += x[row + i - r, col + j - r, n, c] * w[i, j, c, k]
+                                    y[row, col, n, k] += (
+                                        x[row + i - r, col + j - r, n, c] * w[i, j, c, k]
+                                    )
     return y
 
 
@@ -68,7 +70,9 @@ def pool2d(x, size, of_window):
     H, W, N, C = x.shape
     y = np.zeros((H // size, W // size, N, C))
     for row, col, n, c in np.ndindex(y.shape):
-        y[row, col, n, c] = of_window(x[row * size : (row + 1) * size, col * size : (col + 1) * size, n, c])
+        y[row, col, n, c] = of_window(
+            x[row * size : (row + 1) * size, col * size : (col + 1) * size, n, c]
+        )
     return y
 
 
@@ -109,8 +113,13 @@ def logits(params, images, pool=np.max, mask=1.0):
 
     def conv(x, i):
         padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        seen = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))  # (N, H, W, C, 3, 3)
-        return np.einsum("nhwcij,ijck->nhwk", seen, params[f"conv{i}.weight"], optimize=True) + params[f"conv{i}.bias"]
+        seen = np.lib.stride_tricks.sliding_window_view(
+            padded, (3, 3), axis=(1, 2)
+        )  # (N, H, W, C, 3, 3)
+        return (
+            np.einsum("nhwcij,ijck->nhwk", seen, params[f"conv{i}.weight"], optimize=True)
+            + params[f"conv{i}.bias"]
+        )
 
     def halve(x):
         N, H, W, C = x.shape

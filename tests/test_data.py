@@ -9,10 +9,10 @@ import urllib.error
 import numpy as np
 import pytest
 
-import files
 import mnist_resnet9 as m
+from support import mnist
 
-NAMES = [file.name for file in files.FILES.values()]
+NAMES = [file.name for file in mnist.FILES.values()]
 
 
 def idx(array):
@@ -47,14 +47,20 @@ def mirrors(monkeypatch):
         answer.url = url
         return answer
 
-    monkeypatch.setattr(files.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(mnist.urllib.request, "urlopen", urlopen)
     return answers, asked
 
 
 def test_the_sample_is_real_and_balanced(sample):
     assert sample.name == "MNIST sample" and sample.notes
-    assert sample.train_images.shape == (4000, 28, 28) and sample.test_images.shape == (1000, 28, 28)
-    assert np.array_equal(np.bincount(sample.train_labels) + np.bincount(sample.test_labels), [500] * 10)
+    assert sample.train_images.shape == (4000, 28, 28) and sample.test_images.shape == (
+        1000,
+        28,
+        28,
+    )
+    assert np.array_equal(
+        np.bincount(sample.train_labels) + np.bincount(sample.test_labels), [500] * 10
+    )
 
 
 def test_another_data_set_is_named_after_its_folder_and_reported(folder):
@@ -79,11 +85,19 @@ DAMAGE = {
     "HTML": (IMAGES, lambda b: b"<html>404 not found</html>", "no idx file"),
     "wrong magic number": (IMAGES, lambda b: b"\0\0\x08\x01" + b[4:], "no idx file"),
     "wrong dimensions": (IMAGES, lambda b: b[:8] + b"\0\0\0\x1b" + b[12:], "no idx file"),
-    "absurd count": (IMAGES, lambda b: b[:4] + b"\x7f\xff\xff\xff" + b[8:], "claims to hold 2147483647"),
+    "absurd count": (
+        IMAGES,
+        lambda b: b[:4] + b"\x7f\xff\xff\xff" + b[8:],
+        "claims to hold 2147483647",
+    ),
     "negative count": (IMAGES, lambda b: b[:4] + b"\xff\xff\xff\xff" + b[8:], "claims to hold -1"),
     "label 10": (LABELS, lambda b: b[:-1] + b"\x0a", "label 10"),
     "images as labels": (LABELS, lambda b: idx(np.zeros((30, 28, 28))), "no idx file"),
-    "another number of labels": (LABELS, lambda b: idx(np.zeros(29)), "30 train images but 29 labels"),
+    "another number of labels": (
+        LABELS,
+        lambda b: idx(np.zeros(29)),
+        "30 train images but 29 labels",
+    ),
 }
 
 
@@ -99,7 +113,9 @@ def test_a_damaged_file_is_refused_by_name(folder, kind, zipped):
     assert kind == "another number of labels" or name in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"<html>not found</html>", gzip.compress(b"\0" * 10000)[:-20], b""])
+@pytest.mark.parametrize(
+    "content", [b"<html>not found</html>", gzip.compress(b"\0" * 10000)[:-20], b""]
+)
 def test_a_gz_file_that_is_no_whole_gzip_is_refused(folder, content):
     (folder / IMAGES).unlink()
     (folder / f"{IMAGES}.gz").write_bytes(content)
@@ -115,12 +131,14 @@ def test_a_gzip_bomb_is_read_no_further_than_its_header_allows(folder):
 
 
 def test_a_changed_pixel_in_known_data_is_refused(tmp_path):
-    shutil.copytree(m.HERE / "data" / "sample", tmp_path / "copy")
+    shutil.copytree(m.ROOT / "data" / "sample", tmp_path / "copy")
     path = tmp_path / "copy" / "train-images-idx3-ubyte.gz"
     content = bytearray(gzip.decompress(path.read_bytes()))
     content[5000] ^= 1
     path.write_bytes(gzip.compress(bytes(content)))
-    with pytest.raises(m.UserError, match="train-images-idx3-ubyte should have MNIST sample's contents"):
+    with pytest.raises(
+        m.UserError, match="train-images-idx3-ubyte should have MNIST sample's contents"
+    ):
         m.load_mnist(tmp_path / "copy")
 
 
@@ -133,56 +151,68 @@ def test_an_incomplete_foreign_set_is_not_completed_with_mnist(folder, mirrors):
 
 def test_without_files_and_network_the_sample_serves_and_says_so(tmp_path):
     data = m.load_mnist(tmp_path / "new")
-    assert data.name == "MNIST sample" and "NOT MNIST" in data.notes[0] and "no network" in data.notes[0]
+    assert (
+        data.name == "MNIST sample"
+        and "NOT MNIST" in data.notes[0]
+        and "no network" in data.notes[0]
+    )
     assert not any((tmp_path / "new").iterdir())
 
 
-def test_a_download_takes_the_first_mirror_that_sends_the_right_bytes(tmp_path, mirrors, monkeypatch):
-    monkeypatch.setattr(files, "FILES", {role: f._replace(mnist=f.sample) for role, f in files.FILES.items()})
+def test_a_download_takes_the_first_mirror_that_sends_the_right_bytes(
+    tmp_path, mirrors, monkeypatch
+):
+    monkeypatch.setattr(
+        mnist, "FILES", {role: f._replace(mnist=f.sample) for role, f in mnist.FILES.items()}
+    )
     answers, asked = mirrors
     for name in NAMES:
-        right = (m.HERE / "data" / "sample" / f"{name}.gz").read_bytes()
-        answers[f"{files.MIRRORS[0]}{name}.gz"] = right[: len(right) // 2]
-        answers[f"{files.MIRRORS[1]}{name}.gz"] = right
+        right = (m.ROOT / "data" / "sample" / f"{name}.gz").read_bytes()
+        answers[f"{mnist.MIRRORS[0]}{name}.gz"] = right[: len(right) // 2]
+        answers[f"{mnist.MIRRORS[1]}{name}.gz"] = right
     data = m.load_mnist(tmp_path)
     assert data.name == "MNIST" and len(asked) == 8
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{name}.gz" for name in NAMES)
 
 
 def test_wrong_bytes_from_every_mirror_never_get_the_final_name(tmp_path, mirrors):
-    for mirror in files.MIRRORS:
+    for mirror in mnist.MIRRORS:
         mirrors[0][f"{mirror}{IMAGES}.gz"] = gzip.compress(idx(np.zeros((60, 28, 28))))
     assert m.load_mnist(tmp_path).name == "MNIST sample"
     assert not any(tmp_path.iterdir())
 
 
 def test_a_mirror_that_trickles_is_given_up(tmp_path, mirrors, monkeypatch):
-    monkeypatch.setattr(files, "FILES", {role: f._replace(mnist=f.sample) for role, f in files.FILES.items()})
+    monkeypatch.setattr(
+        mnist, "FILES", {role: f._replace(mnist=f.sample) for role, f in mnist.FILES.items()}
+    )
     answers, asked = mirrors
     for name in NAMES:
-        for mirror in files.MIRRORS:
-            answers[f"{mirror}{name}.gz"] = (m.HERE / "data" / "sample" / f"{name}.gz").read_bytes()
-    monkeypatch.setattr(files.time, "monotonic", lambda: 1000.0 * len(asked))  # each question takes so long
+        for mirror in mnist.MIRRORS:
+            answers[f"{mirror}{name}.gz"] = (m.ROOT / "data" / "sample" / f"{name}.gz").read_bytes()
+    monkeypatch.setattr(
+        mnist.time, "monotonic", lambda: 1000.0 * len(asked)
+    )  # each question takes so long
     assert "not whole after 300 seconds" in m.load_mnist(tmp_path).notes[0]
     assert len(asked) == 2 and not any(tmp_path.iterdir())
 
 
 def test_two_programs_that_download_at_once_both_get_the_file(tmp_path, mirrors, monkeypatch):
-    file = files.FILES["test_labels"]._replace(mnist=files.FILES["test_labels"].sample)
-    right = (m.HERE / "data" / "sample" / f"{file.name}.gz").read_bytes()
-    mirrors[0][f"{files.MIRRORS[0]}{file.name}.gz"] = right
-    read_idx, seen = files.read_idx, []
+    file = mnist.FILES["test_labels"]._replace(mnist=mnist.FILES["test_labels"].sample)
+    right = (m.ROOT / "data" / "sample" / f"{file.name}.gz").read_bytes()
+    mirrors[0][f"{mnist.MIRRORS[0]}{file.name}.gz"] = right
+    read_idx, seen = mnist.read_verified, []
 
     def other_program_first(path, images):
         """Another program downloads the same file, from start to end, while ours lies unchecked beside it."""
-        monkeypatch.setattr(files, "read_idx", read_idx)
-        monkeypatch.setattr(files.os, "getpid", lambda: 10**6)
-        files.download(file, tmp_path)
+        monkeypatch.setattr(mnist, "read_verified", read_idx)
+        monkeypatch.setattr(mnist.os, "getpid", lambda: 10**6)
+        mnist.download(file, tmp_path)
         seen.extend(sorted(p.name for p in tmp_path.iterdir()))
         return read_idx(path, images)
 
-    monkeypatch.setattr(files, "read_idx", other_program_first)
-    files.download(file, tmp_path)
+    monkeypatch.setattr(mnist, "read_verified", other_program_first)
+    mnist.download(file, tmp_path)
     assert len(seen) == 2 and f"{file.name}.gz" in seen  # the other's whole file, and our part
     assert [p.name for p in tmp_path.iterdir()] == [f"{file.name}.gz"]
     assert (tmp_path / f"{file.name}.gz").read_bytes() == right

@@ -1,6 +1,7 @@
 """The GPU: which functions CuPy has, what is said, what is read back, and that both devices compute the same.
 
-A machine without a GPU computes the same on arrays of NumPy that refuse what CuPy's refuse; CuPy's own cases are skipped.
+A machine without a GPU computes the same on arrays of NumPy that refuse what CuPy's refuse; CuPy's
+own cases are skipped.
 """
 
 import ast
@@ -15,16 +16,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import files
 import mnist_resnet9 as m
-from support import gpu
+from support import gpu, run_folder
 
 
 def xp_names():
     """'xp.zeros', 'xp.random.Generator', … as the script has them."""
-    tree = ast.parse((m.HERE / "mnist_resnet9.py").read_text(encoding="utf-8"))
+    tree = ast.parse((m.ROOT / "mnist_resnet9.py").read_text(encoding="utf-8"))
     names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return sorted(name for name in names if name.startswith("xp.") and name.replace(".", "").isidentifier())
+    return sorted(
+        name for name in names if name.startswith("xp.") and name.replace(".", "").isidentifier()
+    )
 
 
 def test_cupy_has_every_function_that_the_script_calls():
@@ -39,11 +41,19 @@ def test_cupy_has_every_function_that_the_script_calls():
 
 def test_cupy_takes_every_keyword_that_the_script_gives():
     cupy = pytest.importorskip("cupy")
-    tree = ast.parse((m.HERE / "mnist_resnet9.py").read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    tree = ast.parse((m.ROOT / "mnist_resnet9.py").read_text(encoding="utf-8"))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
     checked = 0
     for call in calls:
-        owner, name, keywords = ast.unparse(call.func.value), call.func.attr, {k.arg for k in call.keywords if k.arg}
+        owner, name, keywords = (
+            ast.unparse(call.func.value),
+            call.func.attr,
+            {k.arg for k in call.keywords if k.arg},
+        )
         if owner == "xp" and isinstance(getattr(cupy, name), type(lambda: 0)):
             function = getattr(cupy, name)
             parameters = inspect.signature(function).parameters
@@ -69,23 +79,30 @@ def fails(*_, **__):
 NO_GPU = {
     "cupy": None,  # not installed
     "finds no CUDA device": SimpleNamespace(is_available=lambda: False),
-    "NO_DEVICE: no kernel could be compiled": SimpleNamespace(is_available=lambda: True, arange=fails, float32=np.float32),
+    "NO_DEVICE: no kernel could be compiled": SimpleNamespace(
+        is_available=lambda: True, arange=fails, float32=np.float32
+    ),
 }
 
 
 @pytest.mark.parametrize("reason", NO_GPU)
-def test_without_a_gpu_device_gpu_fails_in_a_line_and_auto_takes_the_cpu(reason, monkeypatch, capsys, tmp_path):
+def test_without_a_gpu_device_gpu_fails_in_a_line_and_auto_takes_the_cpu(
+    reason, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setitem(sys.modules, "cupy", NO_GPU[reason])
     assert m.main(["--device", "gpu", "--save-dir", str(tmp_path / "save")]) == 2
     out, err = capsys.readouterr()
-    assert "device gpu cannot be used: " in err and reason in err and err.count("\n") == 1 and not out
+    assert (
+        "device gpu cannot be used: " in err and reason in err and err.count("\n") == 1 and not out
+    )
     assert not (tmp_path / "save").exists()
     said = m.use_device("auto")
     assert said.startswith("CPU (no GPU: ") and reason in said and "\n" not in said and m.xp is np
     assert m.use_device("cpu") == "CPU"
 
 
-# A device that is made of NumPy: its arrays take part in nothing but their own module's functions, as CuPy's do.
+# A device that is made of NumPy: its arrays take part in nothing but their own module's functions,
+# as CuPy's do.
 
 
 def on_host(value):
@@ -107,7 +124,9 @@ def lift(function):
     """The function on arrays of the device."""
 
     def lifted(*args, **named):
-        return on_device(function(*on_host(args), **{name: on_host(value) for name, value in named.items()}))
+        return on_device(
+            function(*on_host(args), **{name: on_host(value) for name, value in named.items()})
+        )
 
     return lifted
 
@@ -169,7 +188,9 @@ class Module:
 
 def pretended_stream(_, key):
     stream = np.random.Generator(np.random.Philox(key=int(key)))
-    return SimpleNamespace(**{name: lift(getattr(stream, name)) for name in ("random", "standard_normal")})
+    return SimpleNamespace(
+        **{name: lift(getattr(stream, name)) for name in ("random", "standard_normal")}
+    )
 
 
 @pytest.fixture
@@ -204,15 +225,21 @@ OPERATIONS = {
     "linear": (m.linear, m.linear_backward, [(7, 5), (5, 3), (3,)]),
     "avg_pool2d": (m.avg_pool2d, m.avg_pool2d_backward, [(5, 4, 3, 2)]),
     "max_pool2d": (m.max_pool2d, m.max_pool2d_backward, [(5, 4, 3, 2)]),
-    "plain": (m.conv2d_plain, m.conv2d_plain_backward, [(6, 5, 3, 2), (5, 5, 2, 4), (4,)]),
-    "winograd": (m.conv2d_winograd, m.conv2d_winograd_backward, [(28, 9, 3, 16), (3, 3, 16, 5), (5,)]),
-    "winograd, a tile": (m.conv2d_winograd, m.conv2d_winograd_backward, [(3, 5, 1, 16), (3, 3, 16, 16), (16,)]),
-    "residual_block": (m.residual_block, m.residual_block_backward, [(7, 7, 2, 16), *[(3, 3, 16, 16), (16,)] * 2]),
+    "conv2d, 5×5": (m.conv2d, m.conv2d_backward, [(6, 5, 3, 2), (5, 5, 2, 4), (4,)]),
+    "conv2d": (m.conv2d, m.conv2d_backward, [(28, 9, 3, 16), (3, 3, 16, 5), (5,)]),
+    "conv2d, small": (m.conv2d, m.conv2d_backward, [(3, 5, 1, 16), (3, 3, 16, 16), (16,)]),
+    "residual_block": (
+        m.residual_block,
+        m.residual_block_backward,
+        [(7, 7, 2, 16), *[(3, 3, 16, 16), (16,)] * 2],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_computes_on_the_device_what_it_does_on_the_cpu(name, any_device, rng, monkeypatch):
+def test_an_operation_computes_on_the_device_what_it_does_on_the_cpu(
+    name, any_device, rng, monkeypatch
+):
     forward, backward, shapes = OPERATIONS[name]
     inputs = [rng.standard_normal(shape) for shape in shapes]
     y, cache = forward(*map(any_device.asarray, inputs))
@@ -222,14 +249,19 @@ def test_an_operation_computes_on_the_device_what_it_does_on_the_cpu(name, any_d
     expected, cache = forward(*inputs)
     np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-11)
     expected = backward(dy, cache)
-    for one, other in zip(*(d if isinstance(d, tuple) else (d,) for d in (gradients, expected)), strict=True):
+    for one, other in zip(
+        *(d if isinstance(d, tuple) else (d,) for d in (gradients, expected)), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_losses_compute_on_the_device_what_they_do_on_the_cpu(any_device, rng, monkeypatch):
     logits, labels = rng.standard_normal((7, 10)), rng.integers(0, 10, 7).astype(np.uint8)
     probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    pairs = [(m.cross_entropy, m.cross_entropy_backward, probs), (m.cross_entropy_loss, m.cross_entropy_loss_backward, logits)]
+    pairs = [
+        (m.cross_entropy, m.cross_entropy_backward, probs),
+        (m.cross_entropy_loss, m.cross_entropy_loss_backward, logits),
+    ]
     found = []
     for forward, backward, x in pairs:
         loss, cache = forward(any_device.asarray(x), any_device.asarray(labels))
@@ -245,7 +277,10 @@ def test_losses_compute_on_the_device_what_they_do_on_the_cpu(any_device, rng, m
 def test_the_device_agrees_with_the_cpu_in_float32(pool, any_device, sample, monkeypatch):
     settings = m.Settings(pool=pool)
     images, labels = sample.train_images[:40], sample.train_labels[:40]
-    params, on_device = m.init_params(settings), (any_device.asarray(images), any_device.asarray(labels))
+    params, on_device = (
+        m.init_params(settings),
+        (any_device.asarray(images), any_device.asarray(labels)),
+    )
     logits = host(m.predict(params, on_device[0], settings))
     loss, gradients = m.loss_and_gradients(params, *on_device, settings)
     loss, gradients = float(loss), {name: host(a) for name, a in gradients.items()}
@@ -254,7 +289,8 @@ def test_the_device_agrees_with_the_cpu_in_float32(pool, any_device, sample, mon
     assert np.abs(logits - m.predict(params, images, settings)).max() < 1e-4
     expected_loss, expected = m.loss_and_gradients(params, images, labels, settings)
     assert loss == pytest.approx(float(expected_loss), rel=1e-5)
-    # Over the whole gradient: where rounding moves a value across relu's kink, the small ones of early layers jump.
+    # Over the whole gradient: where rounding moves a value across relu's kink, the small ones of
+    # early layers jump.
     difference = m.Parameters({name: gradients[name] - expected[name] for name in expected}).flat
     assert np.linalg.norm(difference) < 1e-3 * np.linalg.norm(expected.flat)
 
@@ -262,13 +298,26 @@ def test_the_device_agrees_with_the_cpu_in_float32(pool, any_device, sample, mon
 def test_random_numbers_of_the_device_are_a_function_of_the_stream(any_device, sample):
     """A batch is one shard, whatever its size, and dropout and augmentation draw from its generator what they should."""
     assert m.shards_of(1000, 16) == [(0, slice(0, 1000))]
-    streams = [m.device_stream(m.random_stream(0, m.STEP, 1, step).integers(2**63)) for step in (3, 3, 4)]
-    masks = [host(m.dropout(m.xp.ones((50, 400), np.float32), 0.75, stream)[1]) for stream in streams]
+    streams = [
+        m.device_stream(m.random_stream(0, m.STEP, 1, step).integers(2**63)) for step in (3, 3, 4)
+    ]
+    masks = [
+        host(m.dropout(m.xp.ones((50, 400), np.float32), 0.75, stream)[1]) for stream in streams
+    ]
     assert np.array_equal(masks[0], masks[1]) and not np.array_equal(masks[0], masks[2])
-    assert masks[0].dtype == np.float32 and set(np.unique(masks[0])) == {0, 4} and abs(masks[0].mean() - 1) < 0.05
+    assert (
+        masks[0].dtype == np.float32
+        and set(np.unique(masks[0])) == {0, 4}
+        and abs(masks[0].mean() - 1) < 0.05
+    )
     images = any_device.asarray(sample.train_images[:20])
     found = host(m.augment(images, 1.0, streams[0], elastic=1.0))
-    assert found.shape == (20, 28, 28) and found.dtype == np.float32 and 0 <= found.min() and found.max() <= 255
+    assert (
+        found.shape == (20, 28, 28)
+        and found.dtype == np.float32
+        and 0 <= found.min()
+        and found.max() <= 255
+    )
     assert 0.8 < found.mean() / sample.train_images[:20].mean() < 1.2
 
 
@@ -280,7 +329,11 @@ def test_evaluation_takes_part_after_part_and_finds_the_same(sample, monkeypatch
     monkeypatch.setattr(m, "predict", lambda *a: (sizes.append(len(a[1])), predict(*a))[1])
     monkeypatch.setattr(m, "PREDICT_IMAGES", 128)
     loss, accuracy, probs = m.evaluate(params, images, labels, settings)
-    assert sizes == [128, 128, 44] and (loss, accuracy) == whole[:2] and np.array_equal(probs, whole[2])
+    assert (
+        sizes == [128, 128, 44]
+        and (loss, accuracy) == whole[:2]
+        and np.array_equal(probs, whole[2])
+    )
 
 
 EVERYTHING = [
@@ -294,12 +347,17 @@ EVERYTHING = [
 def test_a_training_step_reads_nothing_back_and_sends_nothing(given, device, sample, monkeypatch):
     settings = m.Settings(dropout=0.5, **given)
     state = m.init_state(settings)
-    images, labels = device.asarray(sample.train_images[:20]), device.asarray(sample.train_labels[:20])
+    images, labels = (
+        device.asarray(sample.train_images[:20]),
+        device.asarray(sample.train_labels[:20]),
+    )
     before = state.params.flat.a.copy()
     monkeypatch.setattr(Array, "readable", False)
     for step in range(2):
         uploads = device.uploads
-        loss, gradients = m.loss_and_gradients(state.params, images, labels, settings, m.random_stream(0, m.STEP, 1, step))
+        loss, gradients = m.loss_and_gradients(
+            state.params, images, labels, settings, m.random_stream(0, m.STEP, 1, step)
+        )
         m.update(state, gradients, settings, 1e-3)
     assert device.uploads == uploads  # the first step sends the constant matrices
     for a in (loss, gradients.flat, state.params.flat, state.moments):
@@ -311,17 +369,26 @@ def test_a_training_step_reads_nothing_back_and_sends_nothing(given, device, sam
 
 def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, monkeypatch):
     """Data loading, evaluation, checkpoints and continuing: what enters and leaves is converted where it should be."""
-    small = replace(sample, test_images=sample.test_images[:100], test_labels=sample.test_labels[:100])
+    small = replace(
+        sample, test_images=sample.test_images[:100], test_labels=sample.test_labels[:100]
+    )
     monkeypatch.setattr(m, "load_mnist", lambda _: small)
-    given = dict(save_dir=str(tmp_path), train_images=64, batch_size=32, dropout=0.0, channels=(4, 8, 8, 8), ema=0.9)
+    given = dict(
+        save_dir=str(tmp_path),
+        train_images=64,
+        batch_size=32,
+        dropout=0.0,
+        channels=(4, 8, 8, 8),
+        ema=0.9,
+    )
 
     uploads = []
 
-    def step(run, images, labels, rng, rate):
+    def step(run, batch, rng, rate):
         uploads.append(device.uploads)
         with monkeypatch.context() as c:
             c.setattr(Array, "readable", False)
-            return m.Run.step(run, images, labels, rng, rate)
+            return m.Run.step(run, batch, rng, rate)
 
     class DeviceRun(m.Run):
         use_device = staticmethod(lambda _: "a pretended GPU")
@@ -333,7 +400,10 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     assert len(uploads) == 4 and uploads[2] == uploads[3]  # within an epoch nothing is sent
     monkeypatch.setattr(m, "xp", np)
     assert m.run(m.Settings(tag="cpu", epochs_max=2, device="cpu", **given)) == 0
-    one, two = (np.array(files.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("device", "cpu"))
+    one, two = (
+        np.array(run_folder.read_metrics(tmp_path / tag / "metrics.csv"))
+        for tag in ("device", "cpu")
+    )
     np.testing.assert_allclose(one[:, :3], two[:, :3], rtol=1e-4)
     log = (tmp_path / "device" / "log.txt").read_text()
     assert "a pretended GPU (plain operations: a pretended GPU); files" in log
@@ -343,35 +413,87 @@ def test_launches_of_a_training_step(device, sample, monkeypatch, capsys):
     """Each function of the array module is a launch or more on a GPU; a reshape of what does not lie in
     one piece is a copy. These are the plain operations, without the fast path."""
     launches, layer = Counter(), ["images"]
-    free = {"reshape", "transpose", "swapaxes", "ravel", "as_strided", "broadcast_to", "__getitem__", "asarray"}
+    free = {
+        "reshape",
+        "transpose",
+        "swapaxes",
+        "ravel",
+        "as_strided",
+        "broadcast_to",
+        "__getitem__",
+        "asarray",
+    }
 
     def counted(name, function):
         def call(*args, **named):
             result = function(*args, **named)
-            copies = name in ("reshape", "ravel") and isinstance(result, Array) and result.a.base is None
+            copies = (
+                name in ("reshape", "ravel") and isinstance(result, Array) and result.a.base is None
+            )
             launches[layer[0]] += name not in free or copies
             return result
 
         return call
 
-    monkeypatch.setattr(Array, "__getattr__", lambda self, name: on_device(getattr(self.a, name)) if not callable(
-        getattr(self.a, name)) else counted(name, lift(getattr(self.a, name))))  # fmt: skip
-    for name in [n for n in vars(Array) if n.startswith("__") and callable(getattr(Array, n)) and n not in (
-        "__init__", "__getattr__", "__len__", "__getattribute__", "__class__", "__repr__", "__new__")]:  # fmt: skip
+    monkeypatch.setattr(
+        Array,
+        "__getattr__",
+        lambda self, name: (
+            on_device(getattr(self.a, name))
+            if not callable(getattr(self.a, name))
+            else counted(name, lift(getattr(self.a, name)))
+        ),
+    )
+    for name in [
+        n
+        for n in vars(Array)
+        if n.startswith("__")
+        and callable(getattr(Array, n))
+        and n
+        not in (
+            "__init__",
+            "__getattr__",
+            "__len__",
+            "__getattribute__",
+            "__class__",
+            "__repr__",
+            "__new__",
+        )
+    ]:
         monkeypatch.setattr(Array, name, counted(name, getattr(Array, name)))
     plain = Module.__getattr__
-    monkeypatch.setattr(Module, "__getattr__", lambda self, name: counted(name, found) if callable(
-        found := plain(self, name)) and not isinstance(found, (type, Module)) else found)  # fmt: skip
-    for name in ("conv_block", "residual_block", "linear", "cross_entropy_loss", "dropout", "update", "max_pool2d"):
+    monkeypatch.setattr(
+        Module,
+        "__getattr__",
+        lambda self, name: (
+            counted(name, found)
+            if callable(found := plain(self, name)) and not isinstance(found, (type, Module))
+            else found
+        ),
+    )
+    for name in (
+        "conv_block",
+        "residual_block",
+        "linear",
+        "cross_entropy_loss",
+        "dropout",
+        "update",
+        "max_pool2d",
+    ):
         for function in (name, f"{name}_backward"):
             if hasattr(m, function):
                 monkeypatch.setattr(m, function, named_layer(getattr(m, function), function, layer))
     monkeypatch.setitem(m.POOLS, "max", (m.max_pool2d, m.max_pool2d_backward))
     settings = m.Settings()
     state = m.init_state(settings)
-    images, labels = device.asarray(sample.train_images[:4]), device.asarray(sample.train_labels[:4])
+    images, labels = (
+        device.asarray(sample.train_images[:4]),
+        device.asarray(sample.train_labels[:4]),
+    )
     launches.clear()
-    _, gradients = m.loss_and_gradients(state.params, images, labels, settings, m.random_stream(0, m.STEP, 1, 0))
+    _, gradients = m.loss_and_gradients(
+        state.params, images, labels, settings, m.random_stream(0, m.STEP, 1, 0)
+    )
     m.update(state, gradients, settings, 1e-3)
     with capsys.disabled():
         print("\nlaunches of the plain operations:", sum(launches.values()), dict(launches))
@@ -392,21 +514,28 @@ def named_layer(function, name, layer):
 def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
     """benchmarks/gpu_step_time.py on the CPU: without dropout, whose masks differ, the losses are the same."""
     pytest.importorskip("torch").set_num_threads(1)
-    monkeypatch.syspath_prepend(str(m.HERE / "benchmarks"))
+    monkeypatch.syspath_prepend(str(m.ROOT / "benchmarks"))
     import gpu_step_time as g
 
-    settings = m.Settings(batch_size=20, dropout=0.0, channels=(4, 8, 8, 8), learning_rate=1e-3, device="cpu")
+    settings = m.Settings(
+        batch_size=20, dropout=0.0, channels=(4, 8, 8, 8), learning_rate=1e-3, device="cpu"
+    )
     ours, theirs = g.our_step(m, sample, settings), g.torch_step(m, sample, settings, "cpu")
     losses = np.array([(float(ours()), float(theirs())) for _ in range(4)])
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=2e-3)
     assert len(np.unique(losses[:, 0])) == 4
-    assert set(g.seconds_a_step({"ours": ours, "theirs": theirs}, 1, lambda: None)) == {"ours", "theirs"}
+    assert set(g.seconds_a_step({"ours": ours, "theirs": theirs}, 1, lambda: None)) == {
+        "ours",
+        "theirs",
+    }
 
 
 def test_the_gpu_command_needs_a_gpu_and_says_so_in_a_line():
     cupy = pytest.importorskip("cupy")
     if cupy.is_available():
         pytest.skip("there is a GPU")
-    result = subprocess.run(["bash", m.HERE / "benchmarks" / "gpu.sh"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        ["bash", m.ROOT / "benchmarks" / "gpu.sh"], capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 2 and not result.stdout
     assert "device gpu cannot be used: " in result.stderr and result.stderr.count("\n") == 1

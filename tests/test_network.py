@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import mnist_resnet9 as m
+from support import winograd
 
 SMALL = m.Settings(channels=(2, 3, 3, 4), dropout=0.5, threads=1)
 
@@ -19,8 +20,11 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-# Not max with few channels: where all of them are dead, neighbours tie, and a tie's gradient is defined, not derived.
-@pytest.mark.parametrize("pool, channels", [("avg", (2, 3, 3, 4)), ("avg", (2, 16, 16, 16)), ("max", (2, 16, 16, 16))])
+# Not max with few channels: where all of them are dead, neighbours tie, and a tie's gradient is
+# defined, not derived.
+@pytest.mark.parametrize(
+    "pool, channels", [("avg", (2, 3, 3, 4)), ("avg", (2, 16, 16, 16)), ("max", (2, 16, 16, 16))]
+)
 def test_gradient_agrees_with_central_differences(rng, pool, channels):
     settings = m.Settings(channels=channels, pool=pool, dropout=0.5, threads=1)
     images, labels = noise(rng, 3)
@@ -39,7 +43,9 @@ def test_gradient_agrees_with_central_differences(rng, pool, channels):
         params[name] -= 2 * step
         below = loss_and_gradients()[0]
         params[name] += step
-        assert (above - below) / 2 == pytest.approx((gradients[name] * step).sum(), rel=1e-4, abs=1e-11), name
+        assert (above - below) / 2 == pytest.approx(
+            (gradients[name] * step).sum(), rel=1e-4, abs=1e-11
+        ), name
 
 
 @pytest.mark.parametrize("N", [1, 15, 17, 33])
@@ -47,21 +53,31 @@ def test_gradient_is_the_mean_of_the_images_gradients(rng, N):
     images, labels = noise(rng, N)
     params = m.init_params(SMALL, np.float64)
     loss, gradients = m.loss_and_gradients(params, images, labels, SMALL)
-    each = [m.loss_and_gradients(params, images[i : i + 1], labels[i : i + 1], SMALL) for i in range(N)]
+    each = [
+        m.loss_and_gradients(params, images[i : i + 1], labels[i : i + 1], SMALL) for i in range(N)
+    ]
     assert loss == pytest.approx(np.mean([one for one, _ in each]))
-    np.testing.assert_allclose(gradients.flat, np.mean([one.flat for _, one in each], axis=0), rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(
+        gradients.flat, np.mean([one.flat for _, one in each], axis=0), rtol=1e-9, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("images_of", ["noise", "digits"])
 def test_fast_path_agrees_with_the_plain_one(rng, sample, monkeypatch, images_of):
     settings = m.Settings(threads=1)
-    images, labels = noise(rng, 16) if images_of == "noise" else (sample.train_images[:16], sample.train_labels[:16])
+    images, labels = (
+        noise(rng, 16)
+        if images_of == "noise"
+        else (sample.train_images[:16], sample.train_labels[:16])
+    )
 
     def gradients(dtype):
-        return m.loss_and_gradients(m.init_params(settings, dtype), images, labels, settings)[1].flat
+        return m.loss_and_gradients(m.init_params(settings, dtype), images, labels, settings)[
+            1
+        ].flat
 
     fast, fast32 = gradients(np.float64), gradients(np.float32)
-    monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**6)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 10**6)
     plain = gradients(np.float64)
     assert relative(fast, plain) < 1e-10
     assert relative(fast32, plain) < 1e-3
@@ -86,7 +102,7 @@ def test_fast_and_plain_path_share_ten_steps(rng, monkeypatch, dtype, tolerance)
         return np.array(out)
 
     fast = losses()
-    monkeypatch.setattr(m, "WINOGRAD_MIN_CHANNELS", 10**6)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 10**6)
     np.testing.assert_allclose(fast, losses(), rtol=tolerance)
 
 
@@ -96,7 +112,9 @@ def test_number_of_cores_changes_no_bit(sample):
         m.use_cores(cores)
         params = m.init_params(settings)
         rng = m.random_stream(3, m.STEP, 1, 2)
-        loss, gradients = m.loss_and_gradients(params, sample.train_images[:40], sample.train_labels[:40], settings, rng)
+        loss, gradients = m.loss_and_gradients(
+            params, sample.train_images[:40], sample.train_labels[:40], settings, rng
+        )
         results.append((loss, gradients.flat, m.predict(params, sample.test_images[:40], settings)))
     for one, two, three in zip(*results):
         assert np.array_equal(one, two) and np.array_equal(one, three)
@@ -105,10 +123,14 @@ def test_number_of_cores_changes_no_bit(sample):
 def test_without_rng_there_is_no_dropout_and_no_augmentation(rng):
     images, labels = noise(rng, 5)
     params = m.init_params(SMALL, np.float64)
-    plain = m.loss_and_gradients(params, images, labels, m.Settings(channels=(2, 3, 3, 4), dropout=0.0))[1]
+    plain = m.loss_and_gradients(
+        params, images, labels, m.Settings(channels=(2, 3, 3, 4), dropout=0.0)
+    )[1]
     noisy = m.Settings(channels=(2, 3, 3, 4), dropout=0.9, augment=1.0)
     assert np.array_equal(m.loss_and_gradients(params, images, labels, noisy)[1].flat, plain.flat)
-    assert not np.allclose(m.loss_and_gradients(params, images, labels, noisy, rng)[1].flat, plain.flat)
+    assert not np.allclose(
+        m.loss_and_gradients(params, images, labels, noisy, rng)[1].flat, plain.flat
+    )
 
 
 def test_a_plain_dict_of_parameters_serves(rng):
@@ -133,7 +155,9 @@ def test_initialisation(sample):
     assert params["conv7.weight"].std() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
     assert np.array_equal(params.flat, m.init_params(m.Settings()).flat)
     assert not np.array_equal(params.flat, m.init_params(m.Settings(seed=1)).flat)
-    loss, _, _ = m.evaluate(params, sample.test_images[:200], sample.test_labels[:200], m.Settings())
+    loss, _, _ = m.evaluate(
+        params, sample.test_images[:200], sample.test_labels[:200], m.Settings()
+    )
     assert loss == pytest.approx(math.log(10), abs=0.5)
 
 
@@ -158,22 +182,30 @@ def test_orthogonal_agrees_with_a_singular_value_decomposition(rng, shape):
     x = rng.standard_normal(shape)
     x *= np.geomspace(0.1, 1, shape[1])  # directions of unlike strength
     y = m.orthogonal(x)
-    np.testing.assert_allclose(y, polar(x), atol=1e-5)  # the 1e-7 that keeps 0 / 0 away is seen in the last digits
+    np.testing.assert_allclose(
+        y, polar(x), atol=1e-5
+    )  # the 1e-7 that keeps 0 / 0 away is seen in the last digits
     S = np.linalg.svd(y, compute_uv=False)
     assert 0.68 < S.min() and S.max() < 1.14
     np.testing.assert_allclose(m.orthogonal(1000 * x), y, atol=1e-5)  # only directions count
     assert not m.orthogonal(np.zeros(shape, np.float32)).any()
 
 
-@pytest.mark.parametrize("optimizer, beta2", [("sgd", 0.999), ("adam", 0.999), ("adam", 0.9), ("muon", 0.9)])
+@pytest.mark.parametrize(
+    "optimizer, beta2", [("sgd", 0.999), ("adam", 0.999), ("adam", 0.9), ("muon", 0.9)]
+)
 def test_optimizers_agree_with_their_formulas(rng, optimizer, beta2):
-    settings = m.Settings(channels=(2, 3, 3, 4), optimizer=optimizer, beta2=beta2, weight_decay=0.1, ema=0.9)
+    settings = m.Settings(
+        channels=(2, 3, 3, 4), optimizer=optimizer, beta2=beta2, weight_decay=0.1, ema=0.9
+    )
     state = m.init_state(settings)
     beta1 = 0.95 if optimizer == "muon" else 0.9
     w = {name: a.astype(float) for name, a in state.params.items()}
     ema, first, second = dict(w), dict.fromkeys(w, 0.0), dict.fromkeys(w, 0.0)
     for t in range(1, 6):
-        gradients = m.Parameters({name: rng.standard_normal(a.shape).astype(np.float32) for name, a in w.items()})
+        gradients = m.Parameters(
+            {name: rng.standard_normal(a.shape).astype(np.float32) for name, a in w.items()}
+        )
         m.update(state, gradients, settings, 0.01)
         for name, g in gradients.items():
             if name.endswith("weight"):
@@ -186,7 +218,12 @@ def test_optimizers_agree_with_their_formulas(rng, optimizer, beta2):
                 second[name] = beta2 * second[name] + (1 - beta2) * g**2
                 m_hat, v_hat = first[name] / (1 - beta1**t), second[name] / (1 - beta2**t)
                 step = m_hat / (np.sqrt(v_hat) + 1e-8)
-                if optimizer == "muon" and name.startswith("conv") and name.endswith("weight") and name != "conv1.weight":
+                if (
+                    optimizer == "muon"
+                    and name.startswith("conv")
+                    and name.endswith("weight")
+                    and name != "conv1.weight"
+                ):
                     x = (beta1 * first[name] + (1 - beta1) * g).reshape(-1, g.shape[3])
                     step = 0.2 * np.sqrt(max(x.shape)) * polar(x).reshape(g.shape)
                 w[name] = w[name] - 0.01 * step
@@ -200,7 +237,10 @@ def test_optimizers_agree_with_their_formulas(rng, optimizer, beta2):
 
 @pytest.mark.parametrize("warm_up", [0, 0.1, 0.3])
 def test_one_cycle_rises_to_the_peak_and_falls_to_zero(warm_up):
-    settings, peak = m.Settings(schedule="one_cycle", learning_rate=0.002, warm_up=warm_up), round(1000 * warm_up)
+    settings, peak = (
+        m.Settings(schedule="one_cycle", learning_rate=0.002, warm_up=warm_up),
+        round(1000 * warm_up),
+    )
     rates = [m.learning_rate(step, 1000, settings) for step in range(1000)]
     assert max(rates) == pytest.approx(0.002, rel=0.01) and abs(np.argmax(rates) - peak) <= 1
     assert (np.diff(rates[:peak]) > 0).all() and (np.diff(rates[peak + 1 :]) < 0).all()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from reference import central_differences, error
 
 import mnist_resnet9 as m
+from support import winograd
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -56,12 +57,42 @@ class Case:
 
 
 def layer(conv, backward, k, rng, dtype, H=5, W=4, N=2, C=2, K=3):
-    return Case(conv, backward, normal(rng, (H, W, N, C), dtype), normal(rng, (k, k, C, K), dtype), normal(rng, K, dtype))
+    return Case(
+        conv,
+        backward,
+        normal(rng, (H, W, N, C), dtype),
+        normal(rng, (k, k, C, K), dtype),
+        normal(rng, K, dtype),
+    )
 
 
-def residual(rng, dtype):
-    w1, b1, w2, b2 = (normal(rng, shape, dtype) for shape in ((3, 3, 3, 2), 2, (3, 3, 2, 3), 3))
-    return Case(m.residual_block, m.residual_block_backward, normal(rng, (5, 4, 2, 3), dtype), w1, b1, w2, b2)
+def plain_conv2d(x, w, b):
+    """m.conv2d, which never takes the fast path, whatever the kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "MIN_CHANNELS", 10**9)
+        y, cache = m.conv2d(x, w, b)
+    assert not isinstance(cache, winograd.Cache)
+    return y, cache
+
+
+def residual(C, K):
+    """A residual block: with 3 and 2 channels its convolutions take the plain way, with 4 the fast one."""
+
+    def case(rng, dtype):
+        shapes = (3, 3, C, K), K, (3, 3, K, C), C
+        w1, b1, w2, b2 = (normal(rng, shape, dtype) for shape in shapes)
+        assert winograd.is_faster(w1) == winograd.is_faster(w2) == (C == 4)
+        return Case(
+            m.residual_block,
+            m.residual_block_backward,
+            normal(rng, (5, 4, 2, C), dtype),
+            w1,
+            b1,
+            w2,
+            b2,
+        )
+
+    return case
 
 
 def after_softmax(rng, dtype):
@@ -74,13 +105,19 @@ def fused(smoothing):
     def case(rng, dtype):
         labels = rng.integers(10, size=6)
         logits = normal(rng, (6, 10), dtype)
-        return Case(lambda x: m.cross_entropy_loss(x, labels, smoothing), m.cross_entropy_loss_backward, logits)
+        return Case(
+            lambda x: m.cross_entropy_loss(x, labels, smoothing),
+            m.cross_entropy_loss_backward,
+            logits,
+        )
 
     return case
 
 
 def pooling(pool, backward, size):
-    return lambda rng, dtype: Case(lambda x: pool(x, size), backward, spread(rng, (7, 6, 2, 3), dtype))
+    return lambda rng, dtype: Case(
+        lambda x: pool(x, size), backward, spread(rng, (7, 6, 2, 3), dtype)
+    )
 
 
 # Every operation once, at an ordinary size; for these all general promises are checked below.
@@ -91,10 +128,16 @@ CASES = {
     "cross_entropy_loss": fused(smoothing=0),
     "cross_entropy_loss, smoothed": fused(smoothing=0.2),
     "dropout": lambda rng, dtype: Case(
-        lambda x: m.dropout(x, 0.4, np.random.default_rng(3)), m.dropout_backward, normal(rng, (6, 20), dtype)
+        lambda x: m.dropout(x, 0.4, np.random.default_rng(3)),
+        m.dropout_backward,
+        normal(rng, (6, 20), dtype),
     ),
     "linear": lambda rng, dtype: Case(
-        m.linear, m.linear_backward, normal(rng, (4, 6), dtype), normal(rng, (6, 5), dtype), normal(rng, 5, dtype)
+        m.linear,
+        m.linear_backward,
+        normal(rng, (4, 6), dtype),
+        normal(rng, (6, 5), dtype),
+        normal(rng, 5, dtype),
     ),
     "avg_pool2d": pooling(m.avg_pool2d, m.avg_pool2d_backward, 2),
     "avg_pool2d of 3": pooling(m.avg_pool2d, m.avg_pool2d_backward, 3),
@@ -102,12 +145,22 @@ CASES = {
     "max_pool2d of 3": pooling(m.max_pool2d, m.max_pool2d_backward, 3),
     "conv2d of 1": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 1, rng, dtype),
     "conv2d of 3": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 3, rng, dtype),
-    "conv2d of 3, 16 channels": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 3, rng, dtype, C=16),
+    "conv2d of 3, 16 channels": lambda rng, dtype: layer(
+        m.conv2d, m.conv2d_backward, 3, rng, dtype, C=16
+    ),
     "conv2d of 5": lambda rng, dtype: layer(m.conv2d, m.conv2d_backward, 5, rng, dtype),
-    "conv2d_plain": lambda rng, dtype: layer(m.conv2d_plain, m.conv2d_plain_backward, 3, rng, dtype),
-    "conv2d_winograd": lambda rng, dtype: layer(m.conv2d_winograd, m.conv2d_winograd_backward, 3, rng, dtype, H=7, W=9),
+    "plain conv2d, 16 channels": lambda rng, dtype: layer(
+        plain_conv2d, m.conv2d_backward, 3, rng, dtype, C=16
+    ),
+    "winograd.conv2d": lambda rng, dtype: layer(
+        winograd.conv2d, winograd.conv2d_backward, 3, rng, dtype, H=7, W=9
+    ),
     "conv_block": lambda rng, dtype: layer(m.conv_block, m.conv_block_backward, 3, rng, dtype),
-    "residual_block": residual,
+    "conv_block, 8 channels": lambda rng, dtype: layer(
+        m.conv_block, m.conv_block_backward, 3, rng, dtype, C=8
+    ),
+    "residual_block": residual(3, 2),
+    "residual_block, 4 channels": residual(4, 4),
 }
 every_operation = pytest.mark.parametrize("name", CASES)
 
@@ -126,7 +179,9 @@ def test_dtype_stays(name, dtype, rng):
     case = CASES[name](rng, dtype)
     y, cache = case.forward(*case.inputs)
     assert y.dtype == dtype
-    assert [d.dtype for d in case.gradients(case.upstream(rng), cache)] == [dtype] * len(case.inputs)
+    assert [d.dtype for d in case.gradients(case.upstream(rng), cache)] == [dtype] * len(
+        case.inputs
+    )
 
 
 @every_operation
@@ -157,7 +212,9 @@ def test_backward_twice_gives_the_same_and_a_forward_in_between_does_not_disturb
     dy = case.upstream(rng)
     y, cache = case.forward(*case.inputs)
     y0, first = y.copy(), [d.copy() for d in case.gradients(dy, cache)]
-    case.forward(*(x[::-1].copy() for x in case.inputs))  # the network has several layers of the same shape
+    case.forward(
+        *(x[::-1].copy() for x in case.inputs)
+    )  # the network has several layers of the same shape
     second = case.gradients(dy, cache)
     assert np.array_equal(y, y0)
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
@@ -191,7 +248,11 @@ def test_relu_writes_over_its_input_only_where_it_is_told_to(rng):
 
 
 def test_blocks_leave_their_input_as_it_was(rng):
-    x, w, b = rng.standard_normal((7, 7, 3, 4)), rng.standard_normal((3, 3, 4, 4)), rng.standard_normal(4)
+    x, w, b = (
+        rng.standard_normal((7, 7, 3, 4)),
+        rng.standard_normal((3, 3, 4, 4)),
+        rng.standard_normal(4),
+    )
     before = x.copy()
     for block, weights in ((m.conv_block, (w, b)), (m.residual_block, (w, b, w, b))):
         y, cache = block(x, *weights)
@@ -214,17 +275,26 @@ def test_softmax_equals_its_definition(N, K, seed):
     probs = m.softmax(x)[0]
     assert error(probs, reference.softmax(x)) < 1e-14
     assert np.abs(probs.sum(axis=1) - 1).max() < 1e-14
-    assert error(m.softmax(x + 100)[0], probs) < 1e-12  # a number added to a whole row changes nothing
+    assert (
+        error(m.softmax(x + 100)[0], probs) < 1e-12
+    )  # a number added to a whole row changes nothing
 
 
 @given(N=few, K=st.integers(1, 12), seed=seeds)
 def test_fused_loss_equals_softmax_then_cross_entropy(N, K, seed):
     rng = np.random.default_rng(seed)
-    x, labels, dloss = 3 * normal(rng, (N, K)), rng.integers(K, size=N), float(rng.standard_normal())
+    x, labels, dloss = (
+        3 * normal(rng, (N, K)),
+        rng.integers(K, size=N),
+        float(rng.standard_normal()),
+    )
     probs, probs_cache = m.softmax(x)
     loss, loss_cache = m.cross_entropy(probs, labels)
     fused_loss, fused_cache = m.cross_entropy_loss(x, labels)
-    assert abs(loss - fused_loss) < 1e-13 and abs(loss - reference.cross_entropy(probs, labels)) < 1e-13
+    assert (
+        abs(loss - fused_loss) < 1e-13
+        and abs(loss - reference.cross_entropy(probs, labels)) < 1e-13
+    )
     dx = m.softmax_backward(m.cross_entropy_backward(dloss, loss_cache), probs_cache)
     assert error(m.cross_entropy_loss_backward(dloss, fused_cache), dx, scale=dloss) < 1e-13
 
@@ -235,7 +305,9 @@ def test_a_smoothed_loss_is_that_of_a_label_that_is_spread(N, K, smoothing, seed
     x, labels = 3 * normal(rng, (N, K)), rng.integers(K, size=N)
     target = (1 - smoothing) * np.eye(K)[labels] + smoothing / K
     loss = -np.mean(np.sum(target * np.log(reference.softmax(x)), axis=1))
-    assert m.cross_entropy_loss(x, labels, smoothing)[0] == pytest.approx(loss, rel=1e-12, abs=1e-13)
+    assert m.cross_entropy_loss(x, labels, smoothing)[0] == pytest.approx(
+        loss, rel=1e-12, abs=1e-13
+    )
 
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
@@ -274,10 +346,14 @@ def test_dropout_depends_on_its_rng_alone(rng):
 def test_dropout_switches_every_feature_of_every_image_on_its_own(rng):
     kept = m.dropout(np.ones((200, 300)), 0.5, rng)[0] != 0
     for axis in (0, 1):
-        assert np.abs(kept.mean(axis=axis) - 0.5).max() < 0.25  # no row and no column is all on or all off
+        assert (
+            np.abs(kept.mean(axis=axis) - 0.5).max() < 0.25
+        )  # no row and no column is all on or all off
 
 
-@pytest.mark.parametrize("rate, generator", ((0.5, None), (0.0, np.random.default_rng(0)), (0.0, None)))
+@pytest.mark.parametrize(
+    "rate, generator", ((0.5, None), (0.0, np.random.default_rng(0)), (0.0, None))
+)
 def test_dropout_without_rng_or_rate_is_the_identity(rate, generator, rng):
     x, dy = normal(rng, (6, 7)), normal(rng, (6, 7))
     y, cache = m.dropout(x, rate, generator)
@@ -296,7 +372,9 @@ def test_dropout_backward_uses_the_mask_of_forward(rng):
 @given(N=few, F=sides, K=few, seed=seeds)
 def test_linear_equals_its_definition_and_its_gradients_central_differences(N, F, K, seed):
     rng = np.random.default_rng(seed)
-    case = Case(m.linear, m.linear_backward, normal(rng, (N, F)), normal(rng, (F, K)), normal(rng, K))
+    case = Case(
+        m.linear, m.linear_backward, normal(rng, (N, F)), normal(rng, (F, K)), normal(rng, K)
+    )
     assert error(case.forward(*case.inputs)[0], reference.linear(*case.inputs)) < 1e-13
     case.check_gradients(rng, h=0.5, limit=1e-10)  # linear in each input, so a large step is exact
 
@@ -309,7 +387,9 @@ def test_linear_equals_its_definition_and_its_gradients_central_differences(N, F
 @given(H=sides, W=sides, N=few, C=few, size=st.integers(1, 3), seed=seeds)
 @example(H=1, W=5, N=1, C=1, size=2, seed=0)  # no window fits
 @example(H=7, W=5, N=1, C=2, size=2, seed=0)  # a row and a column are left out
-def test_pooling_equals_its_definition_and_its_gradient_central_differences(pool, backward, of_window, H, W, N, C, size, seed):
+def test_pooling_equals_its_definition_and_its_gradient_central_differences(
+    pool, backward, of_window, H, W, N, C, size, seed
+):
     rng = np.random.default_rng(seed)
     case = Case(lambda x: pool(x, size), backward, spread(rng, (H, W, N, C)))
     y, cache = case.forward(*case.inputs)
@@ -326,7 +406,9 @@ def test_all_tied_maxima_get_the_full_gradient(dtype, H, W, N, C, size, seed):
     x = rng.integers(-2, 3, (H, W, N, C)).astype(dtype)  # five values: most windows hold a tie
     y, cache = m.max_pool2d(x, size)
     dy = normal(rng, y.shape, dtype)
-    assert np.array_equal(m.max_pool2d_backward(dy, cache), reference.max_pool2d_backward(dy, x, size))
+    assert np.array_equal(
+        m.max_pool2d_backward(dy, cache), reference.max_pool2d_backward(dy, x, size)
+    )
 
 
 def test_a_flat_window_passes_its_gradient_to_each_of_its_pixels():
@@ -341,13 +423,20 @@ def test_maxima_tie_up_to_rounding_and_no_further(dtype):
         x = np.array([5, 5 * (1 + apart), -1, 2], dtype).reshape(2, 2, 1, 1)
         y, cache = m.max_pool2d(x)
         assert y.item() == x.max()
-        assert m.max_pool2d_backward(np.ones((1, 1, 1, 1), dtype), cache).ravel().tolist() == [tie, 1, 0, 0]
+        assert m.max_pool2d_backward(np.ones((1, 1, 1, 1), dtype), cache).ravel().tolist() == [
+            tie,
+            1,
+            0,
+            0,
+        ]
 
 
 # ── convolution ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(k=st.sampled_from((1, 3, 5, 7)), H=sides, W=sides, N=st.integers(1, 3), C=few, K=few, seed=seeds)
+@given(
+    k=st.sampled_from((1, 3, 5, 7)), H=sides, W=sides, N=st.integers(1, 3), C=few, K=few, seed=seeds
+)
 @example(k=7, H=1, W=1, N=1, C=1, K=1, seed=0)
 @example(k=3, H=1, W=7, N=1, C=1, K=2, seed=0)
 @example(k=5, H=7, W=1, N=2, C=2, K=1, seed=0)
@@ -355,14 +444,23 @@ def test_convolution_equals_its_definition(k, H, W, N, C, K, seed):
     rng = np.random.default_rng(seed)
     inputs = normal(rng, (H, W, N, C)), normal(rng, (k, k, C, K)), normal(rng, K)
     right = reference.conv2d(*inputs)
-    size = reference.conv2d(*map(np.abs, inputs))  # the terms may cancel, so their sizes are what rounding scales with
-    ways = (m.conv2d, m.conv2d_plain, m.conv2d_winograd) if k == 3 else (m.conv2d, m.conv2d_plain)
+    size = reference.conv2d(
+        *map(np.abs, inputs)
+    )  # the terms may cancel, so their sizes are what rounding scales with
+    ways = (m.conv2d, plain_conv2d, winograd.conv2d) if k == 3 else (m.conv2d, plain_conv2d)
     for way in ways:
         assert error(way(*inputs)[0], right, size) < 1e-12
 
 
 @pytest.mark.parametrize("k", (1, 3, 5, 7))
-@given(H=st.integers(1, 5), W=st.integers(1, 5), N=st.integers(1, 2), C=st.integers(1, 2), K=st.integers(1, 3), seed=seeds)
+@given(
+    H=st.integers(1, 5),
+    W=st.integers(1, 5),
+    N=st.integers(1, 2),
+    C=st.integers(1, 2),
+    K=st.integers(1, 3),
+    seed=seeds,
+)
 @example(H=1, W=1, N=1, C=1, K=1, seed=0)
 @example(H=1, W=5, N=1, C=1, K=1, seed=0)
 def test_convolution_gradients_equal_central_differences(k, H, W, N, C, K, seed):
@@ -376,27 +474,39 @@ def test_convolution_gradients_equal_central_differences(k, H, W, N, C, K, seed)
 @example(H=6, W=4, seed=0)
 def test_winograd_gradients_equal_central_differences(H, W, seed):
     rng = np.random.default_rng(seed)
-    case = layer(m.conv2d_winograd, m.conv2d_winograd_backward, 3, rng, float, H, W, 2, 1, 2)
+    case = layer(winograd.conv2d, winograd.conv2d_backward, 3, rng, float, H, W, 2, 1, 2)
     case.check_gradients(rng, h=0.5, limit=1e-9)
 
 
 def both_ways(x, w, b, dy):
-    for way, backward in ((m.conv2d_winograd, m.conv2d_winograd_backward), (m.conv2d_plain, m.conv2d_plain_backward)):
+    for way, backward in (
+        (winograd.conv2d, winograd.conv2d_backward),
+        (plain_conv2d, m.conv2d_backward),
+    ):
         y, cache = way(x, w, b)
         yield (y, *backward(dy, cache))
 
 
 # Measured over 3,000 random shapes: at most 1.2e-14 in float64 and 5.6e-6 in float32.
 @pytest.mark.parametrize("dtype, limit", ((np.float64, 1e-12), (np.float32, 1e-4)))
-@given(H=st.integers(1, 30), W=st.integers(1, 30), N=few, C=st.integers(1, 20), K=st.integers(1, 20), seed=seeds)
+@given(
+    H=st.integers(1, 30),
+    W=st.integers(1, 30),
+    N=few,
+    C=st.integers(1, 20),
+    K=st.integers(1, 20),
+    seed=seeds,
+)
 @example(H=1, W=1, N=1, C=1, K=1, seed=0)
 @example(H=28, W=28, N=2, C=16, K=16, seed=0)
 @example(H=14, W=14, N=2, C=64, K=64, seed=0)
-def test_winograd_equals_the_plain_convolution_forward_and_backward(dtype, limit, H, W, N, C, K, seed):
+def test_winograd_equals_the_plain_way_forward_and_backward(dtype, limit, H, W, N, C, K, seed):
     rng = np.random.default_rng(seed)
     arrays = [normal(rng, shape, dtype) for shape in ((H, W, N, C), (3, 3, C, K), K, (H, W, N, K))]
     fast, plain = both_ways(*arrays)
-    _, sizes = both_ways(*map(np.abs, arrays))  # sums of the terms' sizes: what rounding scales with
+    _, sizes = both_ways(
+        *map(np.abs, arrays)
+    )  # sums of the terms' sizes: what rounding scales with
     for a, b, size in zip(fast, plain, sizes):
         assert a.dtype == b.dtype == dtype
         assert error(a, b, size) < limit
@@ -429,7 +539,10 @@ def test_images_of_a_batch_do_not_mix(C, rng):
     case = layer(m.conv2d, m.conv2d_backward, 3, rng, float, H=9, W=8, N=3, C=C)
     x, w, b = case.inputs
     for n in range(3):
-        assert error(m.conv2d(x, w, b)[0][:, :, n], m.conv2d(x[:, :, n : n + 1], w, b)[0][:, :, 0]) < 1e-13
+        assert (
+            error(m.conv2d(x, w, b)[0][:, :, n], m.conv2d(x[:, :, n : n + 1], w, b)[0][:, :, 0])
+            < 1e-13
+        )
 
 
 def test_arrays_may_be_views_of_other_layouts(rng):
@@ -438,7 +551,9 @@ def test_arrays_may_be_views_of_other_layouts(rng):
         views = [x.transpose(2, 3, 0, 1), w.transpose(2, 3, 1, 0), dy.transpose(2, 3, 0, 1)]
         (y, *d), (y0, *d0) = (
             (y, *m.conv2d_backward(dy, cache))
-            for dy, (y, cache) in ((v[2], m.conv2d(v[0], v[1], no_bias(3))) for v in (views, [v.copy() for v in views]))
+            for dy, (y, cache) in (
+                (v[2], m.conv2d(v[0], v[1], no_bias(3))) for v in (views, [v.copy() for v in views])
+            )
         )
         assert error(y, y0) < 1e-13 and all(error(a, b) < 1e-13 for a, b in zip(d, d0))
 
@@ -527,18 +642,25 @@ def test_augment_depends_on_its_rng_alone_and_leaves_the_images_as_they_are(rng)
 
 def test_augment_shifts_by_up_to_two_pixels_and_fills_with_0(rng):
     image = pattern(rng)
-    out = m.augment(image, 1.0, Drawn(0, 0, 0, 0, -1, 0.5))[0]  # looks 2 rows up and 1 column to the right
+    out = m.augment(image, 1.0, Drawn(0, 0, 0, 0, -1, 0.5))[
+        0
+    ]  # looks 2 rows up and 1 column to the right
     right = np.zeros((28, 28))
     right[2:, :-1] = image[0, :-2, 1:]
     assert np.abs(out - right).max() < 1e-3
     half = m.augment(image, 1.0, Drawn(0, 0, 0, 0, 0, 0.25))[0]
-    assert np.abs(half[:, :-1] - (image[0, :, :-1] + image[0, :, 1:].astype(float)) / 2).max() < 1e-3
+    assert (
+        np.abs(half[:, :-1] - (image[0, :, :-1] + image[0, :, 1:].astype(float)) / 2).max() < 1e-3
+    )
 
 
 def test_augment_by_a_quarter_turn(rng):
     image = pattern(rng)
     out = m.augment(image, 7.5, Drawn(1, 0, 0, 0, 0, 0))[0]  # 7.5 times 12° are 90°
-    assert np.abs(out - np.rot90(image[0])).max() < 1e-2 or np.abs(out - np.rot90(image[0], -1)).max() < 1e-2
+    assert (
+        np.abs(out - np.rot90(image[0])).max() < 1e-2
+        or np.abs(out - np.rot90(image[0], -1)).max() < 1e-2
+    )
 
 
 @pytest.mark.parametrize("kind", ("turn", "shear", "width", "height", "down", "right", "all"))
@@ -547,9 +669,16 @@ def test_augment_equals_a_loop_over_pixels(kind, rng):
     kinds = ("turn", "shear", "width", "height", "down", "right")
     for i, name in enumerate(kinds):
         r[i] *= kind in (name, "all")
-    for image, out, (turn, shear, wide, high, down, right) in zip(images, m.augment(images, 1.0, Drawn(*r)), r.T):
+    for image, out, (turn, shear, wide, high, down, right) in zip(
+        images, m.augment(images, 1.0, Drawn(*r)), r.T
+    ):
         turn, wide, high = np.radians(12) * turn, 1 + 0.12 * wide, 1 + 0.12 * high
-        assert np.abs(out - reference.distort(image, turn, 0.15 * shear, wide, high, 2 * down, 2 * right)).max() < 0.01
+        assert (
+            np.abs(
+                out - reference.distort(image, turn, 0.15 * shear, wide, high, 2 * down, 2 * right)
+            ).max()
+            < 0.01
+        )
 
 
 class Bent(Drawn):
@@ -571,14 +700,21 @@ def test_bending_equals_a_loop_over_pixels(rng):
     down, right = ((1.5 * (weights @ smooth)).reshape(3, 9, 12) for weights in (rows, cols))
     for i, out in enumerate(m.augment(images, 0.0, Bent(rows, cols), 1.5)):
         for y, x in np.ndindex(9, 12):
-            assert abs(out[y, x] - reference.bilinear(images[i], y + down[i, y, x], x + right[i, y, x])) < 0.01
+            assert (
+                abs(
+                    out[y, x] - reference.bilinear(images[i], y + down[i, y, x], x + right[i, y, x])
+                )
+                < 0.01
+            )
 
 
 @pytest.mark.parametrize("H, W", [(28, 28), (9, 12), (1, 5)])
 def test_a_bend_is_smooth_and_as_large_as_asked(H, W, rng):
     smooth = m.bumps(H, W, np)
     assert smooth.dtype == np.float32 and smooth.shape[1] == H * W
-    np.testing.assert_allclose((smooth.astype(float) ** 2).sum(axis=0), 1, rtol=1e-5)  # variance 1 at every pixel
+    np.testing.assert_allclose(
+        (smooth.astype(float) ** 2).sum(axis=0), 1, rtol=1e-5
+    )  # variance 1 at every pixel
     field = (rng.standard_normal((2000, len(smooth))) @ smooth).reshape(2000, H, W)
     assert np.abs(field.std(axis=0) - 1).max() < 0.15
     assert np.diff(field, axis=2).std() < 0.4  # neighbours move together
@@ -586,6 +722,8 @@ def test_a_bend_is_smooth_and_as_large_as_asked(H, W, rng):
 
 def test_bending_leaves_everything_else_as_it_was(rng):
     images = pattern(rng, 4)
-    plain, off, bent = (m.augment(images, 1.0, np.random.default_rng(1), elastic) for elastic in (0, 0.0, 1.0))
+    plain, off, bent = (
+        m.augment(images, 1.0, np.random.default_rng(1), elastic) for elastic in (0, 0.0, 1.0)
+    )
     assert np.array_equal(plain, off) and not np.array_equal(plain, bent)
     assert bent.dtype == np.float32 and 0 <= bent.min() and bent.max() <= 255 * (1 + 1e-6)

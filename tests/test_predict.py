@@ -1,6 +1,7 @@
 """predict.py: digits as people make them, MNIST's own on larger pages, what is no digit, and bad files.
 
-The network is a small one, trained on the sample in seconds: these tests are about finding digits and preparing them.
+The network is a small one, trained on the sample in seconds: these tests are about finding digits
+and preparing them.
 """
 
 import os
@@ -11,23 +12,33 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-import files
 import mnist_resnet9 as m
 import predict
 
-sys.path.insert(0, str(m.HERE / "benchmarks"))
-from predict_accuracy import FONTS, paste  # noqa: E402  (it lies in the folder that was just added)
+sys.path.insert(0, str(m.ROOT / "benchmarks"))
+from predict_accuracy import FONTS, paste
 
-FONT_NAMES = ("DejaVuSans", "DejaVuSans-BoldOblique", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmss10")
+from support import storage
+
+FONT_NAMES = (
+    "DejaVuSans",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSansMono",
+    "STIXGeneral",
+    "cmr10",
+    "cmss10",
+)
 
 
 @pytest.fixture(scope="module")
 def save(tmp_path_factory):
     """A save folder with a run in it."""
     save = tmp_path_factory.mktemp("save")
-    flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3 --schedule one_cycle --dropout 0.3
+    flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3 --schedule
+    one_cycle --dropout 0.3
                --channels 4,8,16,16 --augment 0.5 --batch-size 32 --device cpu""".split()
-    flags[3] = str(m.HERE / "data" / "sample")
+    flags[3] = str(m.ROOT / "data" / "sample")
     assert m.main([*flags, "--save-dir", str(save)]) == 0
     return save
 
@@ -37,7 +48,16 @@ def reader(save):
     return predict.Reader(save / "small")
 
 
-def page(text, font="DejaVuSans", size=120, ink="black", paper="white", mode="RGB", at=(60, 40), shape=None):
+def page(
+    text,
+    font="DejaVuSans",
+    size=120,
+    ink="black",
+    paper="white",
+    mode="RGB",
+    at=(60, 40),
+    shape=None,
+):
     """A picture with text on it."""
     font = ImageFont.truetype(str(FONTS / f"{font}.ttf"), size)
     left, top, right, bottom = font.getbbox(text)
@@ -54,12 +74,17 @@ def found(picture, tmp_path, format="png", **options):
 
 
 def read(reader, digits):
-    return "".join(str(answer.probabilities.argmax()) for answer in reader.answers([digit.image for digit in digits]))
+    return "".join(
+        str(answer.probabilities.argmax())
+        for answer in reader.answers([digit.image for digit in digits])
+    )
 
 
 def error_of(capsys):
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err and not captured.out, captured
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err and not captured.out, (
+        captured
+    )
     return captured.err
 
 
@@ -74,7 +99,9 @@ def test_rendered_digits_are_found_one_by_one(font, size, tmp_path, reader):
     assert len(digits) == 8
     answers = read(reader, digits)
     wrong = sum(a != b for a, b in zip(answers, text.replace(" ", "")))
-    assert wrong <= 2, answers  # print is not what the network learnt, and this one learnt for seconds
+    assert wrong <= 2, (
+        answers
+    )  # print is not what the network learnt, and this one learnt for seconds
 
 
 @pytest.mark.parametrize("ink, paper, mode", [
@@ -94,7 +121,9 @@ def test_any_colours_give_the_same_image(ink, paper, mode, tmp_path):
     (digit,) = found(picture, tmp_path, "tiff" if mode == "CMYK" else "png")
     (usual,) = found(page("4"), tmp_path)
     difference = abs(digit.image.astype(int) - usual.image)
-    assert difference.mean() < (12 if mode in "1P" else 4)  # those two have no grey, so their edges are rough
+    assert difference.mean() < (
+        12 if mode in "1P" else 4
+    )  # those two have no grey, so their edges are rough
 
 
 def test_sixteen_bits_are_not_cut_off(tmp_path):
@@ -115,10 +144,17 @@ def test_digits_are_prepared_as_mnists_were(tmp_path):
     for text in "01234567":
         (digit,) = found(page(text), tmp_path)
         y, x = np.nonzero(digit.image > 40)
-        assert digit.image.shape == (28, 28) and digit.image.dtype == np.uint8 and digit.image.max() == 255
+        assert (
+            digit.image.shape == (28, 28)
+            and digit.image.dtype == np.uint8
+            and digit.image.max() == 255
+        )
         assert max(np.ptp(y), np.ptp(x)) + 1 in (19, 20)
         mass = digit.image.sum(dtype=float)
-        middle = np.arange(28) @ digit.image.sum(axis=1) / mass, np.arange(28) @ digit.image.sum(axis=0) / mass
+        middle = (
+            np.arange(28) @ digit.image.sum(axis=1) / mass,
+            np.arange(28) @ digit.image.sum(axis=0) / mass,
+        )
         assert middle == pytest.approx((14, 14), abs=0.7)
 
 
@@ -133,9 +169,13 @@ def test_a_photograph_with_uneven_light_noise_and_the_edge_of_the_page(tmp_path,
     picture = np.asarray(page("3 7 5 4", size=150, ink=(60, 60, 90), paper=(235, 225, 205)), float)
     H, W, _ = picture.shape
     y, x = np.mgrid[:H, :W]
-    picture = picture * (0.45 + 0.4 * x / W + 0.15 * y / H)[..., None] + rng.normal(0, 8, picture.shape)
+    picture = picture * (0.45 + 0.4 * x / W + 0.15 * y / H)[..., None] + rng.normal(
+        0, 8, picture.shape
+    )
     picture[:, :12] = 25  # the table beside the page
-    picture = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1.5))
+    picture = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).filter(
+        ImageFilter.GaussianBlur(1.5)
+    )
     digits = found(picture, tmp_path, "jpg", quality=60)
     assert read(reader, digits) == "3754"
 
@@ -159,7 +199,9 @@ def test_a_five_whose_bar_stands_apart_is_one_digit(tmp_path):
     picture = page("5", size=200)
     (whole,) = found(picture, tmp_path)
     left, top, right, bottom = whole.box
-    ImageDraw.Draw(picture).rectangle([left + 45, top, left + 52, top + 25], fill="white")  # parts bar and stem
+    ImageDraw.Draw(picture).rectangle(
+        [left + 45, top, left + 52, top + 25], fill="white"
+    )  # parts bar and stem
     ImageDraw.Draw(picture).rectangle([left - 2, top + 22, right, top + 29], fill="white")
     (digit,) = found(picture, tmp_path)
     assert digit.box == whole.box
@@ -210,7 +252,9 @@ def test_an_mnist_image_comes_back_as_it_was(sample, tmp_path):
     for image in sample.test_images[:40]:
         digits = found(Image.fromarray(image), tmp_path)
         same.append(len(digits) == 1 and abs(digits[0].image.astype(int) - image).mean() < 2)
-    assert np.mean(same) >= 0.85  # where a faint tip is below the threshold, the digit is enlarged by a pixel
+    assert (
+        np.mean(same) >= 0.85
+    )  # where a faint tip is below the threshold, the digit is enlarged by a pixel
 
 
 # ── What is no digit ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -223,7 +267,9 @@ def test_most_real_digits_pass_and_no_noise_does(reader, sample, rng):
     noise = rng.integers(0, 256, (50, 28, 28)).astype(np.uint8)
     assert not any(answer.is_digit for answer in reader.answers(noise))
     assert reader.likeness(sample.train_images[:5]) == pytest.approx(np.ones(5))
-    assert np.allclose(reader.likeness(images // 2 + 0.0), reader.likeness(images), atol=0.01)  # whatever the contrast
+    assert np.allclose(
+        reader.likeness(images // 2 + 0.0), reader.likeness(images), atol=0.01
+    )  # whatever the contrast
 
 
 def test_the_answer_says_that_it_is_no_digit(save, tmp_path, capsys, rng):
@@ -237,7 +283,9 @@ def test_the_answer_says_that_it_is_no_digit(save, tmp_path, capsys, rng):
 
 def test_energy_is_the_logarithm_of_the_sum(rng):
     logits = rng.standard_normal((5, 10)) * 3
-    np.testing.assert_allclose(predict.energy(logits), np.log(np.exp(logits).sum(axis=1)), rtol=1e-12)
+    np.testing.assert_allclose(
+        predict.energy(logits), np.log(np.exp(logits).sum(axis=1)), rtol=1e-12
+    )
     assert np.isfinite(predict.energy(logits + 5000)).all()
 
 
@@ -256,16 +304,25 @@ def test_the_command_shows_image_probabilities_and_figure(save, tmp_path, capsys
     assert len(bars) == 30  # ten a digit
     for ten in (bars[:10], bars[10:20], bars[20:]):
         assert [line.split()[0] for line in ten] == list("0123456789")
-        assert sum(float(line.split("%")[0].split()[-1]) for line in ten) == pytest.approx(100, abs=0.5)
+        assert sum(float(line.split("%")[0].split()[-1]) for line in ten) == pytest.approx(
+            100, abs=0.5
+        )
     image = np.asarray(Image.open(figure).convert("L"))
     assert 0.01 < (image < 200).mean() < 0.5 and min(image.shape) > 400
 
 
 def test_a_terminal_without_unicode(save, tmp_path):
     page("2").save(tmp_path / "two.png")
-    command = [sys.executable, m.HERE / "predict.py", "two.png", "--save-dir", save]
-    environment = {"PYTHONIOENCODING": "ascii", "PATH": "", "MPLBACKEND": "Agg", "HOME": str(tmp_path)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, m.ROOT / "predict.py", "two.png", "--save-dir", save]
+    environment = {
+        "PYTHONIOENCODING": "ascii",
+        "PATH": "",
+        "MPLBACKEND": "Agg",
+        "HOME": str(tmp_path),
+    }
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert "two.png: 2" in result.stdout and "##" in result.stdout and result.stdout.isascii()
 
@@ -278,9 +335,11 @@ def test_default_weights(tmp_path, save):
         path = tmp_path / tag / "checkpoint_last.npz"
         path.write_bytes((save / "small" / "checkpoint_last.npz").read_bytes())
         if tag == "evolution_1":
-            files.save_arrays(path, **{"fc1.weight": np.zeros(3)})
+            storage.save_arrays(path, **{"fc1.weight": np.zeros(3)})
         os.utime(path, (when, when))
-        assert predict.find_weights(tmp_path).name == {"old": "old", "record": "record"}.get(tag, "new")
+        assert predict.find_weights(tmp_path).name == {"old": "old", "record": "record"}.get(
+            tag, "new"
+        )
     with pytest.raises(m.UserError, match="has no run 'other'"):
         predict.find_weights(tmp_path, "other")
 

@@ -9,7 +9,7 @@ import pytest
 import mnist_resnet9 as m
 import plot_figs
 
-RECORD = m.HERE / "save" / "record"
+RECORD = m.ROOT / "save" / "record"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,9 @@ def test_its_files_belong_together(run):
     assert len(state.history) == run.settings.epochs_max + 1 == len(run.metrics["epoch"])
     np.testing.assert_allclose([row[5] for row in state.history], run.metrics["test_accuracy"])
     with np.load(RECORD / "predictions.npz") as file:
-        labels, predictions, probabilities = (file[name] for name in ("labels", "predictions", "probabilities"))
+        labels, predictions, probabilities = (
+            file[name] for name in ("labels", "predictions", "probabilities")
+        )
     accuracy = (predictions == labels).mean()
     assert accuracy == pytest.approx(run.metrics["test_accuracy"][-1]) and len(labels) == 10_000
     assert np.array_equal(predictions, probabilities.argmax(axis=1))
@@ -31,20 +33,30 @@ def test_its_files_belong_together(run):
 
 def test_it_names_no_folder_of_the_machine_that_it_was_made_on():
     settings = json.loads((RECORD / "config.json").read_text())["settings"]
-    assert (settings["data_dir"], settings["save_dir"], settings["tag"]) == ("data", "save", "record")
-    text = "".join((RECORD / name).read_text() for name in ("config.json", "log.txt", "metrics.csv"))
-    assert not re.search(r'(?<![\w.])(/\w|[A-Z]:\\)', text)  # no absolute path
+    assert (settings["data_dir"], settings["save_dir"], settings["tag"]) == (
+        "data",
+        "save",
+        "record",
+    )
+    text = "".join(
+        (RECORD / name).read_text() for name in ("config.json", "log.txt", "metrics.csv")
+    )
+    assert not re.search(r"(?<![\w.])(/\w|[A-Z]:\\)", text)  # no absolute path
 
 
 def test_it_reads_digits_that_it_was_trained_on(run, sample):
     """The sample's images are training images of MNIST, so nearly all must be right, and surely so."""
     params = m.load_checkpoint(RECORD / "checkpoint_last.npz", run.settings).averaged()
-    loss, accuracy, _ = m.evaluate(params, sample.train_images[:1000], sample.train_labels[:1000], run.settings)
+    loss, accuracy, _ = m.evaluate(
+        params, sample.train_images[:1000], sample.train_labels[:1000], run.settings
+    )
     assert accuracy > 0.99 and loss == pytest.approx(run.metrics["train_loss"][-1], abs=0.02)
 
 
 def test_its_figures_need_the_data_of_the_run(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(plot_figs, "write_file", lambda path, data: None)  # the curves, which need no data
-    assert plot_figs.main(["record", "--data-dir", str(m.HERE / "data" / "sample")]) == 2
+    monkeypatch.setattr(
+        plot_figs, "write_file", lambda path, data: None
+    )  # the curves, which need no data
+    assert plot_figs.main(["record", "--data-dir", str(m.ROOT / "data" / "sample")]) == 2
     error = capsys.readouterr().err
     assert "record ran on MNIST, but" in error and error.count("\n") == 1

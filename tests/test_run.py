@@ -13,16 +13,34 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import files
 import mnist_resnet9 as m
 from benchmarks.share_run import keep_weights_only
+from support import run_folder
 
-SMALL = ("--data-dir", "data/sample", "--channels", "4,16,16,16", "--train-images", "640", "--batch-size", "32")
+SMALL = (
+    "--data-dir",
+    "data/sample",
+    "--channels",
+    "4,16,16,16",
+    "--train-images",
+    "640",
+    "--batch-size",
+    "32",
+)
 
 
 def train(save, *flags):
-    command = [sys.executable, "mnist_resnet9.py", *SMALL, "--device", "cpu", "--save-dir", str(save), *flags]
-    return subprocess.run(command, cwd=m.HERE, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "mnist_resnet9.py",
+        *SMALL,
+        "--device",
+        "cpu",
+        "--save-dir",
+        str(save),
+        *flags,
+    ]
+    return subprocess.run(command, cwd=m.ROOT, capture_output=True, text=True, timeout=120)
 
 
 def arrays(path):
@@ -35,7 +53,7 @@ def assert_same_run(a, b):
     assert one.keys() == two.keys()
     for name in one:
         assert np.array_equal(one[name], two[name]), name
-    rows = [np.array(files.read_metrics(folder / "metrics.csv"))[:, :6] for folder in (a, b)]
+    rows = [np.array(run_folder.read_metrics(folder / "metrics.csv"))[:, :6] for folder in (a, b)]
     assert np.array_equal(*rows)
 
 
@@ -52,15 +70,51 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
     folder, out = whole
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["augment"] == 1 and config["data"]["name"] == "MNIST sample"
-    assert {path.name for path in (folder / "code").iterdir()} == {"mnist_resnet9.py", "files.py", "workers.py", "plot_figs.py"}
-    rows = files.read_metrics(folder / "metrics.csv")
-    assert [row[0] for row in rows] == [0, 1, 2, 3] and rows[0][2] == pytest.approx(math.log(10), abs=0.6)
+    code = {
+        path.relative_to(folder / "code").as_posix() for path in (folder / "code").rglob("*.py")
+    }
+    support = {f"support/{path.name}" for path in (m.ROOT / "support").glob("*.py")}
+    assert (
+        code == {"mnist_resnet9.py", "plot_figs.py", *support} and "support/workers.py" in support
+    )
+    rows = run_folder.read_metrics(folder / "metrics.csv")
+    assert [row[0] for row in rows] == [0, 1, 2, 3] and rows[0][2] == pytest.approx(
+        math.log(10), abs=0.6
+    )
     predictions = arrays(folder / "predictions.npz")
     np.testing.assert_allclose(predictions["probabilities"].sum(axis=1), 1, rtol=1e-5)
-    assert (predictions["predictions"] == predictions["labels"]).mean() == pytest.approx(rows[-1][5])
+    assert (predictions["predictions"] == predictions["labels"]).mean() == pytest.approx(
+        rows[-1][5]
+    )
     assert (folder / "log.txt").read_text() == out
     assert "MNIST sample" in out and "Ctrl-C is safe" in out
     assert not list(folder.glob("*.part*"))
+
+
+def test_the_saved_copy_of_the_program_still_runs(whole, tmp_path):
+    folder, _ = whole
+    command = [
+        sys.executable,
+        folder / "code" / "mnist_resnet9.py",
+        *SMALL,
+        "--data-dir",
+        m.ROOT / "data" / "sample",
+    ]
+    command += [
+        "--device",
+        "cpu",
+        "--save-dir",
+        tmp_path,
+        "--epochs-max",
+        "3",
+        "--augment",
+        "1",
+        "--ema",
+        "0.9",
+    ]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder, tmp_path / "resnet9")
 
 
 def test_checkpoint_holds_the_weights_that_were_evaluated(whole, sample):
@@ -68,7 +122,7 @@ def test_checkpoint_holds_the_weights_that_were_evaluated(whole, sample):
     settings = m.Settings(channels=(4, 16, 16, 16), ema=0.9)
     state = m.load_checkpoint(folder / "checkpoint_last.npz", settings)
     accuracy = m.evaluate(state.averaged(), sample.test_images, sample.test_labels, settings)[1]
-    assert accuracy == pytest.approx(files.read_metrics(folder / "metrics.csv")[-1][5])
+    assert accuracy == pytest.approx(run_folder.read_metrics(folder / "metrics.csv")[-1][5])
 
 
 def test_a_checkpoint_with_the_weights_only_evaluates_alike(whole, tmp_path, sample):
@@ -81,21 +135,29 @@ def test_a_checkpoint_with_the_weights_only_evaluates_alike(whole, tmp_path, sam
     assert small.history == state.history and small.step == state.step
     logits = [m.predict(s.averaged(), sample.test_images[:50], settings) for s in (state, small)]
     assert np.array_equal(*logits)
-    assert (tmp_path / "small.npz").stat().st_size < (whole[0] / "checkpoint_last.npz").stat().st_size / 3
+    assert (tmp_path / "small.npz").stat().st_size < (
+        whole[0] / "checkpoint_last.npz"
+    ).stat().st_size / 3
 
 
 def test_the_same_command_on_a_finished_run_says_so(whole):
     folder, _ = whole
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     result = train(folder.parent, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
-    assert result.returncode == 0 and "is finished" in result.stdout and "--epochs-max" in result.stdout
+    assert (
+        result.returncode == 0
+        and "is finished" in result.stdout
+        and "--epochs-max" in result.stdout
+    )
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_another_experiment_under_the_same_tag_is_refused(whole):
     folder, _ = whole
     before = (folder / "config.json").read_bytes()
-    result = train(folder.parent, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--dropout", "0.5")
+    result = train(
+        folder.parent, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--dropout", "0.5"
+    )
     assert result.returncode == 2 and "dropout 0.9, not 0.5" in result.stderr and not result.stdout
     assert result.stderr.count("\n") == 1 and (folder / "config.json").read_bytes() == before
 
@@ -103,18 +165,44 @@ def test_another_experiment_under_the_same_tag_is_refused(whole):
 def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(whole, tmp_path):
     folder, _ = whole
     assert train(tmp_path, "--epochs-max", "1", "--augment", "1", "--ema", "0.9").returncode == 0
-    assert train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--threads", "1").returncode == 0
+    assert (
+        train(
+            tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--threads", "1"
+        ).returncode
+        == 0
+    )
     assert_same_run(folder, tmp_path / "resnet9")
 
 
 def test_where_processes_cannot_be_copied_the_bits_are_the_same(whole, tmp_path):
     """As on macOS and Windows: each worker reads the script anew, and arrays go through the pipe."""
-    for name in ("mnist_resnet9.py", "files.py", "workers.py", "plot_figs.py"):
-        shutil.copy(m.HERE / name, tmp_path)
-    path = tmp_path / "workers.py"
-    path.write_text(path.read_text().replace('"fork" if sys.platform == "linux" else "spawn"', '"spawn"'))
-    flags = [*SMALL, "--data-dir", m.HERE / "data" / "sample", "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
-    command = [sys.executable, tmp_path / "mnist_resnet9.py", *flags, "--device", "cpu", "--threads", "2"]
+    shutil.copy(m.ROOT / "mnist_resnet9.py", tmp_path)
+    shutil.copy(m.ROOT / "plot_figs.py", tmp_path)
+    shutil.copytree(m.ROOT / "support", tmp_path / "support")
+    path = tmp_path / "support" / "workers.py"
+    source, choice = path.read_text(), '"fork" if sys.platform == "linux" else "spawn"'
+    assert choice in source
+    path.write_text(source.replace(choice, '"spawn"'))
+    flags = [
+        *SMALL,
+        "--data-dir",
+        m.ROOT / "data" / "sample",
+        "--epochs-max",
+        "3",
+        "--augment",
+        "1",
+        "--ema",
+        "0.9",
+    ]
+    command = [
+        sys.executable,
+        tmp_path / "mnist_resnet9.py",
+        *flags,
+        "--device",
+        "cpu",
+        "--threads",
+        "2",
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert_same_run(whole[0], tmp_path / "save" / "resnet9")
@@ -125,16 +213,30 @@ def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
     flags = ("--epochs-max", "2", "--save-dir", str(tmp_path))
     assert train(tmp_path, *flags, "--tag", "fewer", "--train-images", "440").returncode == 0
     result = train(tmp_path, *flags, "--tag", "held_out", "--validation-images", "200")
-    assert result.returncode == 0 and "440 images, 14 steps" in result.stdout and "valid acc" in result.stdout
+    assert (
+        result.returncode == 0
+        and "440 images, 14 steps" in result.stdout
+        and "valid acc" in result.stdout
+    )
     assert_same_run(tmp_path / "fewer", tmp_path / "held_out")
     settings = m.Settings(channels=(4, 16, 16, 16))
     params = m.load_checkpoint(tmp_path / "held_out" / "checkpoint_last.npz", settings).params
-    accuracy = m.evaluate(params, sample.train_images[440:640], sample.train_labels[440:640], settings)[1]
+    accuracy = m.evaluate(
+        params, sample.train_images[440:640], sample.train_labels[440:640], settings
+    )[1]
     path = tmp_path / "held_out" / "metrics.csv"
-    assert path.read_text().startswith(",".join((*files.METRICS, "validation_accuracy\n")))
-    assert files.read_metrics(path)[-1][-1] == pytest.approx(accuracy) and f"{accuracy:.2%}" in result.stdout
-    assert train(tmp_path, *flags, "--tag", "held_out", "--validation-images", "200", "--epochs-max", "3").returncode == 0
-    assert [len(row) for row in files.read_metrics(path)] == [9] * 4
+    assert path.read_text().startswith(",".join((*run_folder.METRICS, "validation_accuracy\n")))
+    assert (
+        run_folder.read_metrics(path)[-1][-1] == pytest.approx(accuracy)
+        and f"{accuracy:.2%}" in result.stdout
+    )
+    assert (
+        train(
+            tmp_path, *flags, "--tag", "held_out", "--validation-images", "200", "--epochs-max", "3"
+        ).returncode
+        == 0
+    )
+    assert [len(row) for row in run_folder.read_metrics(path)] == [9] * 4
 
 
 def test_a_run_from_before_a_setting_came_in_is_continued(whole, tmp_path):
@@ -150,8 +252,20 @@ def test_a_run_from_before_a_setting_came_in_is_continued(whole, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_stopped_within_an_epoch_it_continues_bit_for_bit(whole, tmp_path, monkeypatch, capsys):
     folder, _ = whole
-    flags = [*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
-    monkeypatch.chdir(m.HERE)
+    flags = [
+        *SMALL,
+        "--device",
+        "cpu",
+        "--save-dir",
+        str(tmp_path),
+        "--epochs-max",
+        "3",
+        "--augment",
+        "1",
+        "--ema",
+        "0.9",
+    ]
+    monkeypatch.chdir(m.ROOT)
     update, calls = m.update, []
 
     def update_and_interrupt(state, *rest):
@@ -166,7 +280,9 @@ def test_stopped_within_an_epoch_it_continues_bit_for_bit(whole, tmp_path, monke
     assert m.main(flags) == 143 and calls[-1] == 33
     assert m.main(flags) == 0 and calls == list(range(1, 61))
     assert_same_run(folder, tmp_path / "resnet9")
-    epochs = [line[:5].strip() for line in (tmp_path / "resnet9" / "log.txt").read_text().splitlines()]
+    epochs = [
+        line[:5].strip() for line in (tmp_path / "resnet9" / "log.txt").read_text().splitlines()
+    ]
     assert [e for e in epochs if e.isdigit()] == ["0", "1", "2", "3"]
 
 
@@ -179,12 +295,13 @@ def clock(monkeypatch):
         def slowed(*args):
             now[0] += seconds
             return function(*args)
+
         return slowed
 
     monkeypatch.setattr(m, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(m, "update", slow(update, 1))
     monkeypatch.setattr(m, "evaluate", slow(evaluate, 10))
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
 
 
 def stop_when(monkeypatch, name, condition):
@@ -202,31 +319,50 @@ def stop_when(monkeypatch, name, condition):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_the_time_left_is_right_after_a_stop_near_the_end_of_an_epoch(clock, tmp_path, monkeypatch, capsys):
+def test_the_time_left_is_right_after_a_stop_near_the_end_of_an_epoch(
+    clock, tmp_path, monkeypatch, capsys
+):
     flags = [*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "3"]
     stop_when(monkeypatch, "update", lambda state, *_: state.step == 33)
     assert m.main(flags) == 130
     capsys.readouterr()
     assert m.main(flags) == 0
     lines = capsys.readouterr().out.splitlines()
-    about, second = (next(i for i, line in enumerate(lines) if line.startswith(start)) for start in ("About", "    2 "))
+    about, second = (
+        next(i for i, line in enumerate(lines) if line.startswith(start))
+        for start in ("About", "    2 ")
+    )
     assert about < second  # after the seven steps that were left, not with an evaluation among them
     assert lines[second].endswith("  40 s")  # 20 steps and two evaluations
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_stop_after_the_last_step_leaves_a_finished_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
     stop_when(monkeypatch, "save_checkpoint", lambda path, state, *_: state.step == 20)
-    assert m.main([*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "1"]) == 0
+    assert (
+        m.main([*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "1"]) == 0
+    )
     out = capsys.readouterr().out
     assert "Finished." in out and "Stopped" not in out
 
 
 def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
     folder, _ = whole
-    flags = [*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "3", "--augment", "1", "--ema", "0.9"]
-    monkeypatch.chdir(m.HERE)
+    flags = [
+        *SMALL,
+        "--device",
+        "cpu",
+        "--save-dir",
+        str(tmp_path),
+        "--epochs-max",
+        "3",
+        "--augment",
+        "1",
+        "--ema",
+        "0.9",
+    ]
+    monkeypatch.chdir(m.ROOT)
     save = m.save_checkpoint
 
     def die_instead_of_saving(path, state, settings, previous=None):
@@ -240,7 +376,9 @@ def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(m, "save_checkpoint", save)
     assert m.main(flags) == 0
     assert_same_run(folder, tmp_path / "resnet9")
-    epochs = [line[:5].strip() for line in (tmp_path / "resnet9" / "log.txt").read_text().splitlines()]
+    epochs = [
+        line[:5].strip() for line in (tmp_path / "resnet9" / "log.txt").read_text().splitlines()
+    ]
     assert [e for e in epochs if e.isdigit()] == ["0", "1", "2", "3"]
 
 
@@ -248,21 +386,33 @@ def test_the_sample_is_learnt_in_seconds(tmp_path):
     result = train(tmp_path, "--train-images", "0", "--channels", "4,16,32,64", "--epochs-max", "3", "--dropout", "0.5",
                    "--learning-rate", "3e-3", "--schedule", "one_cycle")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert files.read_metrics(tmp_path / "resnet9" / "metrics.csv")[-1][5] > 0.95
+    assert run_folder.read_metrics(tmp_path / "resnet9" / "metrics.csv")[-1][5] > 0.95
 
 
 def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     result = train(tmp_path, "--learning-rate", "1000", "--optimizer", "sgd")
-    assert result.returncode == 2 and "learning rate 1000" in result.stderr and result.stderr.count("\n") == 1
-    assert all(np.isfinite(a).all() for a in arrays(tmp_path / "resnet9" / "checkpoint_last.npz").values())
+    assert (
+        result.returncode == 2
+        and "learning rate 1000" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
+    assert all(
+        np.isfinite(a).all() for a in arrays(tmp_path / "resnet9" / "checkpoint_last.npz").values()
+    )
 
 
 @pytest.mark.parametrize("recipe", m.RECIPES)
 def test_a_recipe_comes_before_the_flags(recipe):
     settings = m.parse_settings(["--recipe", recipe])
     assert settings == replace(m.Settings(), **m.RECIPES[recipe])
-    assert settings.batch_size == 64 and settings.validation_images == 0 and (recipe != "quick" or settings.epochs_max <= 3)
-    assert m.parse_settings(["--dropout", "0.25", "--recipe", recipe]) == replace(settings, dropout=0.25)
+    assert (
+        settings.batch_size == 64
+        and settings.validation_images == 0
+        and (recipe != "quick" or settings.epochs_max <= 3)
+    )
+    assert m.parse_settings(["--dropout", "0.25", "--recipe", recipe]) == replace(
+        settings, dropout=0.25
+    )
 
 
 BAD = {
@@ -279,9 +429,9 @@ BAD = {
     "--channels 1,2": "4,16,32,64",
     "--channels a": "invalid",
     "--recipe nonsense": "reference",
-    "--tag ../up": "no folder name",
-    "--tag a/b": "no folder name",
-    "--tag ..": "no folder name",
+    "--tag ../up": "cannot name a folder",
+    "--tag a/b": "cannot name a folder",
+    "--tag ..": "cannot name a folder",
     "--train-images 70000": "the data set has",
     "--train-images 600 --validation-images 600": "validation_images is 600",
     "--save-dir requirements.txt": "cannot be written",
@@ -290,7 +440,7 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
     given = flags.split()
     where = [] if "--save-dir" in given else ["--save-dir", str(tmp_path / "save")]
     assert m.main(["--data-dir", "data/sample", "--device", "cpu", *where, *given]) == 2
@@ -314,14 +464,28 @@ def test_device_gpu_without_a_gpu_says_why(capsys):
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
     (tmp_path / "resnet9").mkdir()
     (tmp_path / "resnet9" / "thesis.tex").write_text("years of work")
-    assert m.main(["--data-dir", str(m.HERE / "data/sample"), "--device", "cpu", "--save-dir", str(tmp_path)]) == 2
+    assert (
+        m.main(
+            [
+                "--data-dir",
+                str(m.ROOT / "data/sample"),
+                "--device",
+                "cpu",
+                "--save-dir",
+                str(tmp_path),
+            ]
+        )
+        == 2
+    )
     assert "something else than a run" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "resnet9").iterdir()] == ["thesis.tex"]
 
 
 def damage(path):
     content = bytearray(path.read_bytes())
-    content[content.index(b"conv5.weight.npy") + 1000] ^= 255  # within that array, not in a header that nobody reads
+    content[content.index(b"conv5.weight.npy") + 1000] ^= (
+        255  # within that array, not in a header that nobody reads
+    )
     path.write_bytes(bytes(content))
     return bytes(content)
 
@@ -331,7 +495,11 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_continues(whole, tm
     before = (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes()
     content = damage(tmp_path / "resnet9" / "checkpoint_last.npz")
     result = train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
-    assert result.returncode == 0 and "is damaged" in result.stderr and "checkpoint_previous.npz, step 40" in result.stderr
+    assert (
+        result.returncode == 0
+        and "is damaged" in result.stderr
+        and "checkpoint_previous.npz, step 40" in result.stderr
+    )
     assert (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes() == before
     assert (tmp_path / "resnet9" / "checkpoint_damaged.npz").read_bytes() == content
     assert_same_run(whole[0], tmp_path / "resnet9")
@@ -342,11 +510,15 @@ def test_two_damaged_checkpoints_are_reported_and_not_overwritten(whole, tmp_pat
     paths = [tmp_path / "resnet9" / f"checkpoint_{which}.npz" for which in ("last", "previous")]
     contents = [damage(path) for path in paths]
     result = train(tmp_path, "--epochs-max", "4", "--augment", "1", "--ema", "0.9")
-    assert result.returncode == 2 and "is damaged" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 2 and "is damaged" in result.stderr and result.stderr.count("\n") == 1
+    )
     assert [path.read_bytes() for path in paths] == contents
 
 
 def test_help_explains_every_setting():
-    out = subprocess.run([sys.executable, "mnist_resnet9.py", "--help"], cwd=m.HERE, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "mnist_resnet9.py", "--help"], cwd=m.ROOT, capture_output=True, text=True
+    ).stdout
     for f in fields(m.Settings):
         assert f"--{f.name.replace('_', '-')} " in out

@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import files
 import mnist_resnet9 as m
+from support import checkpoints, mnist, run_folder, storage
 
 resource = pytest.importorskip("resource")  # POSIX
 
@@ -26,14 +26,16 @@ FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--ch
 
 def train(save, **options):
     command = [sys.executable, "mnist_resnet9.py", *FLAGS, "--save-dir", str(save)]
-    return subprocess.run(command, cwd=m.HERE, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        command, cwd=m.ROOT, capture_output=True, text=True, timeout=120, **options
+    )
 
 
 @pytest.fixture
 def state(rng):
     state = m.init_state(SETTINGS)
     state.moments[...] = rng.standard_normal(state.moments.shape)
-    state.step, state.history = 7, [[0, 1e-4, 2.3, 0.1, 2.3, 0.1]]
+    state.step, state.history = 7, [checkpoints.Epoch(0, 1e-4, 2.3, 0.1, 2.3, 0.1)]
     return state
 
 
@@ -42,7 +44,7 @@ def rewrite(path, change):
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files if name != "sha256"}
     change(arrays)
-    files.save_arrays(path, **arrays, sha256=files.checksums(arrays))
+    storage.save_arrays(path, **arrays, sha256=checkpoints.checksums(arrays))
 
 
 def test_a_checkpoint_has_the_same_bytes_at_any_time(state, tmp_path, monkeypatch):
@@ -51,11 +53,17 @@ def test_a_checkpoint_has_the_same_bytes_at_any_time(state, tmp_path, monkeypatc
     m.save_checkpoint(tmp_path / "b.npz", state, replace(SETTINGS, threads=3, save_dir="elsewhere"))
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     again = m.load_checkpoint(tmp_path / "a.npz", SETTINGS)
-    assert np.array_equal(again.moments, state.moments) and (again.step, again.history) == (7, state.history)
+    assert np.array_equal(again.moments, state.moments) and (again.step, again.history) == (
+        7,
+        state.history,
+    )
 
 
 CHANGES = {
-    "NaN": (lambda a: a["conv3.weight"].__setitem__((0, 0, 0, 0), np.nan), "conv3.weight is not finite"),
+    "NaN": (
+        lambda a: a["conv3.weight"].__setitem__((0, 0, 0, 0), np.nan),
+        "conv3.weight is not finite",
+    ),
     "moments": (lambda a: a["moments"].__setitem__((0, 0), np.inf), "moments is not finite"),
     "dtype": (lambda a: a.update({"fc9.bias": a["fc9.bias"].astype(float)}), "fc9.bias is float64"),
     "shape": (lambda a: a.update({"fc9.bias": a["fc9.bias"][:9]}), r"\(9,\)"),
@@ -64,7 +72,10 @@ CHANGES = {
     "version": (lambda a: a.update(version=np.int64(99)), "not version 1"),
     "history": (lambda a: a["history"].__setitem__((0, 0), 5), "history"),
     "step": (lambda a: a.update(step=np.int64(-1)), "history"),
-    "settings": (lambda a: a.update(settings=np.array(json.dumps({"pool": "avg", "optimizer": "adam"}))), "its pool"),
+    "settings": (
+        lambda a: a.update(settings=np.array(json.dumps({"pool": "avg", "optimizer": "adam"}))),
+        "its pool",
+    ),
 }
 
 
@@ -86,7 +97,7 @@ def test_one_changed_number_is_found_by_its_checksum(state, tmp_path):
     with np.load(path) as file:
         arrays = dict(file)
     arrays["conv1.bias"][0] += 1
-    files.save_arrays(path, **arrays)
+    storage.save_arrays(path, **arrays)
     with pytest.raises(m.UserError, match="checksums"):
         m.load_checkpoint(path, SETTINGS)
 
@@ -116,7 +127,9 @@ def test_what_is_not_finite_is_not_saved(state, tmp_path):
 
 
 @pytest.mark.parametrize("call", range(4))
-def test_a_save_that_ends_at_any_of_its_calls_leaves_a_whole_checkpoint(call, state, tmp_path, monkeypatch):
+def test_a_save_that_ends_at_any_of_its_calls_leaves_a_whole_checkpoint(
+    call, state, tmp_path, monkeypatch
+):
     last, previous = tmp_path / "checkpoint_last.npz", tmp_path / "checkpoint_previous.npz"
     for state.step in (1, 2):
         m.save_checkpoint(last, state, SETTINGS, previous)
@@ -144,11 +157,17 @@ def test_a_save_that_ends_at_any_of_its_calls_leaves_a_whole_checkpoint(call, st
 def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
     result = train(tmp_path, preexec_fn=limit)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "cannot be written" in result.stderr
+    assert (
+        result.returncode == 2
+        and result.stderr.count("\n") == 1
+        and "cannot be written" in result.stderr
+    )
     assert train(tmp_path).returncode == 0
     before = (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes()
     flags = [sys.executable, "mnist_resnet9.py", *FLAGS[:-1], "3", "--save-dir", str(tmp_path)]
-    result = subprocess.run(flags, cwd=m.HERE, capture_output=True, text=True, preexec_fn=limit_12k, timeout=120)
+    result = subprocess.run(
+        flags, cwd=m.ROOT, capture_output=True, text=True, preexec_fn=limit_12k, timeout=120
+    )
     assert result.returncode == 1 and "checkpoint_last.npz was NOT written" in result.stderr
     assert "Traceback" not in result.stderr and "Finished" in result.stdout
     assert (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes() == before
@@ -160,13 +179,17 @@ def limit_12k():
 
 def test_a_second_program_on_one_folder_is_refused_and_a_dead_one_holds_no_lock(tmp_path):
     assert train(tmp_path).returncode == 0
-    hold = ("import sys, pathlib, files\n"
-            "f = files.lock_file(pathlib.Path(sys.argv[1])); print('held', flush=True); input()")  # fmt: skip
-    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "resnet9" / "lock")], cwd=m.HERE,
+    hold = ("import sys, pathlib; from support import storage\n"
+            "f = storage.lock_file(pathlib.Path(sys.argv[1])); print('held', flush=True); input()")  # fmt: skip
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "resnet9" / "lock")], cwd=m.ROOT,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     holder.stdout.readline()
     result = train(tmp_path)
-    assert result.returncode == 2 and "in use by another program" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 2
+        and "in use by another program" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
     holder.kill()
     holder.communicate()
     assert train(tmp_path).returncode == 0
@@ -175,15 +198,17 @@ def test_a_second_program_on_one_folder_is_refused_and_a_dead_one_holds_no_lock(
 def test_log_and_metrics_are_mended_from_the_checkpoint(tmp_path):
     assert train(tmp_path).returncode == 0
     log, metrics = (tmp_path / "resnet9" / name for name in ("log.txt", "metrics.csv"))
-    rows = files.read_metrics(metrics)
+    rows = run_folder.read_metrics(metrics)
     lines = [line for line in log.read_text().splitlines() if line[:5].strip() != "1"]
     log.write_text("\n".join([*lines, "    2  9.99", "    3  torn"]) + "\n")
     metrics.write_bytes(metrics.read_bytes()[:-20])
     (tmp_path / "resnet9" / "checkpoint_best.npz.part").write_bytes(b"half")
     assert train(tmp_path).returncode == 0
-    epochs = [line[:5].strip() for line in log.read_text().splitlines() if line[:5].strip().isdigit()]
+    epochs = [
+        line[:5].strip() for line in log.read_text().splitlines() if line[:5].strip().isdigit()
+    ]
     assert sorted(epochs) == ["0", "1", "2"] and "9.99" not in log.read_text()
-    assert [row[:6] for row in files.read_metrics(metrics)] == [row[:6] for row in rows]
+    assert [row[:6] for row in run_folder.read_metrics(metrics)] == [row[:6] for row in rows]
     assert not list((tmp_path / "resnet9").glob("*.part"))
 
 
@@ -202,7 +227,7 @@ def test_a_redirect_off_https_is_refused_before_anything_is_asked_for_there():
 
     with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        opener = urllib.request.build_opener(files.HttpsOnly, urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(mnist.HttpsOnly, urllib.request.ProxyHandler({}))
         with pytest.raises(OSError, match="redirected to http:"):
             opener.open(f"http://127.0.0.1:{server.server_port}/start", timeout=10)
         server.shutdown()

@@ -9,8 +9,11 @@ from benchmarks.seeds import summary
 
 
 def run_of(accuracy, epochs=3, **settings):
-    metrics = {"epoch": np.arange(epochs + 1), "test_accuracy": np.linspace(0.1, accuracy, epochs + 1)}
-    return plot_figs.Run(m.HERE / "x", m.Settings(epochs_max=3, **settings), "MNIST", {}, metrics)
+    metrics = {
+        "epoch": np.arange(epochs + 1),
+        "test_accuracy": np.linspace(0.1, accuracy, epochs + 1),
+    }
+    return plot_figs.Run(m.ROOT / "x", m.Settings(epochs_max=3, **settings), "MNIST", {}, metrics)
 
 
 def test_it_takes_the_last_epoch_of_each_seed():
@@ -18,7 +21,9 @@ def test_it_takes_the_last_epoch_of_each_seed():
     assert summary(runs) == "99.00, 99.20, 99.70 %: 99.300 ± 0.361 % over 3 seeds"
 
 
-@pytest.mark.parametrize("other", [{"dropout": 0.5, "seed": 1}, {"seed": 0}, {"seed": 1, "epochs": 2}])
+@pytest.mark.parametrize(
+    "other", [{"dropout": 0.5, "seed": 1}, {"seed": 0}, {"seed": 1, "epochs": 2}]
+)
 def test_runs_that_do_not_belong_together_are_refused(other):
     with pytest.raises(m.UserError):
         summary([run_of(0.99), run_of(0.99, **other)])

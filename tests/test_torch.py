@@ -10,17 +10,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_run import SMALL, arrays, assert_same_run
 
-import files
 import mnist_resnet9 as m
 import plot_figs
-from test_run import SMALL, arrays, assert_same_run
+from support import run_folder, storage
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 
-sys.path.insert(0, str(m.HERE / "torch_version"))
-import resnet9_torch as t  # noqa: E402  (it lies in the folder that was just added)
+sys.path.insert(0, str(m.ROOT / "torch_version"))
+import resnet9_torch as t
 
 
 def tensors(params):
@@ -70,10 +70,14 @@ def test_logits_loss_and_all_gradients_agree(rng, pool, dropout):
     expected = logits(p, images, pool, mask)
     expected_loss = F.cross_entropy(expected, torch.tensor(labels))
     expected_loss.backward()
-    loss, gradients = m.loss_and_gradients(params, images, labels, settings, np.random.default_rng(5))
+    loss, gradients = m.loss_and_gradients(
+        params, images, labels, settings, np.random.default_rng(5)
+    )
     assert loss == pytest.approx(expected_loss.item(), rel=1e-12)
     if not dropout:
-        np.testing.assert_allclose(m.predict(params, images, settings), expected.detach().numpy(), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            m.predict(params, images, settings), expected.detach().numpy(), rtol=1e-9, atol=1e-12
+        )
     for name, gradient in gradients.items():
         reference = ours(p[name].grad)
         assert np.linalg.norm(gradient - reference) < 1e-9 * np.linalg.norm(reference), name
@@ -136,8 +140,12 @@ def pair(tmp_path, sample):
 def step_both(runs, steps, rate=1e-3, seed=7):
     """Each run learns from the same batches of random images (no two pixels of which tie)."""
     for step in steps:
-        images, labels = batch(np.random.default_rng([seed, step]), 20)  # two shards, one of them smaller
-        losses = [run.step(images, labels, m.random_stream(0, m.STEP, 1, step), rate) for run in runs]
+        images, labels = batch(
+            np.random.default_rng([seed, step]), 20
+        )  # two shards, one of them smaller
+        losses = [
+            run.learn(images, labels, m.random_stream(0, m.STEP, 1, step), rate) for run in runs
+        ]
         assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-9)
 
 
@@ -159,13 +167,19 @@ def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, r
     expected = m.predict(params, images, run.settings)
     found = theirs.net(theirs.to_input(images)).detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
-    loss, gradients = m.loss_and_gradients(params, images, labels, run.settings, m.random_stream(0, m.STEP, 1, 0))
-    assert theirs.step(images, labels, m.random_stream(0, m.STEP, 1, 0), 0.0).item() == pytest.approx(loss, rel=1e-9)
+    loss, gradients = m.loss_and_gradients(
+        params, images, labels, run.settings, m.random_stream(0, m.STEP, 1, 0)
+    )
+    assert theirs.learn(
+        images, labels, m.random_stream(0, m.STEP, 1, 0), 0.0
+    ).item() == pytest.approx(loss, rel=1e-9)
     assert np.array_equal(theirs.state.params.flat, params.flat)  # at rate 0
     named = dict(theirs.net.named_parameters())
     assert list(named) == list(params) and len(named) == 18
     for name, w in named.items():
-        assert np.linalg.norm(ours(w.grad) - gradients[name]) < 1e-9 * np.linalg.norm(gradients[name]), name
+        assert np.linalg.norm(ours(w.grad) - gradients[name]) < 1e-9 * np.linalg.norm(
+            gradients[name]
+        ), name
 
 
 OPTIMIZERS = [
@@ -205,8 +219,12 @@ def test_each_version_continues_the_others_checkpoint(pair):
 def test_both_evaluate_alike(pair, sample):
     runs = pair(np.float32, ema=0.9)
     for run in runs:
-        run.state.ema.flat += 0.01 * np.random.default_rng(3).standard_normal(run.state.ema.flat.size)
-    (loss, accuracy, probs), theirs = [run.evaluate(sample.test_images[:250], sample.test_labels[:250]) for run in runs]
+        run.state.ema.flat += 0.01 * np.random.default_rng(3).standard_normal(
+            run.state.ema.flat.size
+        )
+    (loss, accuracy, probs), theirs = [
+        run.evaluate(sample.test_images[:250], sample.test_labels[:250]) for run in runs
+    ]
     assert theirs[:2] == (pytest.approx(loss, rel=1e-4), accuracy) and type(theirs[1]) is float
     np.testing.assert_allclose(theirs[2], probs, atol=1e-4)
 
@@ -216,9 +234,13 @@ def test_on_a_blank_image_max_pooling_ties_and_the_two_differ_on_purpose(pair, p
     run, theirs = pair(dropout=0.0, pool=pool)
     images, labels = np.zeros((4, 28, 28), np.uint8), np.arange(4)
     loss, gradients = m.loss_and_gradients(run.state.params, images, labels, run.settings)
-    assert theirs.step(images, labels, m.random_stream(0, m.STEP), 0.0).item() == pytest.approx(loss, rel=1e-9)
+    assert theirs.learn(images, labels, m.random_stream(0, m.STEP), 0.0).item() == pytest.approx(
+        loss, rel=1e-9
+    )
     w = dict(theirs.net.named_parameters())
-    np.testing.assert_allclose(ours(w["fc9.weight"].grad), gradients["fc9.weight"], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        ours(w["fc9.weight"].grad), gradients["fc9.weight"], rtol=1e-9, atol=1e-12
+    )
     for name in ("conv1.weight", "conv8.weight"):
         ratio = np.linalg.norm(gradients[name]) / w[name].grad.norm().item()
         assert ratio > 1.2 if pool == "max" else ratio == pytest.approx(1, rel=1e-9), name
@@ -227,12 +249,24 @@ def test_on_a_blank_image_max_pooling_ties_and_the_two_differ_on_purpose(pair, p
 # The program as its user meets it.
 
 
-TINY = (*SMALL, "--device", "cpu", "--threads", "1", "--learning-rate", "1e-3", "--train-images", "96")  # 3 steps
+TINY = (
+    *SMALL,
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--learning-rate",
+    "1e-3",
+    "--train-images",
+    "96",
+)  # 3 steps
 
 
 @pytest.fixture(autouse=True)
 def few_test_images(monkeypatch, sample):
-    few = replace(sample, test_images=sample.test_images[:200], test_labels=sample.test_labels[:200])
+    few = replace(
+        sample, test_images=sample.test_images[:200], test_labels=sample.test_labels[:200]
+    )
     monkeypatch.setattr(m, "load_mnist", lambda _: few)
 
 
@@ -240,7 +274,14 @@ def torch_main(*flags):
     return m.main([*TINY, *map(str, flags)], t.start)
 
 
-@pytest.mark.parametrize("flags", ["--augment 1 --elastic 1 --ema 0.9 --weight-decay 0.1", "--optimizer sgd --schedule one_cycle", "--optimizer muon"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--augment 1 --elastic 1 --ema 0.9 --weight-decay 0.1",
+        "--optimizer sgd --schedule one_cycle",
+        "--optimizer muon",
+    ],
+)
 def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsys):
     flags = ("--epochs-max", "3", *flags.split())
     assert torch_main("--save-dir", tmp_path / "whole", *flags) == 0
@@ -260,9 +301,23 @@ def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("pool, tolerance", [("max", 0.1), ("avg", 0.01)])
 def test_a_tiny_training_ends_alike_on_both_sides(pool, tolerance, tmp_path):
-    flags = ("--save-dir", str(tmp_path), "--pool", pool, "--train-images", "320", "--epochs-max", "3", "--tag", "x")
+    flags = (
+        "--save-dir",
+        str(tmp_path),
+        "--pool",
+        pool,
+        "--train-images",
+        "320",
+        "--epochs-max",
+        "3",
+        "--tag",
+        "x",
+    )
     assert m.main([*TINY, *flags]) == 0 and torch_main(*flags) == 0
-    one, two = (np.array(files.read_metrics(tmp_path / tag / "metrics.csv")) for tag in ("x", "torch_x"))
+    one, two = (
+        np.array(run_folder.read_metrics(tmp_path / tag / "metrics.csv"))
+        for tag in ("x", "torch_x")
+    )
     np.testing.assert_allclose(one[0, :6], two[0, :6], rtol=1e-5)  # the network before training
     np.testing.assert_allclose(one[:, [2, 4]], two[:, [2, 4]], atol=tolerance)
     assert two[-1, 2] < two[0, 2] - 0.1
@@ -273,18 +328,27 @@ def test_weights_go_both_ways_and_the_run_has_its_files(tmp_path, capsys, monkey
     assert m.main([*TINY, *flags, "--ema", "0.5"]) == 0
     assert torch_main(*flags, "--weights", tmp_path / "resnet9" / "checkpoint_last.npz") == 0
     folder = tmp_path / "torch_resnet9"
-    code = {path.name for path in (folder / "code").iterdir()}
-    assert code == {"resnet9_torch.py", "mnist_resnet9.py", "files.py", "workers.py", "plot_figs.py"}
+    code = {
+        path.relative_to(folder / "code").as_posix() for path in (folder / "code").rglob("*.py")
+    }
+    support = {f"support/{path.name}" for path in (m.ROOT / "support").glob("*.py")}
+    assert code == {"torch_version/resnet9_torch.py", "mnist_resnet9.py", "plot_figs.py", *support}
     assert "PyTorch" in (folder / "log.txt").read_text()
-    ours, theirs = (files.read_metrics(path / "metrics.csv") for path in (tmp_path / "resnet9", folder))
+    ours, theirs = (
+        run_folder.read_metrics(path / "metrics.csv") for path in (tmp_path / "resnet9", folder)
+    )
     assert theirs[0][2:6] == pytest.approx(ours[1][2:6], rel=1e-5)  # it starts where ours ended
 
     settings, data = m.Settings(channels=(4, 16, 16, 16)), m.load_mnist("")
     params = m.load_checkpoint(folder / "checkpoint_last.npz", settings).params
     probs = m.softmax(m.predict(params, data.test_images, settings))[0]
-    np.testing.assert_allclose(probs, arrays(folder / "predictions.npz")["probabilities"], atol=1e-5)
+    np.testing.assert_allclose(
+        probs, arrays(folder / "predictions.npz")["probabilities"], atol=1e-5
+    )
 
-    monkeypatch.setattr(plot_figs, "draw_run", lambda *_: ())  # only the curves that stand side by side
+    monkeypatch.setattr(
+        plot_figs, "draw_run", lambda *_: ()
+    )  # only the curves that stand side by side
     assert plot_figs.main(["resnet9", "torch_resnet9", "--save-dir", str(tmp_path)]) == 0
     assert (tmp_path / "resnet9" / "curves_resnet9_torch_resnet9.png").exists()
 
@@ -311,7 +375,7 @@ BAD = {
 def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monkeypatch):
     if "gpu" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.chdir(m.HERE)
+    monkeypatch.chdir(m.ROOT)
     assert torch_main("--save-dir", tmp_path / "save", *flags.split()) == 2
     out, err = capsys.readouterr()
     assert BAD[flags] in err and err.count("\n") == 1 and not out
@@ -319,21 +383,30 @@ def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monk
 
 
 def test_weights_of_another_network_are_refused(tmp_path, capsys):
-    params = m.init_params(m.Settings(channels=(1, 16, 16, 16)))  # NumPy would stretch one channel to four
-    files.save_arrays(tmp_path / "other.npz", **params)
+    params = m.init_params(
+        m.Settings(channels=(1, 16, 16, 16))
+    )  # NumPy would stretch one channel to four
+    storage.save_arrays(tmp_path / "other.npz", **params)
     assert torch_main("--save-dir", tmp_path / "save", "--weights", tmp_path / "other.npz") == 2
     assert "conv1.weight has the shape (3, 3, 1, 1)" in capsys.readouterr().err
 
 
 def test_device_auto_says_what_it_took():
     said = t.use_device("auto")
-    assert said.startswith("GPU, " if torch.cuda.is_available() else "CPU (no GPU: ") and torch.__version__ in said
+    assert (
+        said.startswith("GPU, " if torch.cuda.is_available() else "CPU (no GPU: ")
+        and torch.__version__ in said
+    )
 
 
 def test_the_script_starts_from_its_own_folder():
     command = [sys.executable, "resnet9_torch.py", "--help"]
-    result = subprocess.run(command, cwd=m.HERE / "torch_version", capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and "--weights " in result.stdout and "--augment " in result.stdout
+    result = subprocess.run(
+        command, cwd=m.ROOT / "torch_version", capture_output=True, text=True, timeout=120
+    )
+    assert (
+        result.returncode == 0 and "--weights " in result.stdout and "--augment " in result.stdout
+    )
 
 
 def test_without_pytorch_a_line_says_how_to_get_it(monkeypatch, capsys):

@@ -11,9 +11,10 @@ import time
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import mnist_resnet9 as m
-import workers
+from support import workers
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
@@ -40,13 +41,18 @@ def three(request, monkeypatch):
 
 
 def test_each_part_is_computed_once_in_a_process_of_its_own(three, rng):
-    arrays = [rng.standard_normal((40, 30 + i)).astype(np.float32)[:, ::2] for i in range(5)]  # not contiguous
+    arrays = [
+        rng.standard_normal((40, 30 + i)).astype(np.float32)[:, ::2] for i in range(5)
+    ]  # not contiguous
     for factor in (2, 3):  # the second message overwrites the first
         results = three.map(functools.partial(scaled, arrays, factor), [[0], [1, 4], [2, 3]])
         assert [len(part) for part in results] == [1, 2, 2]
         for i, (array, _) in zip((0, 1, 4, 2, 3), sum(results, [])):
             assert np.array_equal(array, arrays[i] * factor)
-        assert len({pid for part in results for _, pid in part}) == 3 and results[0][0][1] == os.getpid()
+        assert (
+            len({pid for part in results for _, pid in part}) == 3
+            and results[0][0][1] == os.getpid()
+        )
 
 
 def test_arrays_that_do_not_fit_into_the_shared_memory_go_through_the_pipe(rng, monkeypatch):
@@ -64,7 +70,10 @@ def test_packed_arrays_keep_shape_order_dtype_and_are_aligned(rng):
                {"text": "ü", "number": 1.5}]  # fmt: skip
     *arrays, rest = workers.unpack(workers.pack(message, memory), memory)
     for array, expected in zip(arrays, message):
-        assert np.array_equal(array, expected) and (array.shape, array.dtype) == (expected.shape, expected.dtype)
+        assert np.array_equal(array, expected) and (array.shape, array.dtype) == (
+            expected.shape,
+            expected.dtype,
+        )
         assert array.ctypes.data % 64 == 0 or not array.size
     assert rest == message[-1]
     memory[:] = bytes(2**16)
@@ -119,7 +128,7 @@ def running(pid):
 PROGRAM = """
 import os, sys, time
 sys.path.insert(0, {here!r})
-import workers
+from support import workers
 workers.METHOD = {method!r}
 if __name__ == "__main__":
     pool = workers.Workers(3)
@@ -134,8 +143,10 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_workers_end_with_the_program_however_it_ends(end, method, tmp_path):
     path = tmp_path / "program.py"
-    path.write_text(PROGRAM.format(here=str(m.HERE), method=method))
-    program = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    path.write_text(PROGRAM.format(here=str(m.ROOT), method=method))
+    program = subprocess.Popen(
+        [sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     pids = [int(pid) for pid in program.stdout.readline().split()]
     assert len(pids) == 3 and all(map(running, pids))
     program.send_signal(end)
@@ -164,7 +175,10 @@ def test_a_limit_on_processes_leaves_fewer_workers(monkeypatch, capsys):
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_one)
     pool = workers.Workers(3)
-    assert "Only 1 of 3 worker processes started (Resource temporarily unavailable)" in capsys.readouterr().err
+    assert (
+        "Only 1 of 3 worker processes started (Resource temporarily unavailable)"
+        in capsys.readouterr().err
+    )
     assert pool.map(abs, [-1, -2, -3, -4]) == [1, 2, 3, 4]
     pool.close()
 
@@ -180,12 +194,33 @@ def test_use_cores_starts_and_ends_workers(monkeypatch):
     assert not m.workers.workers
 
 
-@pytest.mark.parametrize("count, parts", [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [1, 1, 2]), (16, [5, 5, 6])])
+@pytest.mark.parametrize(
+    "count, parts", [(1, [1]), (2, [1, 1]), (3, [1, 1, 1]), (4, [1, 1, 2]), (16, [5, 5, 6])]
+)
 def test_shards_are_spread_evenly_and_in_order(count, parts, monkeypatch):
     spread = []
     monkeypatch.setattr(m.workers, "workers", [None] * 2)
-    monkeypatch.setattr(m.workers, "map", lambda work, of: spread.extend(map(len, of)) or [work(part) for part in of])
+    monkeypatch.setattr(
+        m.workers,
+        "map",
+        lambda work, of: spread.extend(map(len, of)) or [work(part) for part in of],
+    )
     shards = m.shards_of(16 * count - 3, 16)
     assert [i for i, _ in shards] == list(range(count))
     assert [i for _, s in shards for i in range(s.start, s.stop)] == list(range(16 * count - 3))
-    assert m.over_cores(lambda part: [i for i, _ in part], shards) == list(range(count)) and spread == parts
+    assert (
+        m.over_cores(lambda part: [i for i, _ in part], shards) == list(range(count))
+        and spread == parts
+    )
+
+
+def blas_threads(_):
+    return [
+        library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"
+    ]
+
+
+def test_every_process_computes_with_one_thread(three):
+    """Whatever BLAS NumPy is built with: more threads than one in each process would fight for the cores."""
+    for counts in three.map(blas_threads, [0, 1, 2]):
+        assert counts and set(counts) == {1}

@@ -20,7 +20,8 @@ import warnings
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
-from numpy.linalg import _umath_linalg
+import numpy  # noqa: F401  (threadpoolctl finds only a BLAS that is already loaded)
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 SHARED_BYTES = 2**26  # for the arrays of one message; only what a message fills takes memory
@@ -31,18 +32,19 @@ def available_cores():
 
 @functools.lru_cache(maxsize=1)
 def prepare_process():
-    """One thread in BLAS, NumPy's matrix products (more would fight the other processes), and no page faults.
+    """One thread in BLAS, the library of NumPy's matrix products, and no page faults.
 
-    malloc gives large arrays back to the system and asks for them again, and each new page costs a fault: thousands
-    a step. With these limits raised it reuses them. Other libraries than OpenBLAS and glibc stay as they are.
+    More threads would fight the other processes for the cores; and a process that is copied while its BLAS has threads
+    can leave the copy waiting for one that was not copied. So this comes before the first worker is started.
+
+    malloc, the system's allocator, gives large arrays back and asks for them again, and each new page costs a fault:
+    thousands a step. With these limits raised it keeps what it has. Other systems than glibc's stay as they are.
     """
-    blas = ctypes.CDLL(_umath_linalg.__file__)  # finds the BLAS that NumPy is linked to
-    for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads", "openblas_set_num_threads"):
-        if hasattr(blas, name):
-            getattr(blas, name)(1)
+    threadpool_limits(1, user_api="blas")
     if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
         for limit, size in ((-3, 2**25), (-1, 2**30), (-2, 2**26)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL(None).mallopt(limit, size)
+            mallopt(limit, size)
 
 def shared_memory():
     """Memory that this process and its copies see. Without copies there is none, and arrays go through the pipe."""
@@ -95,6 +97,7 @@ class Workers:
         context, self.inbox, self.workers = multiprocessing.get_context(METHOD), b"", []
         if not count:
             return
+        prepare_process()
         self.inbox = shared_memory()
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process starts with what is set here
         try:

@@ -1,0 +1,75 @@
+"""Files that are either the old one or the new one, whole, whenever the program or the machine
+stops."""
+
+import contextlib
+import errno
+import io
+import os
+
+import numpy as np
+
+from support import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+
+def write_file(path, data, previous=None):
+    """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole.
+
+    previous: the name that the old file keeps. A crash between the two renames leaves only that
+    one: see RunFolder.restore.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()  # half a file on a full disk is in the way of everything else
+        raise
+    if fcntl:  # Windows has no way to flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # only now do the new names survive a power cut
+        finally:
+            os.close(folder)
+
+
+def save_arrays(path, previous=None, **arrays):
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    write_file(path, stream.getvalue(), previous)
+
+
+def save_png(path, figure, **options):
+    """Saves a Matplotlib figure; the options are those of its savefig()."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", **options)
+    write_file(path, stream.getvalue())
+
+
+def lock_file(path):
+    """The open file at path, locked until it is closed or its process ends. UserError if another
+    program has it."""
+    file = open(path, "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(
+            file.fileno(), msvcrt.LK_NBLCK, 1
+        )
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
+            raise UserError(
+                f"{path.parent} is in use by another program; wait or choose another --tag"
+            ) from None
+    return file

@@ -1,0 +1,270 @@
+"""A 3×3 convolution with a fifth of the multiplications, after Winograd. Nothing here learns
+anything of its own.
+
+mnist_resnet9.conv2d() shows what a convolution is; what stands here computes the same, faster, on a
+CPU. A reader who skips this file misses nothing but speed: with MIN_CHANNELS set to 10**9 every
+convolution takes the plain way.
+
+**In one dimension.** A kernel of three weights slides along a row. Seven neighbouring outputs take
+7·3 = 21 multiplications directly. This way takes 9:
+
+    transform the 9 pixels that the seven outputs depend on   9 values    x → B x
+    transform the 3 weights                                   9 values    g → G g
+    multiply elementwise                                      9 products  B x ⊙ G g
+    transform the products into the 7 outputs                 7 values    y = A (B x ⊙ G g)
+
+A, B and G are small matrices of constants. The transforms are not free, but they are shared: one
+pixel's transform serves all output channels, one kernel's all images, and the sum over the input
+channels is taken before the last transform. In two dimensions the same is done along the rows and
+then along the columns, so 9·9 = 81 multiplications take the place of 49·9 = 441.
+
+**Why it works.** Multiplying polynomials: take g(t) of degree 2 and d(t) of degree 6. Their product
+has degree 8, so its values at 9 points determine it. So evaluate both at the points, multiply the
+values, and interpolate. Evaluating a polynomial at fixed points is a matrix times its coefficients
+(G for g, Aᵀ for d); interpolating is a matrix too, Bᵀ:
+
+    coefficients of g·d = Bᵀ (G g ⊙ Aᵀ d)
+
+For a fixed g that is a matrix times d: the coefficients of g·d are sums Σ g[i] d[j − i], and the
+matrix has g shifted by one in each column. Its transpose computes Σ g[i] x[j + i]: it slides g
+along x, and that is our convolution. Transposing the right-hand side gives y = A (G g ⊙ B x).
+(Lavin and Gray 2016, arXiv:1509.09308; the matrices are Cook and Toom's.)
+
+**In this file.** A row is cut into tiles of 7 outputs; each needs 9 pixels, so neighbouring tiles
+share 2. Two tiles together form a strip, and P and Q are B and A for a strip, so one matrix product
+transforms many pixels at once. An image is transformed from both sides, as every matrix is that has
+rows and columns: P x Pᵀ, G w Gᵀ and Q (…) Qᵀ. All of this is linear in x and in w, so the backward
+pass is the same with the matrices transposed.
+
+Letters, as in mnist_resnet9.py: H W rows and columns, N images, C channels in, K channels out; T
+and S are the tiles of a strip down and across.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# In pairs around 1. Large or uneven points lose digits: these have a third of the rounding errors
+# of 0, ±1, ±2, ±1/2 …
+POINTS = (1, -1, 1 / 4, -1 / 4, 2 / 3, -2 / 3, 2, -2)
+VALUES = len(POINTS) + 1  # 9 values a tile, from 9 pixels; the ninth point is infinity
+OUTPUTS = VALUES - 2  # 7 outputs a tile: 28 and 14, the sizes of our images, are multiples of it
+
+STRIP_TILES = 2  # with more, P would be mostly zeros: a tile has nothing to do with distant pixels
+MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multiplications that they save
+
+
+def is_faster(w):
+    """Whether this is the faster way for the kernel w. On a GPU, where w is not a NumPy array, it
+    is not."""
+    return isinstance(w, np.ndarray) and w.shape[:2] == (3, 3) and w.shape[2] >= MIN_CHANNELS
+
+
+# ── Matrices ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Tile(NamedTuple):
+    """The matrices of one tile, in float64."""
+
+    A: Any  # (OUTPUTS, VALUES)
+    B: Any  # (VALUES, VALUES)
+    G: Any  # (VALUES, 3)
+
+
+def tile_matrices():
+    points = np.array(POINTS)
+    A = np.zeros((OUTPUTS, VALUES))
+    B = np.zeros((VALUES, VALUES))
+    G = np.zeros((VALUES, 3))
+    for j, p in enumerate(points):
+        others = np.delete(points, j)
+        A[:, j] = p ** np.arange(OUTPUTS)  # 1, p, p², …: the polynomial's value at p
+        B[j, : VALUES - 1] = np.poly(others)[::-1]  # the polynomial that is 0 at all other points
+        G[j] = p ** np.arange(3) / np.prod(p - others)  # its value at p is divided out here, once
+    A[OUTPUTS - 1, VALUES - 1] = 1  # the value at infinity is the highest coefficient
+    G[VALUES - 1, 2] = 1
+    B[VALUES - 1] = np.poly(points)[::-1]
+    return Tile(A, B, G)
+
+
+@functools.lru_cache(maxsize=None)
+def kernel_matrix(dtype):
+    """G from both sides as one matrix: G w Gᵀ, with the 3×3 weights in a row of 9. Shape (81,
+    9)."""
+    G = tile_matrices().G
+    return np.einsum("ia,jb->jiab", G, G).reshape(VALUES * VALUES, 9).astype(dtype)
+
+
+class Strip(NamedTuple):
+    pixels: slice  # which pixels of the row it reads or makes
+    matrix: Any  # P or Q, or one of them transposed
+
+
+class Strips(NamedTuple):
+    """The strips of a row of L pixels, for the forward pass and, transposed, for the backward
+    pass."""
+
+    reads: list  # P of each strip, (values · T, pixels)
+    makes: list  # Q of each strip, (pixels, values · T)
+    reads_back: list  # Pᵀ
+    makes_back: list  # Qᵀ
+
+
+def transposed(strips):
+    return [Strip(strip.pixels, strip.matrix.T) for strip in strips]
+
+
+@functools.lru_cache(maxsize=None)
+def strips_of(L, dtype):
+    """The Strips of a row of L pixels. P's rows are ordered by point, then by tile."""
+    A, B, _ = tile_matrices()
+    tiles = min(STRIP_TILES, -(-L // OUTPUTS))  # L / OUTPUTS rounded up, since // rounds down
+    length = tiles * OUTPUTS
+    P = np.zeros((VALUES, tiles, length + 2))
+    Q = np.zeros((length, VALUES, tiles))
+    for t in range(tiles):
+        start = t * OUTPUTS
+        P[:, t, start : start + VALUES] = B
+        Q[start : start + OUTPUTS, :, t] = A
+    P = P.reshape(VALUES * tiles, -1)
+    Q = Q.reshape(-1, VALUES * tiles)
+
+    reads, makes = [], []
+    for start in range(0, L, length):
+        end = min(start + length, L)
+        first, stop = max(start - 1, 0), min(start + length + 1, L)  # beyond the border are zeros
+        columns = P[:, first - start + 1 : stop - start + 1]  # what would multiply them is left out
+        reads.append(Strip(slice(first, stop), np.asarray(columns, dtype)))
+        makes.append(Strip(slice(start, end), np.asarray(Q[: end - start], dtype)))
+    return Strips(reads, makes, transposed(reads), transposed(makes))
+
+
+# ── Transforms ────────────────────────────────────────────────────────────────────────────────────
+
+
+def spaced(*shape, dtype):
+    """An empty array whose last axis has a gap of 64 bytes after it.
+
+    Lengths are often powers of two, and addresses a multiple of 4,096 bytes apart compete for the
+    same few places in the processor's cache: without the gaps, a matrix product over such rows
+    takes up to half as long again."""
+    *outer, last = shape
+    return np.empty((*outer, last + 64 // dtype.itemsize), dtype)[..., :last]
+
+
+def tiles_in(strip):
+    """How many tiles a strip of `reads` or `makes_back` has."""
+    return len(strip.matrix) // VALUES
+
+
+def to_points(rows, x, cols):
+    """P x Pᵀ, strip by strip: (H, W, N, C) → (strips, strips, VALUES, VALUES, T·S·N, C)."""
+    H, W, N, C = x.shape
+    T, S = tiles_in(rows[0]), tiles_in(cols[0])
+    X = np.empty((len(rows), len(cols), VALUES, VALUES * T, S, N * C), x.dtype)
+    for c, (pixels, P) in enumerate(cols):
+        R = spaced(H, VALUES * S, N * C, dtype=x.dtype)
+        np.matmul(P, x.reshape(H, W, N * C)[:, pixels], out=R)  # along the rows
+        R = R.reshape(H, VALUES, S, N * C).transpose(1, 2, 0, 3)  # (VALUES, S, H, N·C)
+        for r, (pixels, P) in enumerate(rows):
+            np.matmul(P, R[:, :, pixels], out=X[r, c].swapaxes(1, 2))  # along the columns
+    return X.reshape(len(rows), len(cols), VALUES, VALUES, -1, C)
+
+
+def from_points(rows, M, cols, N):
+    """Q M Qᵀ, strip by strip: (strips, strips, VALUES, VALUES, T·S·N, K) → (H, W, N, K)."""
+    H, W, K = rows[-1].pixels.stop, cols[-1].pixels.stop, M.shape[-1]
+    S = cols[0].matrix.shape[1] // VALUES
+    M = M.reshape(len(rows), len(cols), VALUES, -1, S, N * K).swapaxes(3, 4)
+    columns = []
+    for c in range(len(cols)):
+        R = spaced(H, VALUES * S, N * K, dtype=M.dtype)
+        join(rows, M[:, c], R.reshape(H, VALUES, S, N * K).transpose(1, 2, 0, 3))
+        columns.append(R)
+    y = np.empty((H, W, N * K), M.dtype)
+    join(cols, columns, y)
+    return y.reshape(H, W, N, K)
+
+
+def join(strips, xs, y):
+    """Writes matrix @ x of each strip into its pixels of y; where strips overlap, their values
+    add."""
+    done = 0
+    for (pixels, Q), x in zip(strips, xs):
+        new = max(done, pixels.start)
+        np.matmul(Q[new - pixels.start :], x, out=y[..., new : pixels.stop, :])
+        if new > pixels.start:
+            y[..., pixels.start : new, :] += Q[: new - pixels.start] @ x
+        done = pixels.stop
+
+
+# ── The convolution ───────────────────────────────────────────────────────────────────────────────
+
+
+class Kernel(np.ndarray):
+    """A kernel w (3, 3, C, K) that carries along U = G w Gᵀ (VALUES, VALUES, C, K), and UT (…, K,
+    C) for backward."""
+
+    U = UT = None
+
+
+def transform(w):
+    """w as a Kernel."""
+    _, _, C, K = w.shape
+    G = kernel_matrix(w.dtype)
+    U = spaced(VALUES * VALUES, C * K, dtype=w.dtype)
+    UT = spaced(VALUES * VALUES, K * C, dtype=w.dtype)
+    kernel = w.view(Kernel)
+    kernel.U = np.matmul(G, w.reshape(9, C * K), out=U).reshape(VALUES, VALUES, C, K)
+    kernel.UT = np.matmul(G, w.swapaxes(2, 3).reshape(9, K * C), out=UT).reshape(
+        VALUES, VALUES, K, C
+    )
+    return kernel
+
+
+def prepare(params):
+    """params, with every kernel transformed for which that pays: once for a batch, not once for
+    each of its shards."""
+    return {name: transform(p) if p.ndim == 4 and is_faster(p) else p for name, p in params.items()}
+
+
+class Cache(NamedTuple):
+    """What the backward pass needs: the two factors that were multiplied, as everywhere."""
+
+    X: Any  # the transformed images
+    w: Kernel
+    shape: tuple  # of x
+
+
+def conv2d(x, w, b):
+    """The same y as mnist_resnet9.conv2d(): (H, W, N, C) → (H, W, N, K), and the Cache."""
+    H, W, N, C = x.shape
+    rows, cols = strips_of(H, x.dtype), strips_of(W, x.dtype)
+    if not isinstance(w, Kernel) or w.U is None:
+        w = transform(w)
+    X = to_points(rows.reads, x, cols.reads)  # (strips, strips, VALUES, VALUES, T·S·N, C)
+    M = (
+        X @ w.U
+    )  # (strips, strips, VALUES, VALUES, T·S·N, K): at each pair of points, a sum over the channels
+    M[:, :, 0, 0] += (
+        b  # all powers of 1 are 1: the value at the points (1, 1) enters every output as it is
+    )
+    return from_points(rows.makes, M, cols.makes, N), Cache(X, w, x.shape)
+
+
+def conv2d_backward(dy, cache, need_dx=True):
+    """From y = Q M Qᵀ, M = X @ U, X = P x Pᵀ, U = G w Gᵀ: the same products in reverse, each factor
+    transposed."""
+    X, w, (H, W, N, C) = cache
+    rows, cols = strips_of(H, dy.dtype), strips_of(W, dy.dtype)
+    dM = to_points(rows.makes_back, dy, cols.makes_back)
+    db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
+    dU = functools.reduce(
+        np.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, VALUES, VALUES, *w.shape[2:])
+    )
+    dw = (kernel_matrix(dy.dtype).T @ dU.reshape(VALUES * VALUES, -1)).reshape(w.shape)
+    if not need_dx:
+        return None, dw, db
+    dX = dM @ w.UT  # (strips, strips, VALUES, VALUES, T·S·N, C)
+    return from_points(rows.reads_back, dX, cols.reads_back, N), dw, db
