@@ -1,4 +1,4 @@
-"""docs/backward.md: its numbers, by the script's own functions and by central differences in float64.
+"""The numbers of docs/backward.md, by the script's functions and by central differences (float64).
 
 Each of its sections has one example, a block of assignments. They are read here, never copied: an
 array called dfoo has to be the gradient of the loss with respect to foo.
@@ -174,7 +174,7 @@ def test_any_other_number_would_be_found_out(section):
 
 
 def test_turned_kernel_with_several_channels():
-    """dx is the convolution of dy with the kernel turned round and its channels swapped: odd sizes."""
+    """dx is the convolution of dy with the kernel turned round and its channels swapped."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((5, 7, 2, 3)), rng.standard_normal((3, 3, 3, 4))
     y, cache = conv2d(x, w, np.zeros(4))
