@@ -53,7 +53,10 @@ def add_run(save, tag, epochs=3, without=(), **config):
     shutil.copytree(save / "real", save / tag, ignore=shutil.ignore_patterns("*.png", *without))
     if "metrics.csv" not in without:
         accuracy = 1 - 0.9 / (1 + np.arange(epochs + 1)) ** 1.1
-        rows = [[i, 1e-4, 2.3 / (i + 1) ** 2, a, 2.3 / (i + 1), a, 1.0, 100.0] for i, a in enumerate(accuracy)]
+        rows = [
+            [i, 1e-4, 2.3 / (i + 1) ** 2, a, 2.3 / (i + 1), a, 1.0, 100.0]
+            for i, a in enumerate(accuracy)
+        ]
         files.write_metrics(save / tag / "metrics.csv", rows)
     path = save / tag / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
@@ -64,10 +67,14 @@ def picture(path):
     """The picture, which is not blank and of a sensible size: (height, width, 3) in 0…1."""
     image = plt.imread(path)[..., :3]
     height, width = image.shape[0] / DPI, image.shape[1] / DPI  # in inches
-    assert 5 <= width <= 24 and 0.5 <= height <= 18, f"{path.name} is {width:.1f} by {height:.1f} inches"
+    assert 5 <= width <= 24 and 0.5 <= height <= 18, (
+        f"{path.name} is {width:.1f} by {height:.1f} inches"
+    )
     inked = (image.min(axis=2) < 0.9).mean()
     assert 0.005 < inked < 0.9, f"{path.name}: {inked:.1%} of it is not white"
-    border = np.concatenate([image[:2].ravel(), image[-2:].ravel(), image[:, :2].ravel(), image[:, -2:].ravel()])
+    border = np.concatenate(
+        [image[:2].ravel(), image[-2:].ravel(), image[:, :2].ravel(), image[:, -2:].ravel()]
+    )
     assert border.min() > 0.5, f"{path.name} is cut off at its border"
     return image
 
@@ -80,7 +87,9 @@ def texts(figure):
 def error_of(capsys):
     """The error, which has to be one line."""
     error = capsys.readouterr().err
-    assert error.startswith("plot_figs.py: ") and error.count("\n") == 1 and "Traceback" not in error, error
+    assert (
+        error.startswith("plot_figs.py: ") and error.count("\n") == 1 and "Traceback" not in error
+    ), error
     return error
 
 
@@ -116,17 +125,25 @@ def test_a_run_of_one_epoch_gives_all_four_figures(save, capsys):
 
 
 def test_without_a_screen_from_another_folder(save):
-    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
-    folder = add_run(save, "bare", without=("predictions.npz",))  # whose failures would take long to draw
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
+    }
+    folder = add_run(
+        save, "bare", without=("predictions.npz",)
+    )  # whose failures would take long to draw
     command = [sys.executable, SCRIPT, "bare", "--save-dir", save.name, "--data-dir", SAMPLE]
-    done = subprocess.run(command, cwd=save.parent, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=save.parent, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert {path.name for path in folder.glob("*.png")} == {"curves.png", "filters.png"}
 
 
 def test_import_does_nothing():
     code = "import matplotlib; b = dict(matplotlib.rcParams); import plot_figs; assert dict(matplotlib.rcParams) == b"
-    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -147,22 +164,38 @@ def test_overlay_has_all_accuracies_in_one_panel(save, capsys):
         add_run(save, tag, epochs, without=("*.npz",) if epochs else ("*.npz", "metrics.csv"))
     assert draw(save, "--overlay", "real", "one", "two", "not_begun") == 0
     path = save / "real" / "test_accuracy_real_one_two.png"
-    assert capsys.readouterr().out.splitlines() == [str(path)] and list(save.glob("*/*.png")) == [path]
+    assert capsys.readouterr().out.splitlines() == [str(path)] and list(save.glob("*/*.png")) == [
+        path
+    ]
     picture(path)
     runs = [plot_figs.read_run(save / tag) for tag in ("one", "two")]
     figure = plot_figs.draw_overlay(runs)
     (ax,) = figure.axes
     for line, run in zip(ax.lines, runs, strict=True):
-        assert np.array_equal(line.get_xydata().T, [run.metrics["epoch"], run.metrics["test_accuracy"]])
-        assert run.title()[:20] in texts(figure) and f"{run.metrics['test_accuracy'][-1]:.2%}" in texts(figure)
+        assert np.array_equal(
+            line.get_xydata().T, [run.metrics["epoch"], run.metrics["test_accuracy"]]
+        )
+        assert run.title()[:20] in texts(
+            figure
+        ) and f"{run.metrics['test_accuracy'][-1]:.2%}" in texts(figure)
     plt.close(figure)
 
 
 def test_another_network_has_filters_of_another_size_or_none(save, sample, capsys):
     folder = save / "real"
-    for names, said in ((("conv1.weight", "conv1.bias"), "filters.png"), ((), "without convolutions")):
-        arrays = {"conv1.weight": np.ones((5, 5, 1, 8), np.float32), "conv1.bias": np.zeros(8, np.float32)}
-        files.save_arrays(folder / "checkpoint_last.npz", **{name: arrays[name] for name in names}, step=np.int64(0))
+    for names, said in (
+        (("conv1.weight", "conv1.bias"), "filters.png"),
+        ((), "without convolutions"),
+    ):
+        arrays = {
+            "conv1.weight": np.ones((5, 5, 1, 8), np.float32),
+            "conv1.bias": np.zeros(8, np.float32),
+        }
+        files.save_arrays(
+            folder / "checkpoint_last.npz",
+            **{name: arrays[name] for name in names},
+            step=np.int64(0),
+        )
         assert draw(save, "real") == 0
         assert said in capsys.readouterr().out.splitlines()[-1]
     picture(folder / "filters.png")
@@ -175,7 +208,10 @@ def test_curves_have_equal_axes_and_mark_best_and_last(save):
     figure = plot_figs.draw_curves(runs)
     axes = np.reshape(figure.axes, (3, 2))
     for left, right in axes:
-        assert left.get_ylim() == right.get_ylim() and left.get_xlim() == right.get_xlim() == (0, 200)
+        assert left.get_ylim() == right.get_ylim() and left.get_xlim() == right.get_xlim() == (
+            0,
+            200,
+        )
     marked = [text.get_text() for text in axes[2, 1].get_legend().get_texts()]
     assert marked == ["last: 99.74%\nepoch 200", "best: 99.99%\nepoch 150"]
     plt.close(figure)
@@ -234,7 +270,15 @@ def test_each_failure_names_prediction_and_label_the_surest_first(run):
     images = np.zeros((4, 28, 28), np.uint8)
     labels, predictions = np.array([3, 1, 8, 5]), np.array([5, 1, 9, 6])
     probabilities = np.zeros((4, 10))
-    probabilities[[0, 0, 1, 2, 2, 3, 3], [5, 3, 1, 9, 8, 6, 5]] = [0.6, 0.4, 1, 0.9, 0.08, 0.75, 0.2]
+    probabilities[[0, 0, 1, 2, 2, 3, 3], [5, 3, 1, 9, 8, 6, 5]] = [
+        0.6,
+        0.4,
+        1,
+        0.9,
+        0.08,
+        0.75,
+        0.2,
+    ]
     figure = plot_figs.draw_failures(run, images, labels, predictions, probabilities)
     said = [line for line in texts(figure).splitlines() if line[:1].isdigit() and line[1:2] == ":"]
     assert said == ["9: 90.0%", "8: 8.0%", "6: 75.0%", "5: 20.0%", "5: 60.0%", "3: 40.0%"]
@@ -245,9 +289,17 @@ def test_confusion_counts(run):
     labels, predictions = np.array([4] * 50 + [4, 4, 7]), np.array([4] * 50 + [9, 9, 1])
     figure = plot_figs.draw_confusion(run, labels, predictions)
     at = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
-    assert at[4, 4] == "50" and at[9, 4] == "2" and at[1, 7] == "1" and at[0, 0] == "0" and at[2, 1] == "·"
+    assert (
+        at[4, 4] == "50"
+        and at[9, 4] == "2"
+        and at[1, 7] == "1"
+        and at[0, 0] == "0"
+        and at[2, 1] == "·"
+    )
     shades = figure.axes[0].images[0].get_array()
-    assert shades.mask[4, 4] and shades[4, 9] == shades.max()  # the right ones do not outshine the wrong ones
+    assert (
+        shades.mask[4, 4] and shades[4, 9] == shades.max()
+    )  # the right ones do not outshine the wrong ones
     plt.close(figure)
 
 
@@ -260,7 +312,9 @@ def test_filters_for_any_number_of_channels(run, sample, tmp_path, filters):
     tiles = figure.axes[0].images
     assert len(tiles) == 1 + 2 * filters  # the digit, then each filter and its response
     response = np.array(tiles[2].get_array())
-    y = m.conv_block(m.to_input(sample.test_images[:1], np.float32), params["conv1.weight"], params["conv1.bias"])[0]
+    y = m.conv_block(
+        m.to_input(sample.test_images[:1], np.float32), params["conv1.weight"], params["conv1.bias"]
+    )[0]
     assert np.array_equal(response, y[:, :, 0, 0]) and response.min() >= 0
     plt.close(figure)
 
