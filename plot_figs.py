@@ -33,12 +33,19 @@ import time
 from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    MultipleLocator,
+    NullLocator,
+)
 
 from files import HERE, METRICS, UserError, load_mnist, read_metrics, write_file
 from mnist_resnet9 import (
@@ -199,13 +206,16 @@ def read_params(path):
 
 
 def find_network(params, settings):
-    """ResNet9 or the step of the evolution that has parameters of these names and shapes, or None."""
+    """ResNet9 or the step of the evolution whose parameters have these names and shapes; or None."""
     shapes = {name: a.shape for name, a in params.items()}
-    for network in (RESNET9, *evolution()):
+
+    def fits(network):
         theirs = network.init_params(settings)
-        if shapes == {name: a.shape for name, a in theirs.items()}:
-            return network
-    return None
+        return shapes == {name: a.shape for name, a in theirs.items()}
+
+    if fits(RESNET9):
+        return RESNET9
+    return next((network for network in evolution() if fits(network)), None)
 
 
 @functools.cache
@@ -227,7 +237,8 @@ def draw_curves(runs):
     """
     rows = math.ceil(len(runs) / 4)
     columns = math.ceil(len(runs) / rows)
-    fig = plt.figure(layout="constrained", figsize=(max(2.2 * columns + 0.6, 6.2), 6.2 * rows))
+    size = (max(2.2 * columns + 0.6, 6.2), 6.2 if rows == 1 else 5 * rows)
+    fig = plt.figure(layout="constrained", figsize=size)
     grid = fig.add_gridspec(2 * rows, columns)
     first = None
     for i, run in enumerate(runs):
@@ -237,13 +248,17 @@ def draw_curves(runs):
         accuracy = fig.add_subplot(grid[2 * row + 1, column], sharex=first)
         draw_history(loss, run.metrics, "loss")
         draw_history(accuracy, run.metrics, "accuracy")
-        letters = 70 if columns == 1 else 34 if columns < 4 else 32
-        loss.set_title(textwrap.fill(run.title(), letters), color=run.colour(), pad=31)
+        if len(runs) > 1:
+            loss.set_title(textwrap.fill(run.title(), 30), color=run.colour(), pad=31)
         loss.tick_params(labelbottom=False)
         for ax, name in ((loss, "loss"), (accuracy, "accuracy")):
             values = [run.metrics[f"{part}_{name}"] for run in runs for part in ("train", "test")]
-            scale = scale_log if name == "loss" else scale_accuracy
-            scale(ax, np.min(np.concatenate(values)), np.max(np.concatenate(values)))
+            every = np.concatenate(values)
+            if name == "loss":
+                every = np.maximum(every, LEAST_LOSS)
+                scale_log(ax, every.min(), every.max())
+            else:
+                scale_accuracy(ax, every.min(), every.max())
             if column == 0:
                 ax.set_ylabel(name)
             else:
@@ -252,7 +267,10 @@ def draw_curves(runs):
             accuracy.set_xlabel("epoch")
     first.set_xlim(0, max(1, *(run.metrics["epoch"][-1] for run in runs)))
     first.xaxis.set_major_locator(MaxNLocator(6 if columns == 1 else 4, integer=True))
-    fig.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    lines = fig.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    if len(runs) == 1:
+        lines.set_title(textwrap.fill(runs[0].title(), 70), {"size": 11})
+        lines.get_title().set(color=runs[0].colour(), ha="center")
     fig.align_ylabels()
     return fig
 
@@ -306,13 +324,16 @@ def mark(ax, epochs, values, places, show):
     for (name, i), style in zip(places.items(), (dot, diamond)):
         style = style | {"ls": "", "mec": INK, "zorder": 3, "clip_on": False}
         marks += ax.plot(epochs[i], values[i], **style)
-        texts.append(f"{name}: {show(values[i])}\nepoch {epochs[i]:.0f}")
+        texts.append(f"{name}: {show(values[i])}, epoch {epochs[i]:.0f}")
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "borderaxespad": 0.3}
-    ax.legend(marks, texts, ncols=2, handletextpad=0.2, columnspacing=1, **place)
+    ax.legend(marks, texts, handletextpad=0.2, labelspacing=0.3, **place)
 
 
 def scale_log(ax, low, high):
+    """A logarithmic axis with room for all from low to high."""
+    margin = 1.1 * (high / low) ** 0.03
     ax.set_yscale("log")
+    ax.set_ylim(low / margin, high * margin)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -321,7 +342,8 @@ def scale_log(ax, low, high):
 def scale_accuracy(ax, low, high):
     """An axis that stretches towards 100 %, as the logarithm of the error does.
 
-    So 99.0 and 99.6 % lie far apart. The logarithm alone has no place for 100 %; 0.1 % more error everywhere makes one.
+    So 99.0 and 99.6 % lie far apart. The logarithm alone has no place for 100 %;
+    0.1 % more error everywhere makes one.
     """
 
     def stretch(accuracy):
@@ -447,7 +469,7 @@ BATCH = 64  # images whose gradient several runs compare
 
 
 class Pass(NamedTuple):
-    """One pass through ResNet9, forwards and backwards. y and dy are in the order of the network."""
+    """One pass through ResNet9, forwards and backwards; y and dy in the order of the network."""
 
     loss: float
     y: dict  # layer → what it puts out
@@ -507,7 +529,7 @@ def learn(params, images, labels, settings, shortcuts=True):
 
 
 def least_sure(params, images, labels, settings):
-    """Which of these images gives its own label the lowest probability: it has the most to teach."""
+    """The index of the image to whose label the network gives the lowest probability."""
     probs, _ = softmax(predict(params, images, settings))
     return probs[np.arange(len(labels)), labels].argmin()
 
@@ -601,7 +623,8 @@ def draw_layer(ax, step, name, left, top, settings):
     else:
         draw_names(ax, name, DOES.get(name, "3×3, relu"), size, left, top)
     shown = channels_shown(step, name)
-    side = WIDE if name == "image" else (WIDE - 1) / 2
+    side = WIDE if len(shown) == 1 else (WIDE - 1) / 2
+    indent = (WIDE - side) / 2 if len(shown) == 2 else 0
     outputs = {"cmap": "cividis", "vmin": 0, "vmax": y[:, :, shown].max() or 1}
     if name == "image":
         outputs = {"cmap": "gray_r"}
@@ -609,13 +632,18 @@ def draw_layer(ax, step, name, left, top, settings):
     strong = np.percentile(abs(dy[:, :, shown]), 99) or abs(dy).max() or 1
     gradients = {"cmap": "PuOr", "vmin": -strong, "vmax": strong}
     for n, k in enumerate(shown):
-        x, z = left + n % 2 * (side + 1), top + n // 2 * (side + 1)
+        x, z = left + n % 2 * (side + 1), top + indent + n // 2 * (side + 1)
         tile(ax, y[:, :, k], x, z + OUT, side, **outputs)
         tile(ax, dy[:, :, k], x, z + BACK, side, **gradients)
     style = {"color": GREY, "va": "top"} | SMALL
     if name != "image":
-        ax.text(left + WIDE / 2, top + OUT + WIDE + 1, f"0 to {outputs['vmax']:.2g}", **style)
-    ax.text(left + WIDE / 2, top + BACK + WIDE + 1, f"±{strong:.2g}", **style)
+        ax.text(left + WIDE / 2, top + OUT + WIDE + 1, f"0 to {brief(outputs['vmax'])}", **style)
+    ax.text(left + WIDE / 2, top + BACK + WIDE + 1, f"±{brief(strong)}", **style)
+
+
+def brief(value):
+    """Two digits of a number, with a minus sign as in the axes."""
+    return f"{value:.2g}".replace("e-0", "e-").replace("-", "−")
 
 
 def channels_shown(step, name):
@@ -648,7 +676,7 @@ def draw_errors(ax, dlogits, left, top):
         ax.text(left + 3, y, k, size=6.5, ha="right", va="center_baseline")
         colour = shades(0.5 + 0.4 * np.sign(dlogits[k]))
         ax.barh(y, dlogits[k] * unit, 0.8 * WIDE / 10, zero, color=colour)
-    text = f"{dlogits.min():.2g} to {dlogits.max():.2g}"
+    text = f"{brief(dlogits.min())} to {brief(dlogits.max())}"
     ax.text(left + WIDE / 2, top + WIDE + 1, text, color=GREY, va="top", **SMALL)
 
 
@@ -679,8 +707,8 @@ def draw_shortcut(ax, start, end):
 def draw_lengths(ax, dy, plain):
     """How long each gradient in the figure is: the root of the sum of its squares."""
     lines = (
-        (dy, BLUE, "-", "with both ways back, as it is"),
-        (plain, ORANGE, "--", "back through the convolutions alone, without the shortcuts"),
+        (dy, BLUE, "-", "as it is, through convolutions and shortcuts"),
+        (plain, ORANGE, "--", "through the convolutions alone"),
     )
     lengths = np.array([[np.linalg.norm(d) for d in line[0].values()] for line in lines])
     lengths[lengths == 0] = np.nan  # a logarithmic axis has no place for it
@@ -703,7 +731,7 @@ def gradient_lengths(network, params, images, labels, settings):
 
 
 def draw_gradients(runs, lengths):
-    """The lengths of the gradients of the layers' weights: a line a run, the output on the right."""
+    """How long the gradient of each layer's weights is: a line a run, the output on the right."""
     fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     every = []
     for i, (run, layers) in enumerate(zip(runs, lengths)):
@@ -715,10 +743,14 @@ def draw_gradients(runs, lengths):
     every = np.concatenate(every)
     if np.isfinite(every).any():
         scale_log(ax, np.nanmin(every), np.nanmax(every))
-    deepest = max(lengths, key=len)
-    ax.set_xticks(range(1 - len(deepest), 1), deepest)
-    ax.set_xlabel("layer")
-    ax.set_ylabel(f"length of the gradient of its weights ({BATCH} images)")
+    if all(list(layers) == list(lengths[0]) for layers in lengths):
+        ax.set_xticks(range(1 - len(lengths[0]), 1), lengths[0])
+        ax.set_xlabel("layer")
+    else:
+        ax.xaxis.set_major_locator(MultipleLocator(1))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{-x:.0f}" if x else "output"))
+        ax.set_xlabel("layers with weights before the output")
+    ax.set_ylabel(f"length of the weights' gradient, {BATCH} images")
     ax.grid(True)
     fig.legend(loc="outside upper center", ncols=2 if len(runs) > 2 else 1)
     return fig
@@ -754,10 +786,15 @@ def draw_run(run, load_data):
         else:
             print(f"{run.folder.name} is a network without convolutions, so no filters.png")
         if find_network(params, run.settings) is RESNET9:
-            images, labels = data.train_images[:CANDIDATES], data.train_labels[:CANDIDATES]
-            yield "layers.png", draw_layers(run, params, images, labels)
+            yield "layers.png", draw_layers(run, params, *first_images(run, data, CANDIDATES))
         else:
             print(f"{run.folder.name} is not ResNet9, so no layers.png")
+
+
+def first_images(run, data, count):
+    """The first so many images that the run learns from, and their labels."""
+    count = min(count, run.settings.train_images or count)
+    return data.train_images[:count], data.train_labels[:count]
 
 
 def compare_gradients(runs, load_data):
@@ -769,7 +806,7 @@ def compare_gradients(runs, load_data):
         network = find_network(params, run.settings)
         if network:
             data = load_data(run)
-            images, labels = data.train_images[:BATCH], data.train_labels[:BATCH]
+            images, labels = first_images(run, data, BATCH)
             found.append(run)
             lengths.append(gradient_lengths(network, params, images, labels, run.settings))
     return found, lengths
