@@ -206,7 +206,7 @@ def read_params(path):
 
 
 def find_network(params, settings):
-    """ResNet9 or the step of the evolution whose parameters have these names and shapes; or None."""
+    """ResNet9 or the step of the evolution that has parameters of these shapes; or None."""
     shapes = {name: a.shape for name, a in params.items()}
 
     def fits(network):
@@ -240,14 +240,16 @@ def draw_curves(runs):
     size = (max(2.2 * columns + 0.6, 6.2), 6.2 if rows == 1 else 5 * rows)
     fig = plt.figure(layout="constrained", figsize=size)
     grid = fig.add_gridspec(2 * rows, columns)
+    last = max(1, *(run.metrics["epoch"][-1] for run in runs))
+    marker = "." if last <= 20 else None  # more would hide the line
     first = None
     for i, run in enumerate(runs):
         row, column = divmod(i, columns)
         loss = fig.add_subplot(grid[2 * row, column], sharex=first)
         first = first or loss
         accuracy = fig.add_subplot(grid[2 * row + 1, column], sharex=first)
-        draw_history(loss, run.metrics, "loss")
-        draw_history(accuracy, run.metrics, "accuracy")
+        draw_history(loss, run.metrics, "loss", marker)
+        draw_history(accuracy, run.metrics, "accuracy", marker)
         if len(runs) > 1:
             loss.set_title(textwrap.fill(run.title(), 30), color=run.colour(), pad=31)
         loss.tick_params(labelbottom=False)
@@ -265,7 +267,7 @@ def draw_curves(runs):
                 ax.tick_params(labelleft=False)
         if i + columns >= len(runs):
             accuracy.set_xlabel("epoch")
-    first.set_xlim(0, max(1, *(run.metrics["epoch"][-1] for run in runs)))
+    first.set_xlim(0, last)
     first.xaxis.set_major_locator(MaxNLocator(6 if columns == 1 else 4, integer=True))
     lines = fig.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     if len(runs) == 1:
@@ -275,21 +277,17 @@ def draw_curves(runs):
     return fig
 
 
-def draw_history(ax, metrics, name):
+def draw_history(ax, metrics, name, marker):
     """The lines of train_<name> and test_<name>; the last and the best value on the test images."""
-    epochs, test = metrics["epoch"], metrics[f"test_{name}"]
-    marker = "." if len(epochs) <= 20 else None  # more would hide the line
-    for values, colour, label in (
-        (metrics[f"train_{name}"], BLUE, "training images"),
-        (test, ORANGE, "test images"),
-    ):
-        values = values if name == "accuracy" else np.maximum(values, LEAST_LOSS)
-        ax.plot(epochs, values, color=colour, lw=1.2, marker=marker, clip_on=False, label=label)
+    least = LEAST_LOSS if name == "loss" else 0
+    train, test = (np.maximum(metrics[f"{part}_{name}"], least) for part in ("train", "test"))
+    epochs, style = metrics["epoch"], {"lw": 1.2, "marker": marker, "clip_on": False}
+    ax.plot(epochs, train, color=BLUE, label="training images", **style)
+    ax.plot(epochs, test, color=ORANGE, label="test images", **style)
     ax.grid(True)
     if name == "accuracy":
         mark(ax, epochs, test, {"last": -1, "best": test.argmax()}, "{:.2%}".format)
     else:
-        test = np.maximum(test, LEAST_LOSS)
         mark(ax, epochs, test, {"last": -1, "lowest": test.argmin()}, "{:.3g}".format)
 
 
@@ -723,28 +721,50 @@ def draw_lengths(ax, dy, plain):
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2)
 
 
-def gradient_lengths(network, params, images, labels, settings):
-    """{layer: the length of the gradient of its weights}, for the mean loss of these images."""
-    _, d = loss_and_gradients(params, images, labels, settings, network=network)
+def gradient_lengths(d):
+    """{layer: the length of the gradient of its weights}."""
     ends = ".weight"
     return {n.removesuffix(ends): np.linalg.norm(a) for n, a in d.items() if n.endswith(ends)}
 
 
-def draw_gradients(runs, lengths):
+class Gradients(NamedTuple):
+    """The gradient_lengths of a run, and what they are without the shortcuts if it has any."""
+
+    run: Run
+    lengths: dict
+    plain: dict
+
+
+def measure_gradients(run, network, params, images, labels):
+    settings = run.settings
+    _, d = loss_and_gradients(params, images, labels, settings, network=network)
+    lengths, plain = gradient_lengths(d), {}
+    if network is RESNET9:
+        found = gradient_lengths(learn(params, images, labels, settings, shortcuts=False).d)
+        plain = {name: found[name] for name in lengths}
+    return Gradients(run, lengths, plain)
+
+
+def draw_gradients(measured):
     """How long the gradient of each layer's weights is: a line a run, the output on the right."""
-    fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(6.4, 4.2 + 0.16 * len(measured)), layout="constrained")
     every = []
-    for i, (run, layers) in enumerate(zip(runs, lengths)):
-        y = np.array(list(layers.values()))
-        y[y == 0] = np.nan
-        every.append(y)
-        label = textwrap.shorten(run.title(), 60)
-        ax.plot(range(1 - len(y), 1), y, **line_style(i), marker=".", clip_on=False, label=label)
+    for i, (run, lengths, plain) in enumerate(measured):
+        for layers, style in ((lengths, {"marker": "."}), (plain, {"ls": ":", "label": "_plain"})):
+            y = np.array(list(layers.values()), float)
+            y[y == 0] = np.nan  # a logarithmic axis has no place for it
+            every.append(y)
+            style = line_style(i) | {"label": textwrap.shorten(run.title(), 60)} | style
+            ax.plot(range(1 - len(y), 1), y, clip_on=False, **style)
+    if any(one.plain for one in measured):
+        label = "dotted: back through the convolutions alone, without the shortcuts"
+        ax.plot([], [], color=GREY, ls=":", label=label)
     every = np.concatenate(every)
     if np.isfinite(every).any():
         scale_log(ax, np.nanmin(every), np.nanmax(every))
-    if all(list(layers) == list(lengths[0]) for layers in lengths):
-        ax.set_xticks(range(1 - len(lengths[0]), 1), lengths[0])
+    names = [list(one.lengths) for one in measured]
+    if all(theirs == names[0] for theirs in names):
+        ax.set_xticks(range(1 - len(names[0]), 1), names[0])
         ax.set_xlabel("layer")
     else:
         ax.xaxis.set_major_locator(MultipleLocator(1))
@@ -752,7 +772,7 @@ def draw_gradients(runs, lengths):
         ax.set_xlabel("layers with weights before the output")
     ax.set_ylabel(f"length of the weights' gradient, {BATCH} images")
     ax.grid(True)
-    fig.legend(loc="outside upper center", ncols=2 if len(runs) > 2 else 1)
+    fig.legend(loc="outside upper center")
     return fig
 
 
@@ -798,18 +818,16 @@ def first_images(run, data, count):
 
 
 def compare_gradients(runs, load_data):
-    """Those of the runs that have a checkpoint of a known network, and their gradient_lengths."""
-    found, lengths = [], []
+    """The Gradients of those runs that have a checkpoint of a known network."""
+    measured = []
     for run in runs:
         path = run.folder / "checkpoint_last.npz"
         params = read_params(path) if path.exists() else {}
         network = find_network(params, run.settings)
         if network:
-            data = load_data(run)
-            images, labels = first_images(run, data, BATCH)
-            found.append(run)
-            lengths.append(gradient_lengths(network, params, images, labels, run.settings))
-    return found, lengths
+            first = first_images(run, load_data(run), BATCH)
+            measured.append(measure_gradients(run, network, params, *first))
+    return measured
 
 
 def in_notebook():
@@ -867,9 +885,9 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
             for name, figure in draw_run(run, load_data):
                 write(run.folder / name, figure)
         if not overlay and len(begun) > 1:
-            compared, lengths = compare_gradients(begun, load_data)
-            if len(compared) > 1:
-                write_joint("gradients", compared, draw_gradients(compared, lengths))
+            measured = compare_gradients(begun, load_data)
+            if len(measured) > 1:
+                write_joint("gradients", [one.run for one in measured], draw_gradients(measured))
         return all(run.metrics["epoch"].size > run.settings.epochs_max for run in runs)
 
     def files():
