@@ -238,6 +238,7 @@ def draw_curves(runs):
     rows = math.ceil(len(runs) / 4)
     columns = math.ceil(len(runs) / rows)
     size = (max(2.2 * columns + 0.6, 6.2), 6.2 if rows == 1 else 5 * rows)
+    letters = int(11 * (size[0] - 0.8) / columns)  # of a title, so that it does not meet the next
     fig = plt.figure(layout="constrained", figsize=size)
     grid = fig.add_gridspec(2 * rows, columns)
     last = max(1, *(run.metrics["epoch"][-1] for run in runs))
@@ -251,7 +252,7 @@ def draw_curves(runs):
         draw_history(loss, run.metrics, "loss", marker)
         draw_history(accuracy, run.metrics, "accuracy", marker)
         if len(runs) > 1:
-            loss.set_title(textwrap.fill(run.title(), 30), color=run.colour(), pad=31)
+            loss.set_title(textwrap.fill(run.title(), letters), color=run.colour(), pad=31)
         loss.tick_params(labelbottom=False)
         for ax, name in ((loss, "loss"), (accuracy, "accuracy")):
             values = [run.metrics[f"{part}_{name}"] for run in runs for part in ("train", "test")]
