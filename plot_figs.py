@@ -1,4 +1,4 @@
-"""Figures of a run: what it learnt, what it gets wrong, and what its first layer sees.
+"""Figures of a run: what it learnt, what it gets wrong, and what its layers see.
 
     python plot_figs.py            the run with the tag set in mnist_resnet9.py, finished or not
     python plot_figs.py TAG TAG …  several runs; they are also drawn side by side
@@ -194,8 +194,8 @@ def read_params(path):
         ends = (".weight", ".bias")
         names = [n for n in arrays.files if n.endswith(ends) and not n.startswith("ema.")]
         params = {n: arrays[f"ema.{n}" if f"ema.{n}" in arrays.files else n] for n in names}
-        if not all(np.issubdtype(a.dtype, np.floating) for a in params.values()):
-            raise ValueError("its parameters are no numbers")
+        if not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in params.values()):
+            raise ValueError("its parameters are not all finite numbers")
         if "conv1.weight" in params:
             filters = params["conv1.bias"].shape
             if params["conv1.weight"].shape[2:] != (1, *filters):
@@ -243,6 +243,13 @@ def draw_curves(runs):
     grid = fig.add_gridspec(2 * rows, columns)
     last = max(1, *(run.metrics["epoch"][-1] for run in runs))
     marker = "." if last <= 20 else None  # more would hide the line
+    losses, accuracies = (
+        np.concatenate(
+            [run.metrics[f"{part}_{name}"] for run in runs for part in ("train", "test")]
+        )
+        for name in ("loss", "accuracy")
+    )
+    losses = np.maximum(losses, LEAST_LOSS)
     first = None
     for i, run in enumerate(runs):
         row, column = divmod(i, columns)
@@ -254,18 +261,14 @@ def draw_curves(runs):
         if len(runs) > 1:
             loss.set_title(textwrap.fill(run.title(), letters), color=run.colour(), pad=31)
         loss.tick_params(labelbottom=False)
-        for ax, name in ((loss, "loss"), (accuracy, "accuracy")):
-            values = [run.metrics[f"{part}_{name}"] for run in runs for part in ("train", "test")]
-            every = np.concatenate(values)
-            if name == "loss":
-                every = np.maximum(every, LEAST_LOSS)
-                scale_log(ax, every.min(), every.max())
-            else:
-                scale_accuracy(ax, every.min(), every.max())
-            if column == 0:
-                ax.set_ylabel(name)
-            else:
-                ax.tick_params(labelleft=False)
+        scale_log(loss, losses.min(), losses.max())
+        scale_accuracy(accuracy, accuracies.min(), accuracies.max())
+        if column == 0:
+            loss.set_ylabel("loss")
+            accuracy.set_ylabel("accuracy")
+        else:
+            loss.tick_params(labelleft=False)
+            accuracy.tick_params(labelleft=False)
         if i + columns >= len(runs):
             accuracy.set_xlabel("epoch")
     first.set_xlim(0, last)
@@ -479,8 +482,9 @@ class Pass(NamedTuple):
 def learn(params, images, labels, settings, shortcuts=True):
     """forward and backward of mnist_resnet9.py, line by line, keeping what every layer gives.
 
-    The residual blocks are opened up, to see their two layers and the two ways back. Without
-    shortcuts the gradient comes back through the convolutions alone, as in a plain deep network.
+    The residual blocks are opened up, to see their two layers and the two ways back. shortcuts
+    says whether the gradient also comes back through the shortcuts, or through the convolutions
+    alone, as in a plain deep network; forwards they are always there. Dropout is off.
     """
     y, dy, d, p = {}, {}, {}, params
     pool2d, pool2d_backward = POOLS[settings.pool]
@@ -534,8 +538,11 @@ def least_sure(params, images, labels, settings):
 
 
 def stepped(params, step):
-    """The parameters after a step down the gradient, as long as would halve the loss on a slope."""
-    slope = sum((d * d).sum() for d in step.d.values())  # by which the loss falls at a rate of 1
+    """The parameters after a step down the gradient.
+
+    It is so long that it would halve the loss if the slope stayed the same on the way.
+    """
+    slope = sum((d * d).sum() for d in step.d.values())  # how fast the loss falls as rate grows
     rate = step.loss / 2 / slope if slope else 0
     return {name: w - w.dtype.type(rate) * step.d[name] for name, w in params.items()}
 

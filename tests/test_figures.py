@@ -674,6 +674,26 @@ def test_predictions_that_are_cut_off(save, sample, part):
         plot_figs.read_predictions(path, sample.test_labels)
 
 
+@pytest.mark.parametrize("change", [np.full((10,), np.nan, np.float32), np.zeros(10, int)])
+def test_parameters_of_another_kind(save, capsys, change):
+    path = save / "real" / "checkpoint_last.npz"
+    with np.load(path) as arrays:
+        files.save_arrays(path, **dict(arrays) | {"fc9.bias": change})
+    assert draw(save, "real") == 2
+    assert "checkpoint_last.npz is damaged" in error_of(capsys)
+
+
+def test_the_mean_of_the_weights_is_what_is_drawn(save):
+    path = save / "real" / "checkpoint_last.npz"
+    with np.load(path) as arrays:
+        arrays = dict(arrays)
+    means = {f"ema.{name}": arrays[name] + 1 for name in m.init_params(m.Settings())}
+    files.save_arrays(path, **arrays | means)
+    params = plot_figs.read_params(path)
+    assert params.keys() == m.init_params(m.Settings()).keys()
+    assert all(np.array_equal(params[name], arrays[name] + 1) for name in params)
+
+
 def test_another_data_set(save, capsys):
     add_run(save, "other", data={"name": "fashion", "sha256": {"train-images-idx3-ubyte": "0"}})
     assert draw(save, "other") == 2
