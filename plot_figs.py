@@ -1,22 +1,29 @@
-"""Figures of a run: what it learnt, what it gets wrong, and what its first layer sees.
+"""Figures of a run: what it learnt, what it gets wrong, and what its layers see.
 
-    python plot_figs.py              the run with the tag set in mnist_resnet9.py, afterwards or while it is going on
-    python plot_figs.py TAG TAG …    several runs; their curves are also drawn side by side
+    python plot_figs.py            the run with the tag set in mnist_resnet9.py, finished or not
+    python plot_figs.py TAG TAG …  several runs; they are also drawn side by side
     python plot_figs.py --overlay TAG TAG …  only their test accuracies, all in one panel
-    python plot_figs.py --watch      draws again after each epoch, until the run is finished
-    python plot_figs.py --help       every setting
+    python plot_figs.py --watch    draws again after each epoch, until the run is finished
+    python plot_figs.py --help     every setting
 
 The figures go to save/<tag>/, and to the screen where there is one:
 
-    curves.png      loss and accuracy, epoch by epoch
+    curves.png      loss and accuracy, epoch by epoch, in training and on the test images
     confusion.png   which digit is taken for which
     failures.png    the test images that the network gets wrong, the surest mistakes first
     filters.png     the filters of conv1, and what they make of one digit
+    layers.png      one step of learning: what each layer puts out, and the gradient that comes back
 
-A figure of several runs goes to the folder of the first. With --watch nothing is put on the screen.
+Of several runs the first one's folder also gets
+
+    curves_TAG_TAG….png     their curves, all with the same axes
+    gradients_TAG_TAG….png  how large the gradient of each layer's weights is
+
+With --watch nothing is put on the screen. In a notebook, `plot_figs.main(["TAG"])` does the same.
 """
 
 import functools
+import importlib
 import json
 import math
 import os
@@ -31,28 +38,70 @@ from typing import NamedTuple
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    MultipleLocator,
+    NullLocator,
+)
 
-from mnist_resnet9 import Settings, conv2d, load_mnist, relu, to_input
+from mnist_resnet9 import (
+    POOLS,
+    RESNET9,
+    Settings,
+    conv2d,
+    conv2d_backward,
+    conv_block,
+    conv_block_backward,
+    cross_entropy_loss,
+    cross_entropy_loss_backward,
+    linear,
+    linear_backward,
+    load_mnist,
+    loss_and_gradients,
+    predict,
+    relu,
+    relu_backward,
+    softmax,
+    to_input,
+)
 from support import ROOT, UserError
 from support.run_folder import METRICS, read_metrics
 from support.settings import Parser
 from support.storage import write_file
 
-BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#707070"  # colour-blind readers tell these apart
+# Colours that colour-blind readers tell apart.
+BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#707070"
+LINES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)  # where runs share a panel
 STYLE = {
-    "font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11, "savefig.dpi": 150, "text.parse_math": False,
-    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": GREY,
-    "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#E4E4E4", "axes.axisbelow": True,
-    "legend.frameon": False, "legend.fontsize": 8, "figure.max_open_warning": 0,
-    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
-}  # fmt: skip
-LINES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)  # one a run, where runs share a panel
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "figure.titlesize": 11,
+    "legend.fontsize": 8,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.edgecolor": GREY,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "figure.max_open_warning": 0,
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
+    "savefig.dpi": 150,
+}
 WATCH_SECONDS = 2.0  # between two looks at a run in progress
 FAILURES_SHOWN = 200  # nobody looks at more, and a bad run has thousands
+LEAST_LOSS = 1e-8  # a loss of 0 has no place on a logarithmic axis
 
 
-# ── Reading ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Reading ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class Run(NamedTuple):
@@ -66,19 +115,20 @@ class Run(NamedTuple):
 
     def title(self):
         """What every figure's title begins with. No other data set passes for MNIST."""
-        some = f", {self.settings.train_images:,} training images" if self.settings.train_images else ""
-        return f"{self.folder.name} on {self.data}{'' if self.data == 'MNIST' else ' (not MNIST)'}{some}"
+        name = self.data if self.data == "MNIST" else f"{self.data} (not MNIST)"
+        count = self.settings.train_images
+        return f"{self.folder.name} on {name}" + (f", {count:,} training images" if count else "")
 
     def colour(self):
         return INK if self.data == "MNIST" else ORANGE
 
 
 def find_runs(save_dir, tags):
-    """The folders of these runs. UserError lists the runs there are if one of these is not among them."""
+    """The folders of these runs. UserError lists the runs there are if one of these is missing."""
     runs = {path.parent.name: path.parent for path in sorted(save_dir.glob("*/config.json"))}
+    there = f"its runs are {', '.join(runs)}" if runs else "mnist_resnet9.py makes its first"
     for tag in tags:
         if tag not in runs:
-            there = f"its runs are {', '.join(runs)}" if runs else "it has none yet; mnist_resnet9.py makes one"
             raise UserError(f"{save_dir} has no run {tag!r}; {there}")
     return [runs[tag] for tag in dict.fromkeys(tags)]
 
@@ -87,79 +137,165 @@ def read_run(folder):
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        given = {f.name: config["settings"][f.name] for f in fields(Settings) if f.name in config["settings"]}
-        settings = Settings(**given | {"channels": tuple(config["settings"]["channels"])})
-        data, hashes = " ".join(config["data"]["name"].split()), dict(config["data"]["sha256"])
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # UserError is a ValueError
+        names = [f.name for f in fields(Settings) if f.name in config["settings"]]
+        given = {name: config["settings"][name] for name in names}
+        given["channels"] = tuple(config["settings"]["channels"])
+        settings = Settings(**given)
+        data = " ".join(config["data"]["name"].split())
+        hashes = dict(config["data"]["sha256"])
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error!r})") from None
-    path = folder / "metrics.csv"
+    return Run(folder, settings, data, hashes, read_history(folder / "metrics.csv"))
+
+
+def read_history(path):
+    """{column of metrics.csv: its values, one an epoch}; they are empty before there is a file."""
     rows = read_metrics(path) if path.exists() else []
-    metrics = dict(zip(METRICS, np.array([row[: len(METRICS)] for row in rows], float).reshape(-1, len(METRICS)).T))
+    table = np.array([row[: len(METRICS)] for row in rows], float).reshape(-1, len(METRICS))
+    metrics = dict(zip(METRICS, table.T))
+    losses = np.concatenate([metrics["train_loss"], metrics["test_loss"]])
     accuracies = np.concatenate([metrics["train_accuracy"], metrics["test_accuracy"]])
-    if path.exists() and not (rows and np.array_equal(metrics["epoch"], range(len(rows)))
-                              and np.isfinite(metrics["train_loss"]).all()
-                              and ((0 <= accuracies) & (accuracies <= 1)).all()):  # fmt: skip
+    good = np.isfinite(losses).all() and ((0 <= accuracies) & (accuracies <= 1)).all()
+    if path.exists() and not (rows and good and np.array_equal(metrics["epoch"], range(len(rows)))):
         raise UserError(f"{path} is damaged: its values are not those of a run")
-    return Run(folder, settings, data, hashes, metrics)
+    return metrics
+
+
+def read_arrays(path, read):
+    """What read makes of the arrays in an npz file. UserError if the file is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return read(arrays)
+    except Exception as error:  # NumPy, zipfile and zlib have a dozen kinds for a damaged file
+        raise UserError(f"{path} is damaged ({error})") from None
 
 
 def read_predictions(path, labels):
     """(predictions (N,), probabilities (N, 10)) for the test images, which have these labels."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            theirs, predictions, probabilities = (arrays[name] for name in ("labels", "predictions", "probabilities"))
-        if not np.array_equal(theirs, labels):
+
+    def read(arrays):
+        predictions, probabilities = arrays["predictions"], arrays["probabilities"]
+        if not np.array_equal(arrays["labels"], labels):
             raise ValueError("its labels are not those of the test images")
         if predictions.shape != labels.shape or probabilities.shape != (len(labels), 10):
             raise ValueError("its arrays have other shapes")
-        if not (np.isin(predictions, range(10)).all() and ((0 <= probabilities) & (probabilities <= 1.001)).all()):
+        possible = np.isin(predictions, range(10)).all()
+        if not (possible and ((0 <= probabilities) & (probabilities <= 1.001)).all()):
             raise ValueError("its values are not those of a run")
         return predictions.astype(int), probabilities
-    except Exception as error:  # NumPy, zipfile and zlib have a dozen kinds of error for a damaged file
-        raise UserError(f"{path} is damaged ({error})") from None
+
+    return read_arrays(path, read)
 
 
-def read_conv1(path):
-    """The parameters of the first convolution in a checkpoint of any network; {} if that has none."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            mean = "ema." if "ema.conv1.weight" in arrays.files else ""
-            names = ("conv1.weight", "conv1.bias") if "conv1.weight" in arrays.files else ()
-            params = {name: arrays[mean + name] for name in names}
-        if params and params["conv1.weight"].shape[2:] != (1, *params["conv1.bias"].shape):
-            raise ValueError("its conv1 has other shapes")
+def read_params(path):
+    """{name: array} of the parameters in a checkpoint of any network: those that it answers with.
+
+    Where the run keeps a mean of its weights (the setting ema), that is the mean.
+    """
+
+    def read(arrays):
+        ends = (".weight", ".bias")
+        names = [n for n in arrays.files if n.endswith(ends) and not n.startswith("ema.")]
+        params = {n: arrays[f"ema.{n}" if f"ema.{n}" in arrays.files else n] for n in names}
+        if not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in params.values()):
+            raise ValueError("its parameters are not all finite numbers")
+        if "conv1.weight" in params:
+            filters = params["conv1.bias"].shape
+            if params["conv1.weight"].shape[2:] != (1, *filters):
+                raise ValueError("its conv1 has other shapes")
         return params
-    except Exception as error:  # as above
-        raise UserError(f"{path} is damaged ({error})") from None
+
+    return read_arrays(path, read)
 
 
+def find_network(params, settings):
+    """ResNet9 or the step of the evolution that has parameters of these shapes; or None."""
+    shapes = {name: a.shape for name, a in params.items()}
 
-# ── Curves ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    def fits(network):
+        theirs = network.init_params(settings)
+        return shapes == {name: a.shape for name, a in theirs.items()}
+
+    if fits(RESNET9):
+        return RESNET9
+    return next((network for network in evolution() if fits(network)), None)
+
+
+@functools.cache
+def evolution():
+    """The networks of evolution/, which lead up to ResNet9."""
+    folder = ROOT / "evolution"
+    sys.path.append(str(folder))
+    steps = [importlib.import_module(path.stem) for path in sorted(folder.glob("step[0-9]*.py"))]
+    return [step.NETWORK for step in steps]
+
+
+# ── Curves ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def draw_curves(runs):
-    """Train loss, train accuracy and test accuracy of each epoch: a column a run, all with the same axes."""
-    names = {"train_loss": BLUE, "train_accuracy": BLUE, "test_accuracy": ORANGE}
-    fig, axes = plt.subplots(3, len(runs), sharex=True, sharey="row", squeeze=False, layout="constrained",
-                             figsize=(0.8 + max(2.8 * len(runs), 5.2), 8))  # fmt: skip
-    for column, run in zip(axes.T, runs):
-        epochs = run.metrics["epoch"]
-        for ax, (name, colour) in zip(column, names.items()):
-            marker = "." if len(epochs) <= 20 else None  # more would hide the line
-            values = np.maximum(run.metrics[name], 1e-8)  # a loss of 0 has no place on a logarithmic axis
-            ax.plot(epochs, values, color=colour, lw=1.2, marker=marker, clip_on=False)
-            ax.grid(True)
-        column[0].set_title(textwrap.fill(run.title(), 76 if len(runs) == 1 else 38), color=run.colour())
-        column[2].set_xlabel("epoch")
-        mark_accuracies(column[2], epochs, run.metrics["test_accuracy"])
-    for (ax, *_), name in zip(axes, names):
-        ax.set_ylabel(name.replace("_", " "))
-        values = np.concatenate([np.maximum(run.metrics[name], 1e-8) for run in runs])
-        (scale_loss if name == "train_loss" else scale_accuracy)(ax, values.min(), values.max())
-    axes[0, 0].set_xlim(0, max(1, *(run.metrics["epoch"][-1] for run in runs)))
-    axes[0, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    """Loss and accuracy of each epoch, in training and on the test images: two panels a run.
+
+    All runs have the same axes. More than four of them stand in several rows.
+    """
+    rows = math.ceil(len(runs) / 4)
+    columns = math.ceil(len(runs) / rows)
+    size = (max(2.2 * columns + 0.6, 6.2), 6.2 if rows == 1 else 5 * rows)
+    letters = int(11 * (size[0] - 0.8) / columns)  # of a title, so that it does not meet the next
+    fig = plt.figure(layout="constrained", figsize=size)
+    grid = fig.add_gridspec(2 * rows, columns)
+    last = max(1, *(run.metrics["epoch"][-1] for run in runs))
+    marker = "." if last <= 20 else None  # more would hide the line
+    losses, accuracies = (
+        np.concatenate(
+            [run.metrics[f"{part}_{name}"] for run in runs for part in ("train", "test")]
+        )
+        for name in ("loss", "accuracy")
+    )
+    losses = np.maximum(losses, LEAST_LOSS)
+    first = None
+    for i, run in enumerate(runs):
+        row, column = divmod(i, columns)
+        loss = fig.add_subplot(grid[2 * row, column], sharex=first)
+        first = first or loss
+        accuracy = fig.add_subplot(grid[2 * row + 1, column], sharex=first)
+        draw_history(loss, run.metrics, "loss", marker)
+        draw_history(accuracy, run.metrics, "accuracy", marker)
+        if len(runs) > 1:
+            loss.set_title(textwrap.fill(run.title(), letters), color=run.colour(), pad=31)
+        loss.tick_params(labelbottom=False)
+        scale_log(loss, losses.min(), losses.max())
+        scale_accuracy(accuracy, accuracies.min(), accuracies.max())
+        if column == 0:
+            loss.set_ylabel("loss")
+            accuracy.set_ylabel("accuracy")
+        else:
+            loss.tick_params(labelleft=False)
+            accuracy.tick_params(labelleft=False)
+        if i + columns >= len(runs):
+            accuracy.set_xlabel("epoch")
+    first.set_xlim(0, last)
+    first.xaxis.set_major_locator(MaxNLocator(6 if columns == 1 else 4, integer=True))
+    lines = fig.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    if len(runs) == 1:
+        lines.set_title(textwrap.fill(runs[0].title(), 70), {"size": 11})
+        lines.get_title().set(color=runs[0].colour(), ha="center")
     fig.align_ylabels()
     return fig
+
+
+def draw_history(ax, metrics, name, marker):
+    """The lines of train_<name> and test_<name>; the last and the best value on the test images."""
+    least = LEAST_LOSS if name == "loss" else 0
+    train, test = (np.maximum(metrics[f"{part}_{name}"], least) for part in ("train", "test"))
+    epochs, style = metrics["epoch"], {"lw": 1.2, "marker": marker, "clip_on": False}
+    ax.plot(epochs, train, color=BLUE, label="training images", **style)
+    ax.plot(epochs, test, color=ORANGE, label="test images", **style)
+    ax.grid(True)
+    if name == "accuracy":
+        mark(ax, epochs, test, {"last": -1, "best": test.argmax()}, "{:.2%}".format)
+    else:
+        mark(ax, epochs, test, {"last": -1, "lowest": test.argmin()}, "{:.3g}".format)
 
 
 def draw_overlay(runs):
@@ -167,38 +303,52 @@ def draw_overlay(runs):
     fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for i, run in enumerate(runs):
         epochs, accuracies = run.metrics["epoch"], run.metrics["test_accuracy"]
-        ax.plot(epochs, accuracies, color=LINES[i % len(LINES)], ls=("-", "--", ":")[i // len(LINES) % 3], lw=1.2,
-                marker="." if len(epochs) <= 20 else None, clip_on=False,
-                label=f"{textwrap.shorten(run.title(), 60)}: {accuracies[-1]:.2%}")  # fmt: skip
+        label = f"{textwrap.shorten(run.title(), 60)}: {accuracies[-1]:.2%}"
+        marker = "." if len(epochs) <= 20 else None
+        ax.plot(epochs, accuracies, **line_style(i), marker=marker, clip_on=False, label=label)
     every = np.concatenate([run.metrics["test_accuracy"] for run in runs])
     scale_accuracy(ax, every.min(), every.max())
-    ax.set(xlabel="epoch", ylabel="test accuracy", xlim=(0, max(1, *(run.metrics["epoch"][-1] for run in runs))))
+    last = max(run.metrics["epoch"][-1] for run in runs)
+    ax.set(xlabel="epoch", ylabel="test accuracy", xlim=(0, max(1, last)))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.grid(True)
     ax.legend(loc="lower right", title="test accuracy at the last epoch")
     return fig
 
 
-def mark_accuracies(ax, epochs, accuracies):
-    """Marks the last and the best accuracy. The legend stands above the panel, where no line can be."""
-    for name, i, style in (("last", -1, {"marker": "o", "ms": 5, "mfc": ORANGE}),
-                           ("best", accuracies.argmax(), {"marker": "D", "ms": 8, "mfc": "none"})):  # fmt: skip
-        ax.plot(epochs[i], accuracies[i], ls="", mec=INK, clip_on=False, zorder=3, **style,
-                label=f"{name}: {accuracies[i]:.2%}\nepoch {epochs[i]:.0f}")  # fmt: skip
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, handletextpad=0.2, borderaxespad=0.3)
+def line_style(i):
+    """How the line of run i looks in a panel that the runs share."""
+    return {"color": LINES[i % len(LINES)], "ls": ("-", "--", ":")[i // len(LINES) % 3], "lw": 1.2}
 
 
-def scale_loss(ax, low, high):
+def mark(ax, epochs, values, places, show):
+    """Marks the values at two places. Their legend stands above the panel, where no line can be."""
+    dot = {"marker": "o", "ms": 5, "mfc": ORANGE}
+    diamond = {"marker": "D", "ms": 8, "mfc": "none"}
+    marks, texts = [], []
+    for (name, i), style in zip(places.items(), (dot, diamond)):
+        style = style | {"ls": "", "mec": INK, "zorder": 3, "clip_on": False}
+        marks += ax.plot(epochs[i], values[i], **style)
+        texts.append(f"{name}: {show(values[i])}, epoch {epochs[i]:.0f}")
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "borderaxespad": 0.3}
+    ax.legend(marks, texts, handletextpad=0.2, labelspacing=0.3, **place)
+
+
+def scale_log(ax, low, high):
+    """A logarithmic axis with room for all from low to high."""
+    margin = 1.1 * (high / low) ** 0.03
     ax.set_yscale("log")
+    ax.set_ylim(low / margin, high * margin)
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def scale_accuracy(ax, low, high):
-    """An axis that stretches towards 100 %, as the logarithm of the error does: 99.0 and 99.6 % lie far apart.
+    """An axis that stretches towards 100 %, as the logarithm of the error does.
 
-    The logarithm alone has no place for 100 %; 0.1 % more error everywhere makes one.
+    So 99.0 and 99.6 % lie far apart. The logarithm alone has no place for 100 %;
+    0.1 % more error everywhere makes one.
     """
 
     def stretch(accuracy):
@@ -210,13 +360,17 @@ def scale_accuracy(ax, low, high):
     ax.set_yscale("function", functions=(stretch, shrink))
     margin = 0.05 * (stretch(high) - stretch(low)) + 0.01
     low, high = shrink(stretch(low) - margin), shrink(stretch(high) + margin)
-    ticks = [tick for tick in (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1) if low <= tick <= high]
+    ticks = [
+        tick
+        for tick in (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1)
+        if low <= tick <= high
+    ]
     ax.yaxis.set_major_locator(FixedLocator(ticks) if len(ticks) > 3 else MaxNLocator(5))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda accuracy, _: f"{100 * accuracy:g}%"))
     ax.set_ylim(low, high)
 
 
-# ── Images ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Images ────────────────────────────────────────────────────────────────────────────────────────
 
 INCH = 36  # units of length in the figures below, where an image is 28 wide and high
 
@@ -234,10 +388,11 @@ def canvas(run, subject, width, height):
     return fig, ax
 
 
-def tile(ax, image, x, y, **style):
+def tile(ax, image, x, y, side=28, **style):
     """The image in a thin frame, its top left corner at (x, y)."""
-    ax.add_patch(plt.Rectangle((x, y), 28, 28, fill=False, ec="#BBBBBB", lw=0.6))
-    return ax.imshow(image, extent=(x, x + 28, y + 28, y), **style)
+    ax.add_patch(plt.Rectangle((x, y), side, side, fill=False, ec="#BBBBBB", lw=0.6))
+    extent = (x, x + side, y + side, y)
+    return ax.imshow(image, extent=extent, interpolation="nearest", **style)
 
 
 def draw_failures(run, images, labels, predictions, probabilities):
@@ -257,8 +412,11 @@ def draw_failures(run, images, labels, predictions, probabilities):
     for n, i in enumerate(shown):
         x, y = n % columns * 36, n // columns * 48 + 26
         tile(ax, images[i], x, y, cmap="gray_r")
-        for digit, at, colour, va in ((predictions[i], -1, ORANGE, "bottom"), (labels[i], 29, BLUE, "top")):
-            ax.text(x + 14, y + at, f"{digit}: {probabilities[i, digit]:.1%}", color=colour, size=8, ha="center", va=va)
+        above = (predictions[i], y - 1, ORANGE, "bottom")
+        below = (labels[i], y + 29, BLUE, "top")
+        for digit, at, colour, va in (above, below):
+            text = f"{digit}: {probabilities[i, digit]:.1%}"
+            ax.text(x + 14, at, text, color=colour, size=8, ha="center", va=va)
     return fig
 
 
@@ -270,12 +428,15 @@ def draw_filters(run, params, image, label):
     columns = max(min(K, 4), math.ceil(2 * math.sqrt(K)))
     rows = math.ceil(K / columns)
     width, height = 44 + 34 * columns, 74 * rows - 6
-    fig, ax = canvas(run, f"The {K} filters of conv1, and their response to the digit {label}", width + 24, height)
+    subject = f"The {K} filters of conv1, and their response to the digit {label}"
+    fig, ax = canvas(run, subject, width + 24, height)
+    signed = {"cmap": "PuOr", "vmin": -abs(w).max(), "vmax": abs(w).max()}
+    positive = {"cmap": "cividis", "vmin": 0, "vmax": y.max() or 1}
     tile(ax, image, 0, height / 2 - 18, cmap="gray_r")
     for k in range(K):
         left, top = 44 + k % columns * 34, k // columns * 74
-        weights = tile(ax, w[:, :, 0, k], left, top, cmap="PuOr", vmin=-abs(w).max(), vmax=abs(w).max())
-        responses = tile(ax, y[:, :, 0, k], left, top + 30, cmap="cividis", vmin=0, vmax=y.max() or 1)
+        weights = tile(ax, w[:, :, 0, k], left, top, **signed)
+        responses = tile(ax, y[:, :, 0, k], left, top + 30, **positive)
         ax.text(left + 14, top + 59, f"bias {b[k]:.2g}", size=7, color=GREY, ha="center", va="top")
     for shades, name, top in ((weights, "weight", 0), (responses, "response", (height - 6) / 2)):
         bar = ax.inset_axes((width, top + 1, 4, (height - 6) / 2 - 4), transform=ax.transData)
@@ -287,7 +448,7 @@ def draw_confusion(run, labels, predictions):
     """How many images of each digit (rows) were taken for which digit (columns)."""
     counts = np.zeros((10, 10), int)
     np.add.at(counts, (labels, predictions), 1)
-    wrong = counts * (1 - np.eye(10, dtype=int))  # only these are coloured: the right ones would outshine them
+    wrong = counts * (1 - np.eye(10, dtype=int))  # only these are coloured, or they would fade
     fig, ax = plt.subplots(figsize=(6.6, 6), layout="constrained")
     shades = np.ma.masked_equal(wrong, 0)
     ax.imshow(np.sqrt(shades), cmap="Oranges", vmin=0, vmax=1.5 * max(math.sqrt(wrong.max()), 2))
@@ -296,51 +457,419 @@ def draw_confusion(run, labels, predictions):
         style = {"color": BLUE, "weight": "bold"} if i == j else {"color": INK}
         ax.text(j, i, text, ha="center", va="center", **style)
     for i in range(10):
-        ax.text(9.7, i, f"{wrong[i].sum():,} of {counts[i].sum():,} wrong", va="center", color=GREY, size=8)
+        text = f"{wrong[i].sum():,} of {counts[i].sum():,} wrong"
+        ax.text(9.7, i, text, va="center", color=GREY, size=8)
     ax.set(xticks=range(10), yticks=range(10), xlabel="prediction", ylabel="label")
     ax.tick_params(length=0)
-    title = f"{textwrap.fill(run.title(), 66)}\nMisclassified test images: {wrong.sum():,} of {len(labels):,}"
+    title = textwrap.fill(run.title(), 66)
+    title += f"\nMisclassified test images: {wrong.sum():,} of {len(labels):,}"
     fig.suptitle(title, color=run.colour())
     return fig
 
 
-# ── Main ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── One step of learning ──────────────────────────────────────────────────────────────────────────
+
+CANDIDATES = 100  # the digit that is drawn is the least sure one of the first so many
+BATCH = 64  # images whose gradient several runs compare
+
+
+class Pass(NamedTuple):
+    """One pass through ResNet9, forwards and backwards; y and dy in the order of the network."""
+
+    loss: float
+    y: dict  # layer → what it puts out
+    dy: dict  # layer → the gradient of the loss with respect to that
+    d: dict  # parameter → the gradient of the loss with respect to it
+
+
+def learn(params, images, labels, settings, shortcuts=True):
+    """forward and backward of mnist_resnet9.py, line by line, keeping what every layer gives.
+
+    The residual blocks are opened up, to see their two layers and the two ways back. shortcuts
+    says whether the gradient also comes back through the shortcuts, or through the convolutions
+    alone, as in a plain deep network; forwards they are always there. Dropout is off.
+    """
+    y, dy, d, p = {}, {}, {}, params
+    pool2d, pool2d_backward = POOLS[settings.pool]
+
+    def conv(i):
+        return p[f"conv{i}.weight"], p[f"conv{i}.bias"]
+
+    y["image"] = to_input(images, p["fc9.weight"].dtype)
+    y["conv1"], conv1 = conv_block(y["image"], *conv(1))
+    y["conv2"], conv2 = conv_block(y["conv1"], *conv(2))
+    y["conv3"], conv3 = conv_block(y["conv2"], *conv(3))
+    h, conv4 = conv2d(y["conv3"], *conv(4))
+    y["conv4"], relu4 = relu(y["conv2"] + h)
+    y["pool4"], pool4 = pool2d(y["conv4"])
+    y["conv5"], conv5 = conv_block(y["pool4"], *conv(5))
+    y["conv6"], conv6 = conv_block(y["conv5"], *conv(6))
+    y["conv7"], conv7 = conv_block(y["conv6"], *conv(7))
+    h, conv8 = conv2d(y["conv7"], *conv(8))
+    y["conv8"], relu8 = relu(y["conv6"] + h)
+    y["pool8"], pool8 = pool2d(y["conv8"])
+    h = y["pool8"].transpose(2, 0, 1, 3)
+    y["fc9"], fc9 = linear(h.reshape(len(h), -1), p["fc9.weight"], p["fc9.bias"])
+    loss, cross_entropy = cross_entropy_loss(y["fc9"], labels, settings.label_smoothing)
+
+    dy["fc9"] = cross_entropy_loss_backward(1, cross_entropy)
+    dh, d["fc9.weight"], d["fc9.bias"] = linear_backward(dy["fc9"], fc9)
+    dy["pool8"] = dh.reshape(h.shape).transpose(1, 2, 0, 3)
+    dy["conv8"] = pool2d_backward(dy["pool8"], pool8)
+    straight = relu_backward(dy["conv8"], relu8)
+    dy["conv7"], d["conv8.weight"], d["conv8.bias"] = conv2d_backward(straight, conv8)
+    dy["conv6"], d["conv7.weight"], d["conv7.bias"] = conv_block_backward(dy["conv7"], conv7)
+    if shortcuts:
+        dy["conv6"] += straight
+    dy["conv5"], d["conv6.weight"], d["conv6.bias"] = conv_block_backward(dy["conv6"], conv6)
+    dy["pool4"], d["conv5.weight"], d["conv5.bias"] = conv_block_backward(dy["conv5"], conv5)
+    dy["conv4"] = pool2d_backward(dy["pool4"], pool4)
+    straight = relu_backward(dy["conv4"], relu4)
+    dy["conv3"], d["conv4.weight"], d["conv4.bias"] = conv2d_backward(straight, conv4)
+    dy["conv2"], d["conv3.weight"], d["conv3.bias"] = conv_block_backward(dy["conv3"], conv3)
+    if shortcuts:
+        dy["conv2"] += straight
+    dy["conv1"], d["conv2.weight"], d["conv2.bias"] = conv_block_backward(dy["conv2"], conv2)
+    dy["image"], d["conv1.weight"], d["conv1.bias"] = conv_block_backward(dy["conv1"], conv1)
+    return Pass(loss, y, {name: dy[name] for name in y}, d)
+
+
+def least_sure(params, images, labels, settings):
+    """The index of the image to whose label the network gives the lowest probability."""
+    probs, _ = softmax(predict(params, images, settings))
+    return probs[np.arange(len(labels)), labels].argmin()
+
+
+def stepped(params, step):
+    """The parameters after a step down the gradient.
+
+    It is so long that it would halve the loss if the slope stayed the same on the way.
+    """
+    slope = sum((d * d).sum() for d in step.d.values())  # how fast the loss falls as rate grows
+    rate = step.loss / 2 / slope if slope else 0
+    return {name: w - w.dtype.type(rate) * step.d[name] for name, w in params.items()}
+
+
+COLUMN = 41  # units from layer to layer
+WIDE = 33  # units: two channels beside each other, with a gap
+BAND = 118  # units from the six layers above to the six below
+OUT, BACK = 18, 65  # units from the top of a band to the outputs, to the gradients
+SMALL = {"size": 7, "ha": "center"}
+SHORTCUTS = {"conv2": "conv4", "conv6": "conv8"}  # where each begins and where it is added
+DOES = {
+    "image": "what comes in",
+    "conv4": "3×3, + conv2, relu",
+    "conv8": "3×3, + conv6, relu",
+    "fc9": "linear, softmax",
+}
+POOLS_WITH = {"max": "largest of 2×2", "avg": "mean of 2×2"}
+
+
+def draw_layers(run, params, images, labels):
+    """What every layer makes of one digit, and under it the gradient of the loss that comes back.
+
+    The digit is the one of these that the network is least sure of.
+    """
+    settings = run.settings
+    i = least_sure(params, images, labels, settings)
+    image, label = images[i : i + 1], labels[i : i + 1]
+    step = learn(params, image, label, settings)
+    plain = learn(params, image, label, settings, shortcuts=False)
+    after = learn(stepped(params, step), image, label, settings)
+    probs, probs_after = (softmax(passed.y["fc9"])[0][0] for passed in (step, after))
+
+    given = f"{probs[label[0]]:.1%}"
+    subject = (
+        f"One step of learning on a {label[0]} (given {given}): outputs forward, gradients back"
+    )
+    width = 6 * COLUMN + 8
+    fig, ax = canvas(run, subject, width, 2 * BAND + 106)
+    draw_colours(ax, width)
+    at = {name: (12 + n % 6 * COLUMN, 12 + n // 6 * BAND) for n, name in enumerate(step.y)}
+    for name, (left, top) in at.items():
+        if name == "fc9":
+            draw_names(ax, name, DOES[name], "10", left, top)
+            draw_probabilities(ax, probs, probs_after, left, top + OUT)
+            draw_errors(ax, step.dy[name][0], left, top + BACK)
+        else:
+            draw_layer(ax, step, name, left, top, settings)
+            draw_arrows(ax, left + WIDE + (COLUMN - WIDE) / 2, top + WIDE / 2)
+    for start, end in SHORTCUTS.items():
+        draw_shortcut(ax, at[start], at[end])
+    style = {"rotation": 90, "color": GREY, "size": 8, "ha": "center", "va": "center"}
+    for top in (12, 12 + BAND):
+        ax.text(4, top + OUT + WIDE / 2, "forward: output", **style)
+        ax.text(4, top + BACK + WIDE / 2, "backward: gradient", **style)
+    place = (24, 2 * BAND + 30, width - 28, 58)
+    draw_lengths(ax.inset_axes(place, transform=ax.transData), step.dy, plain.dy)
+    return fig
+
+
+def draw_colours(ax, width):
+    """What the colours stand for: a line over the whole width."""
+    for x, cmap, low, high in (
+        (52, "cividis", "output: 0", "largest"),
+        (width - 72, "PuOr", "gradient: more would lower the loss", "less would"),
+    ):
+        ax.imshow(np.arange(256)[None], cmap=cmap, extent=(x, x + 28, 4, 0), aspect="auto")
+        ax.text(x - 2, 2, low, size=8, ha="right", va="center")
+        ax.text(x + 30, 2, high, size=8, ha="left", va="center")
+
+
+def draw_names(ax, name, does, size, left, top):
+    middle = left + WIDE / 2
+    ax.text(middle, top + 7, name, weight="bold", ha="center")
+    ax.text(middle, top + 11.5, does, **SMALL)
+    ax.text(middle, top + 16, size, color=GREY, **SMALL)
+
+
+def draw_layer(ax, step, name, left, top, settings):
+    """A layer's name and size, what it puts out, and under that the gradient that comes back."""
+    y, dy = step.y[name][:, :, 0], step.dy[name][:, :, 0]  # (H, W, C)
+    size = "{}×{}×{}".format(*y.shape)
+    if name.startswith("pool"):
+        draw_names(ax, "pool", POOLS_WITH[settings.pool], size, left, top)
+    else:
+        draw_names(ax, name, DOES.get(name, "3×3, relu"), size, left, top)
+    shown = channels_shown(step, name)
+    side = WIDE if len(shown) == 1 else (WIDE - 1) / 2
+    indent = (WIDE - side) / 2 if len(shown) == 2 else 0
+    outputs = {"cmap": "cividis", "vmin": 0, "vmax": y[:, :, shown].max() or 1}
+    if name == "image":
+        outputs = {"cmap": "gray_r"}
+    # A few values are far larger than all others, which would fade if the scale ended there.
+    strong = np.percentile(abs(dy[:, :, shown]), 99) or abs(dy).max() or 1
+    gradients = {"cmap": "PuOr", "vmin": -strong, "vmax": strong}
+    for n, k in enumerate(shown):
+        x, z = left + n % 2 * (side + 1), top + indent + n // 2 * (side + 1)
+        tile(ax, y[:, :, k], x, z + OUT, side, **outputs)
+        tile(ax, dy[:, :, k], x, z + BACK, side, **gradients)
+    style = {"color": GREY, "va": "top"} | SMALL
+    if name != "image":
+        ax.text(left + WIDE / 2, top + OUT + WIDE + 1, f"0 to {brief(outputs['vmax'])}", **style)
+    ax.text(left + WIDE / 2, top + BACK + WIDE + 1, f"±{brief(strong)}", **style)
+
+
+def brief(value):
+    """Two digits of a number, with a minus sign as in the axes."""
+    return f"{value:.2g}".replace("e-0", "e-").replace("-", "−")
+
+
+def channels_shown(step, name):
+    """The four channels of a layer that vary most. Layers joined by a shortcut show the same."""
+    same = {"conv2": "conv4", "pool4": "conv4", "conv6": "conv8", "pool8": "conv8"}
+    y = step.y[same.get(name, name)][:, :, 0]
+    return np.sort(np.argsort(-y.std(axis=(0, 1)), kind="stable")[:4])
+
+
+def draw_probabilities(ax, probs, after, left, top):
+    """The ten probabilities as bars, and a stroke where each is after the step."""
+    bottom, unit = left + 5, WIDE - 5
+    for k in range(10):
+        y = top + (k + 0.5) * WIDE / 10
+        ax.text(left + 3, y, k, size=6.5, ha="right", va="center_baseline")
+        ax.barh(y, probs[k] * unit, 0.8 * WIDE / 10, bottom, color=BLUE)
+        ax.plot([bottom + after[k] * unit] * 2, [y - 1.5, y + 1.5], color=ORANGE, lw=1.5)
+    style = {"va": "top"} | SMALL
+    ax.text(left + WIDE / 2, top + WIDE + 1, "probability", **style | {"color": BLUE})
+    ax.text(left + WIDE / 2, top + WIDE + 5, "after the step", **style | {"color": ORANGE})
+
+
+def draw_errors(ax, dlogits, left, top):
+    """The gradient of the ten logits: probability minus label."""
+    unit = (WIDE - 5) / (np.ptp(dlogits) or 1)
+    zero = left + 5 - unit * min(dlogits.min(), 0)
+    shades = plt.get_cmap("PuOr")
+    for k in range(10):
+        y = top + (k + 0.5) * WIDE / 10
+        ax.text(left + 3, y, k, size=6.5, ha="right", va="center_baseline")
+        colour = shades(0.5 + 0.4 * np.sign(dlogits[k]))
+        ax.barh(y, dlogits[k] * unit, 0.8 * WIDE / 10, zero, color=colour)
+    text = f"{brief(dlogits.min())} to {brief(dlogits.max())}"
+    ax.text(left + WIDE / 2, top + WIDE + 1, text, color=GREY, va="top", **SMALL)
+
+
+ARROW = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
+
+
+def draw_arrows(ax, x, y):
+    """To the next layer, and under that the way back."""
+    style = ARROW | {"color": GREY}
+    ax.annotate("", (x + 2.5, y + OUT), (x - 2.5, y + OUT), arrowprops=style)
+    ax.annotate("", (x - 2.5, y + BACK), (x + 2.5, y + BACK), arrowprops=style)
+
+
+def draw_shortcut(ax, start, end):
+    """A bracket above the layers between its two ends, and under them its way back."""
+    (left, top), right = start, end[0]
+    left, right, under = left + WIDE / 2, right + WIDE / 2, top + BACK + WIDE + 6
+    for begin, stop, foot, edge in (
+        (left, right, top + 3, top - 0.5),
+        (right, left, under, under + 3),
+    ):
+        ax.plot([begin, begin, stop], [foot, edge, edge], color=BLUE, lw=1.2)
+        ax.annotate("", (stop, foot), (stop, edge), arrowprops=ARROW | {"color": BLUE, "lw": 1.2})
+        style = {"color": BLUE, "va": "center", "backgroundcolor": "white"} | SMALL
+        ax.text((left + right) / 2, edge, "shortcut", **style)
+
+
+def draw_lengths(ax, dy, plain):
+    """How long each gradient in the figure is: the root of the sum of its squares."""
+    lines = (
+        (dy, BLUE, "-", "as it is, through convolutions and shortcuts"),
+        (plain, ORANGE, "--", "through the convolutions alone"),
+    )
+    lengths = np.array([[np.linalg.norm(d) for d in line[0].values()] for line in lines])
+    lengths[lengths == 0] = np.nan  # a logarithmic axis has no place for it
+    for length, (_, colour, style, label) in zip(lengths, lines):
+        ax.plot(length, style, color=colour, marker=".", lw=1.2, label=label)
+    if np.isfinite(lengths).any():
+        scale_log(ax, np.nanmin(lengths), np.nanmax(lengths))
+    names = ["pool" if name.startswith("pool") else name for name in dy]
+    ax.set_xticks(range(len(names)), names)
+    ax.grid(True)
+    ax.set_title("Length of the gradient at the output of each layer", pad=17)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2)
+
+
+def gradient_lengths(d):
+    """{layer: the length of the gradient of its weights}."""
+    ends = ".weight"
+    return {n.removesuffix(ends): np.linalg.norm(a) for n, a in d.items() if n.endswith(ends)}
+
+
+class Gradients(NamedTuple):
+    """The gradient_lengths of a run, and what they are without the shortcuts if it has any."""
+
+    run: Run
+    lengths: dict
+    plain: dict
+
+
+def measure_gradients(run, network, params, images, labels):
+    settings = run.settings
+    _, d = loss_and_gradients(params, images, labels, settings, network=network)
+    lengths, plain = gradient_lengths(d), {}
+    if network is RESNET9:
+        found = gradient_lengths(learn(params, images, labels, settings, shortcuts=False).d)
+        plain = {name: found[name] for name in lengths}
+    return Gradients(run, lengths, plain)
+
+
+def draw_gradients(measured):
+    """How long the gradient of each layer's weights is: a line a run, the output on the right."""
+    fig, ax = plt.subplots(figsize=(6.4, 4.2 + 0.16 * len(measured)), layout="constrained")
+    every = []
+    for i, (run, lengths, plain) in enumerate(measured):
+        for layers, style in ((lengths, {"marker": "."}), (plain, {"ls": ":", "label": "_plain"})):
+            y = np.array(list(layers.values()), float)
+            y[y == 0] = np.nan  # a logarithmic axis has no place for it
+            every.append(y)
+            style = line_style(i) | {"label": textwrap.shorten(run.title(), 60)} | style
+            ax.plot(range(1 - len(y), 1), y, clip_on=False, **style)
+    if any(one.plain for one in measured):
+        label = "dotted: back through the convolutions alone, without the shortcuts"
+        ax.plot([], [], color=GREY, ls=":", label=label)
+    every = np.concatenate(every)
+    if np.isfinite(every).any():
+        scale_log(ax, np.nanmin(every), np.nanmax(every))
+    names = [list(one.lengths) for one in measured]
+    if all(theirs == names[0] for theirs in names):
+        ax.set_xticks(range(1 - len(names[0]), 1), names[0])
+        ax.set_xlabel("layer")
+    else:
+        ax.xaxis.set_major_locator(MultipleLocator(1))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{-x:.0f}" if x else "output"))
+        ax.set_xlabel("layers with weights before the output")
+    ax.set_ylabel(f"length of the weights' gradient, {BATCH} images")
+    ax.grid(True)
+    fig.legend(loc="outside upper center")
+    return fig
+
+
+# ── Main ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def draw_run(run, load_data):
-    """(file name, figure) of all that the run has the files for. Says in a line what is not there yet."""
-    path = {name: run.folder / name for name in ("metrics.csv", "predictions.npz", "checkpoint_last.npz")}
-    for name, figures in zip(path, ("curves.png", "confusion.png and failures.png", "filters.png")):
+    """(file name, figure) of all that the run has the files for. A line says what is missing."""
+    figures = {
+        "metrics.csv": "curves.png",
+        "predictions.npz": "confusion.png and failures.png",
+        "checkpoint_last.npz": "filters.png and layers.png",
+    }
+    path = {name: run.folder / name for name in figures}
+    for name in figures:
         if not path[name].exists():
-            print(f"{run.folder.name} has no {name} yet, so no {figures}")
+            print(f"{run.folder.name} has no {name} yet, so no {figures[name]}")
     if run.metrics["epoch"].size:
         yield "curves.png", draw_curves([run])
     if path["predictions.npz"].exists():
         data = load_data(run)
-        predictions, probabilities = read_predictions(path["predictions.npz"], data.test_labels)
-        yield "confusion.png", draw_confusion(run, data.test_labels, predictions)
-        yield "failures.png", draw_failures(run, data.test_images, data.test_labels, predictions, probabilities)
+        images, labels = data.test_images, data.test_labels
+        predictions, probabilities = read_predictions(path["predictions.npz"], labels)
+        yield "confusion.png", draw_confusion(run, labels, predictions)
+        yield "failures.png", draw_failures(run, images, labels, predictions, probabilities)
     if path["checkpoint_last.npz"].exists():
-        params = read_conv1(path["checkpoint_last.npz"])
-        if params:
-            data = load_data(run)
+        params = read_params(path["checkpoint_last.npz"])
+        data = load_data(run)
+        if "conv1.weight" in params:
             yield "filters.png", draw_filters(run, params, data.test_images[0], data.test_labels[0])
         else:
             print(f"{run.folder.name} is a network without convolutions, so no filters.png")
+        if find_network(params, run.settings) is RESNET9:
+            yield "layers.png", draw_layers(run, params, *first_images(run, data, CANDIDATES))
+        else:
+            print(f"{run.folder.name} is not ResNet9, so no layers.png")
 
 
-def plot(tags, save_dir, data_dir, overlay=False, watch=False):
+def first_images(run, data, count):
+    """The first so many images that the run learns from, and their labels."""
+    count = min(count, run.settings.train_images or count)
+    return data.train_images[:count], data.train_labels[:count]
+
+
+def compare_gradients(runs, load_data):
+    """The Gradients of those runs that have a checkpoint of a known network."""
+    measured = []
+    for run in runs:
+        path = run.folder / "checkpoint_last.npz"
+        params = read_params(path) if path.exists() else {}
+        network = find_network(params, run.settings)
+        if network:
+            first = first_images(run, load_data(run), BATCH)
+            measured.append(measure_gradients(run, network, params, *first))
+    return measured
+
+
+def in_notebook():
+    """Whether this runs inside IPython, whose windows and figures are the user's."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
+
+
+def without_screen():
+    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return sys.platform.startswith("linux") and not shown
+
+
+def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
+    """Draws the runs with these tags; data_dir None stands for the folders that they ran with."""
     folders = find_runs(save_dir, tags)
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if without_screen() and not in_notebook():
         matplotlib.use("Agg")
     on_screen = plt.get_backend().lower() != "agg" and not watch
     read_data = functools.cache(load_mnist)
 
     def load_data(run):
-        data = read_data(data_dir)
+        folder = data_dir or ROOT / run.settings.data_dir
+        if not folder.is_dir():  # the run comes from another machine
+            folder = ROOT / Settings.data_dir
+        data = read_data(folder)
         if data.hashes != run.hashes:
-            raise UserError(f"{run.folder.name} ran on {run.data}, but --data-dir {data_dir} leads to {data.name} "
-                            "(its SHA-256 differs); name the folder with the run's data")  # fmt: skip
+            raise UserError(
+                f"{run.folder.name} ran on {run.data}, but {folder} leads to {data.name} "
+                "(its SHA-256 differs); --data-dir names the folder with the run's data"
+            )
         return data
 
     def write(path, figure):
@@ -351,27 +880,36 @@ def plot(tags, save_dir, data_dir, overlay=False, watch=False):
         if not on_screen:
             plt.close(figure)
 
+    def write_joint(kind, runs, figure):
+        name = "_".join([kind, *(run.folder.name for run in runs)])
+        write(runs[0].folder / f"{name[:200]}.png", figure)  # file systems allow 255 bytes
+
     def draw_all():
-        """Draws everything there is so far. Returns whether all runs have come to their last epoch."""
+        """Draws all there is so far. Returns whether all runs have come to their last epoch."""
         runs = [read_run(folder) for folder in folders]
         begun = [run for run in runs if run.metrics["epoch"].size]
-        if begun and (overlay or len(begun) > 1):
-            name = "_".join(["test_accuracy" if overlay else "curves", *(run.folder.name for run in begun)])
-            draw = draw_overlay if overlay else draw_curves
-            write(begun[0].folder / f"{name[:200]}.png", draw(begun))  # file systems allow 255 bytes
+        if begun and overlay:
+            write_joint("test_accuracy", begun, draw_overlay(begun))
+        elif len(begun) > 1:
+            write_joint("curves", begun, draw_curves(begun))
         for run in () if overlay else runs:
             for name, figure in draw_run(run, load_data):
                 write(run.folder / name, figure)
+        if not overlay and len(begun) > 1:
+            measured = compare_gradients(begun, load_data)
+            if len(measured) > 1:
+                write_joint("gradients", [one.run for one in measured], draw_gradients(measured))
         return all(run.metrics["epoch"].size > run.settings.epochs_max for run in runs)
 
     def files():
-        """When what the figures are drawn from was last written. The checkpoint is an epoch's last file."""
-        paths = [folder / name for folder in folders for name in ("config.json", "metrics.csv", "checkpoint_last.npz")]
+        """When what is drawn was last written. The checkpoint is an epoch's last file."""
+        names = ("config.json", "metrics.csv", "checkpoint_last.npz")
+        paths = [folder / name for folder in folders for name in names]
         return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
 
     with plt.rc_context(STYLE):
         drawn, finished = None, False
-        while not finished or drawn != files():  # it ends once the last epoch's files have stopped changing
+        while not finished or drawn != files():  # it ends once the last files stopped changing
             if drawn != files():
                 drawn, finished = files(), draw_all()
             if not watch:
@@ -381,17 +919,28 @@ def plot(tags, save_dir, data_dir, overlay=False, watch=False):
             plt.show()
 
 
-def main(arguments=None):
-    parser = Parser(prog="plot_figs.py", description="Draw the figures of runs into save/<tag>/.", allow_abbrev=False)
-    said = f"runs; of several, the curves also stand side by side (default: {Settings.tag})"
+def main(arguments=()):
+    """Runs a command line. Returns the exit status: 0, or 2 after an error, which is one line."""
+    parser = Parser(
+        prog="plot_figs.py",
+        description="Draw the figures of runs into save/<tag>/.",
+        allow_abbrev=False,
+    )
+    said = f"runs; several are also drawn side by side (default: {Settings.tag})"
     parser.add_argument("tags", nargs="*", default=[Settings.tag], metavar="TAG", help=said)
-    parser.add_argument("--overlay", action="store_true", help="draw only the runs' test accuracies, in one panel")
-    parser.add_argument("--watch", action="store_true", help="draw again after each epoch, until the runs are finished")
-    for f in fields(Settings):
-        if f.name in ("save_dir", "data_dir"):  # a path on the command line starts where the user is
-            flag, said = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default: {f.default})"
-            parser.add_argument(flag, help=said, metavar="FOLDER", default=ROOT / f.default,
-                                type=lambda text: Path(text).absolute())  # fmt: skip
+    said = "draw only the runs' test accuracies, in one panel"
+    parser.add_argument("--overlay", action="store_true", help=said)
+    said = "draw again after each epoch, until the runs are finished"
+    parser.add_argument("--watch", action="store_true", help=said)
+
+    def folder(text):  # a path on the command line starts where the user is
+        return Path(text).expanduser().absolute()
+
+    said = f"folder that holds the runs (default: {Settings.save_dir})"
+    where = ROOT / Settings.save_dir
+    parser.add_argument("--save-dir", type=folder, default=where, metavar="FOLDER", help=said)
+    said = "folder with the data (default: the one that the run was made with)"
+    parser.add_argument("--data-dir", type=folder, metavar="FOLDER", help=said)
     try:
         plot(**vars(parser.parse_args(arguments)))
         return 0
@@ -403,4 +952,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""plot_figs.py: what it draws from whole runs, unfinished ones and damaged ones, and what it says to the user."""
+"""plot_figs.py: what it draws from whole, unfinished and damaged runs, and what it says."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # the backend comes first
+import matplotlib.pyplot as plt  # (the backend comes first)
 
 import mnist_resnet9 as m
 import plot_figs
@@ -21,21 +21,23 @@ from support import run_folder, storage
 SCRIPT = Path(plot_figs.__file__)
 SAMPLE = str(SCRIPT.parent / "data" / "sample")
 DPI = 60
-ALL = ["curves.png", "confusion.png", "failures.png", "filters.png"]
+ALL = ["curves.png", "confusion.png", "failures.png", "filters.png", "layers.png"]
+FROM_CHECKPOINT = {"filters.png", "layers.png"}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a real run of one epoch on a few images of the sample. Tests copy it."""
     save = tmp_path_factory.mktemp("trained")
-    arguments = "--tag real --train-images 128 --epochs-max 1 --channels 4,4,4,4 --device cpu --threads 2".split()
+    arguments = "--tag real --train-images 128 --epochs-max 1 --channels 4,4,4,4".split()
+    arguments += "--device cpu --threads 2".split()
     assert m.main([*arguments, "--data-dir", SAMPLE, "--save-dir", str(save)]) == 0
     return save / "real"
 
 
 @pytest.fixture
 def save(tmp_path, trained, monkeypatch):
-    """A save folder with that run in it, on a machine without a screen. Few failures, few dots: it saves time."""
+    """A save folder with that run in it, on a machine without a screen. Few dots save time."""
     monkeypatch.setattr(plot_figs, "FAILURES_SHOWN", 12)
     monkeypatch.setitem(plot_figs.STYLE, "savefig.dpi", DPI)
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
@@ -113,10 +115,10 @@ def run(save):
     return plot_figs.read_run(save / "real")
 
 
-# ── Whole runs ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Whole runs ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_of_one_epoch_gives_all_four_figures(save, capsys):
+def test_a_run_of_one_epoch_gives_all_figures(save, capsys):
     assert draw(save, "real") == 0
     assert capsys.readouterr().out.splitlines() == [str(save / "real" / name) for name in ALL]
     for name in ALL:
@@ -136,11 +138,12 @@ def test_without_a_screen_from_another_folder(save):
         command, cwd=save.parent, env=environment, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert {path.name for path in folder.glob("*.png")} == {"curves.png", "filters.png"}
+    assert {path.name for path in folder.glob("*.png")} == {"curves.png", *FROM_CHECKPOINT}
 
 
 def test_import_does_nothing():
-    code = "import matplotlib; b = dict(matplotlib.rcParams); import plot_figs; assert dict(matplotlib.rcParams) == b"
+    code = "import matplotlib; before = dict(matplotlib.rcParams); import plot_figs; "
+    code += "assert dict(matplotlib.rcParams) == before"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60
     )
@@ -181,39 +184,67 @@ def test_overlay_has_all_accuracies_in_one_panel(save, capsys):
     plt.close(figure)
 
 
-def test_another_network_has_filters_of_another_size_or_none(save, sample, capsys):
-    folder = save / "real"
-    for names, said in (
-        (("conv1.weight", "conv1.bias"), "filters.png"),
-        ((), "without convolutions"),
-    ):
-        arrays = {
-            "conv1.weight": np.ones((5, 5, 1, 8), np.float32),
-            "conv1.bias": np.zeros(8, np.float32),
-        }
-        storage.save_arrays(
-            folder / "checkpoint_last.npz",
-            **{name: arrays[name] for name in names},
-            step=np.int64(0),
-        )
-        assert draw(save, "real") == 0
-        assert said in capsys.readouterr().out.splitlines()[-1]
+def test_another_network_has_filters_of_another_size_or_none(save, capsys):
+    folder, step = save / "real", np.int64(0)
+    weight, bias = np.ones((5, 5, 1, 8), np.float32), np.zeros(8, np.float32)
+    other = {"conv1.weight": weight, "conv1.bias": bias, "step": step}
+    storage.save_arrays(folder / "checkpoint_last.npz", **other)
+    assert draw(save, "real") == 0
+    said = capsys.readouterr().out
+    assert "filters.png\nreal is not ResNet9, so no layers.png\n" in said
     picture(folder / "filters.png")
+    storage.save_arrays(folder / "checkpoint_last.npz", step=step)
+    assert draw(save, "real") == 0
+    said = capsys.readouterr().out
+    assert "without convolutions, so no filters.png\n" in said and "no layers.png\n" in said
 
 
-def test_curves_have_equal_axes_and_mark_best_and_last(save):
+def test_curves_show_training_and_test_images_on_equal_axes(save):
     add_run(save, "long", epochs=200)
     runs = [plot_figs.read_run(save / tag) for tag in ("real", "long")]
     runs[1].metrics["test_accuracy"][150] = 0.9999
+    runs[1].metrics["test_loss"][30] = 0.001
     figure = plot_figs.draw_curves(runs)
-    axes = np.reshape(figure.axes, (3, 2))
-    for left, right in axes:
-        assert left.get_ylim() == right.get_ylim() and left.get_xlim() == right.get_xlim() == (
-            0,
-            200,
-        )
-    marked = [text.get_text() for text in axes[2, 1].get_legend().get_texts()]
-    assert marked == ["last: 99.74%\nepoch 200", "best: 99.99%\nepoch 150"]
+    panels = np.reshape(figure.axes, (2, 2))  # [run][loss, accuracy]
+    for run, row in zip(runs, panels):
+        for ax, name in zip(row, ("loss", "accuracy")):
+            for line, part in zip(ax.lines, ("train", "test")):
+                assert np.array_equal(line.get_ydata(), run.metrics[f"{part}_{name}"])
+    for one, other in panels.T:
+        assert one.get_ylim() == other.get_ylim()
+        assert one.get_xlim() == other.get_xlim() == (0, 200)
+        assert [line.get_color() for line in one.lines] == [
+            line.get_color() for line in other.lines
+        ]
+    legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in panels[1]]
+    assert legends[0] == ["last: 0.0114, epoch 200", "lowest: 0.001, epoch 30"]
+    assert legends[1] == ["last: 99.74%, epoch 200", "best: 99.99%, epoch 150"]
+    assert "training images" in texts(figure.legends[0]) and "test images" in texts(
+        figure.legends[0]
+    )
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 12])
+def test_curves_of_many_runs_stay_readable(save, tmp_path, count):
+    runs = []
+    for i in range(count):
+        folder = add_run(save, f"a_longer_tag_{i}", epochs=i, without=("*.npz",))
+        runs.append(plot_figs.read_run(folder))
+    with plt.rc_context(plot_figs.STYLE):
+        figure = plot_figs.draw_curves(runs)
+        figure.savefig(tmp_path / "curves.png", dpi=DPI)
+    picture(tmp_path / "curves.png")
+    assert figure.get_size_inches()[0] < 10  # at README's width letters are not half their size
+    assert len(figure.axes) == 2 * count
+    figure.canvas.draw()
+    boxes = [ax.get_window_extent() for ax in figure.axes]
+    boxes += [ax.get_legend().get_window_extent() for ax in figure.axes]
+    boxes += [ax.title.get_window_extent() for ax in figure.axes if ax.get_title()]
+    boxes += [legend.get_window_extent() for legend in figure.legends]
+    for i, box in enumerate(boxes):
+        assert box.width > 0 and box.height > 0
+        assert not any(box.padded(-1).overlaps(other) for other in boxes[:i])
     plt.close(figure)
 
 
@@ -221,7 +252,7 @@ def test_the_accuracy_axis_tells_99_0_from_99_6(save):
     add_run(save, "long", epochs=200)
     figure = plot_figs.draw_curves([plot_figs.read_run(save / "long")])
     figure.canvas.draw()
-    for ax in figure.axes[1:]:
+    for ax in figure.axes[1::2]:
         (_, low), (_, high) = ax.transData.transform([(0, 0.990), (0, 0.996)])
         assert (high - low) / ax.bbox.height > 0.1
         labels = [label.get_window_extent() for label in ax.get_yticklabels()]
@@ -231,8 +262,9 @@ def test_the_accuracy_axis_tells_99_0_from_99_6(save):
 
 @pytest.mark.parametrize("accuracy", [0.0, 0.1, 1.0])
 def test_curves_of_a_run_that_does_not_change(run, accuracy):
-    metrics = run.metrics | {"train_accuracy": np.full(2, accuracy), "test_accuracy": np.full(2, accuracy),
-                             "train_loss": np.array([2.3, 0.0])}  # fmt: skip
+    same = np.full(2, accuracy)
+    metrics = run.metrics | {"train_accuracy": same, "test_accuracy": same}
+    metrics |= {"train_loss": np.array([2.3, 0.0]), "test_loss": np.zeros(2)}
     figure = plot_figs.draw_curves([run._replace(metrics=metrics)])
     figure.canvas.draw()
     assert f"{accuracy:.2%}" in texts(figure)
@@ -244,12 +276,12 @@ def test_a_long_tag_is_wrapped(save):
     add_run(save, tag)
     assert draw(save, tag) == 0
     pictures = list(save.glob("*/*.png"))
-    assert len(pictures) == 4
+    assert len(pictures) == len(ALL)
     for path in pictures:
         picture(path)
 
 
-# ── Images ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Images ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 60, 1500])
@@ -346,13 +378,176 @@ def test_a_name_with_dollar_signs_is_no_formula(run):
     plt.close(figure)
 
 
-# ── Runs in progress ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── One step of learning ──────────────────────────────────────────────────────────────────────────
+
+
+def make_step(pool="max", channels=(4, 5, 6, 7), N=3, **kwargs):
+    """Parameters in float64, images, labels, settings, and what plot_figs.learn makes of them."""
+    rng = np.random.default_rng(7)
+    settings = m.Settings(channels=channels, pool=pool, label_smoothing=0.1)
+    params = m.init_params(settings, np.float64)
+    for p in params.values():
+        p += 0.02 * rng.standard_normal(p.shape)
+    images, labels = rng.integers(0, 256, (N, 28, 28)), rng.integers(0, 10, N)
+    step = plot_figs.learn(params, images, labels, settings, **kwargs)
+    return params, images, labels, settings, step
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("channels", [(4, 5, 6, 7), (1, 2, 3, 2)])
+def test_the_step_that_is_drawn_is_that_of_the_network(pool, channels):
+    params, images, labels, settings, step = make_step(pool, channels)
+    x = m.to_input(images, np.float64)
+    logits, caches = m.forward(params, x, settings)
+    loss, cache = m.cross_entropy_loss(logits, labels, settings.label_smoothing)
+    dlogits = m.cross_entropy_loss_backward(1, cache)
+    d = m.backward(dlogits, caches, settings)
+    assert np.array_equal(step.y["fc9"], logits) and step.loss == loss
+    assert np.array_equal(step.dy["fc9"], dlogits)
+    assert step.d.keys() == d.keys() == params.keys()
+    for name in d:
+        assert np.array_equal(step.d[name], d[name]), name
+    assert list(step.y) == list(step.dy)
+    for name in step.y:
+        assert step.y[name].shape == step.dy[name].shape, name
+
+
+def test_the_gradient_of_the_image_is_its_slope():
+    """Central differences of the loss, at pixels where it is steep."""
+    params, images, labels, settings, step = make_step("avg")
+    x, eps = step.y["image"], 1e-6
+
+    def loss(x):
+        logits, _ = m.forward(params, x, settings)
+        return m.cross_entropy_loss(logits, labels, settings.label_smoothing)[0]
+
+    steep = np.argsort(-abs(step.dy["image"]), axis=None)[:10]
+    for at in zip(*np.unravel_index(steep, x.shape)):
+        up, down = x.copy(), x.copy()
+        up[at] += eps
+        down[at] -= eps
+        slope = (loss(up) - loss(down)) / (2 * eps)
+        assert step.dy["image"][at] == pytest.approx(slope, rel=1e-5)
+
+
+def test_without_shortcuts_the_gradient_lacks_what_they_carry():
+    whole, plain = make_step()[-1], make_step(shortcuts=False)[-1]
+    for name in ("fc9", "pool8", "conv8", "conv7"):
+        assert np.array_equal(whole.dy[name], plain.dy[name]), name
+    carried = whole.dy["conv8"] * (whole.y["conv8"] > 0)
+    assert np.allclose(whole.dy["conv6"] - plain.dy["conv6"], carried, rtol=0, atol=1e-15)
+    params = make_step()[0]
+    _, cache = m.conv_block(plain.y["conv2"], params["conv3.weight"], params["conv3.bias"])
+    through, _, _ = m.conv_block_backward(plain.dy["conv3"], cache)
+    assert np.array_equal(plain.dy["conv2"], through) and abs(through).max() > 0
+    assert np.array_equal(whole.y["fc9"], plain.y["fc9"])
+
+
+def test_a_step_lowers_the_loss_and_none_is_taken_where_it_is_flat():
+    params, images, labels, settings, step = make_step()
+    after = plot_figs.learn(plot_figs.stepped(params, step), images, labels, settings)
+    assert after.loss < step.loss
+    flat = step._replace(d={name: np.zeros_like(d) for name, d in step.d.items()})
+    for name, w in plot_figs.stepped(params, flat).items():
+        assert np.array_equal(w, params[name])
+
+
+def test_the_digit_drawn_is_the_least_sure_one(sample):
+    params = m.init_params(m.Settings())
+    images, labels = sample.train_images[:30], sample.train_labels[:30]
+    i = plot_figs.least_sure(params, images, labels, m.Settings())
+    probs = m.softmax(m.predict(params, images))[0]
+    assert all(probs[i, labels[i]] <= probs[n, labels[n]] for n in range(30))
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("channels", [(4, 16, 32, 64), (1, 2, 3, 1)])
+def test_layers_show_every_layer_and_its_gradient(run, sample, tmp_path, pool, channels):
+    settings = m.Settings(channels=channels, pool=pool)
+    params = m.init_params(settings)
+    images, labels = sample.train_images[5:6], sample.train_labels[5:6]
+    with plt.rc_context(plot_figs.STYLE):
+        figure = plot_figs.draw_layers(run._replace(settings=settings), params, images, labels)
+        figure.savefig(tmp_path / "layers.png", dpi=DPI)
+    picture(tmp_path / "layers.png")
+    written = texts(figure)
+    a, b, c, d = channels
+    for size in (f"28×28×{a}", f"28×28×{b}", f"14×14×{b}", f"14×14×{c}", f"14×14×{d}", f"7×7×{d}"):
+        assert size in written
+    assert ("largest of 2×2" if pool == "max" else "mean of 2×2") in written
+    step = plot_figs.learn(params, images, labels, settings)
+    tiles = [np.array(image.get_array()) for image in figure.axes[0].images]
+    tiles = tiles[2:]  # after the two colour scales
+    for name in list(step.y)[:-1]:
+        y, dy = step.y[name][:, :, 0], step.dy[name][:, :, 0]
+        for _ in range(min(4, y.shape[2])):
+            output, gradient = tiles.pop(0), tiles.pop(0)
+            (k,) = {k for k in range(y.shape[2]) if np.array_equal(y[:, :, k], output)} or {-1}
+            assert k >= 0 and np.array_equal(dy[:, :, k], gradient), name
+    assert not tiles
+    lines = figure.axes[0].child_axes[0].lines
+    lengths = [np.sqrt((dy**2).sum()) for dy in step.dy.values()]
+    assert np.allclose(lines[0].get_ydata(), lengths, rtol=1e-4)
+    plt.close(figure)
+
+
+def test_layers_of_a_network_that_is_switched_off(run, sample, tmp_path):
+    """All outputs are 0, and so are all gradients but those of fc9's bias."""
+    params = {name: np.zeros_like(p) for name, p in m.init_params(run.settings).items()}
+    with plt.rc_context(plot_figs.STYLE):
+        first = sample.train_images[:3], sample.train_labels[:3]
+        figure = plot_figs.draw_layers(run, params, *first)
+        figure.savefig(tmp_path / "layers.png", dpi=DPI)
+    picture(tmp_path / "layers.png")
+    plt.close(figure)
+
+
+def test_the_network_of_a_checkpoint_is_found():
+    settings = m.Settings(channels=(4, 5, 6, 7))
+    assert plot_figs.find_network(m.init_params(settings), settings) is m.RESNET9
+    assert plot_figs.find_network(m.init_params(m.Settings()), settings) is None
+    assert plot_figs.find_network({}, settings) is None
+    steps = plot_figs.evolution()
+    for network in steps[:3]:  # the steps after these have ResNet9's parameters
+        assert plot_figs.find_network(network.init_params(settings), settings) is network
+    for network in steps[3:]:
+        assert plot_figs.find_network(network.init_params(settings), settings) is m.RESNET9
+
+
+def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys):
+    add_run(save, "other")
+    folder = add_run(save, "first_step", without=("predictions.npz",))
+    network = plot_figs.evolution()[1]
+    params = network.init_params(m.Settings())
+    storage.save_arrays(folder / "checkpoint_last.npz", **params, step=np.int64(0))
+    add_run(save, "none", without=("*.npz",))
+    assert draw(save, "real", "other", "first_step", "none") == 0
+    path = save / "real" / "gradients_real_other_first_step.png"
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    picture(path)
+    runs = [plot_figs.read_run(save / tag) for tag in ("real", "first_step")]
+    residual, perceptron = plot_figs.compare_gradients(runs, lambda run: sample)
+    first = sample.train_images[: plot_figs.BATCH], sample.train_labels[: plot_figs.BATCH]
+    _, d = m.loss_and_gradients(params, *first, m.Settings(), network=network)
+    expected = {name: np.sqrt((d[f"{name}.weight"] ** 2).sum()) for name in ("fc1", "fc2")}
+    assert perceptron.lengths == pytest.approx(expected, rel=1e-5) and not perceptron.plain
+    assert list(residual.lengths) == [*(f"conv{i}" for i in range(1, 9)), "fc9"]
+    assert residual.plain["fc9"] == pytest.approx(residual.lengths["fc9"], rel=1e-5)
+    assert residual.plain["conv1"] != pytest.approx(residual.lengths["conv1"], rel=1e-3)
+    figure = plot_figs.draw_gradients([residual, perceptron])
+    (ax,) = figure.axes
+    assert list(ax.lines[0].get_ydata()) == list(residual.lengths.values())
+    assert list(ax.lines[0].get_xdata()) == list(range(-8, 1))
+    plt.close(figure)
+
+
+# ── Runs in progress ──────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("without, figures, lines", [
     (("*.npz",), {"curves.png"}, 2),
-    (("checkpoint*",), set(ALL) - {"filters.png"}, 1),
-    (("predictions.npz",), {"curves.png", "filters.png"}, 1),
+    (("checkpoint*",), set(ALL) - FROM_CHECKPOINT, 1),
+    (("predictions.npz",), {"curves.png", *FROM_CHECKPOINT}, 1),
     (("*.npz", "metrics.csv"), set(), 3),
 ])  # fmt: skip
 def test_a_run_in_progress(save, capsys, without, figures, lines):
@@ -373,7 +568,7 @@ def test_a_run_that_has_not_begun_stands_beside_nothing(save):
 
 
 def test_watching_a_run_draws_after_each_epoch_and_ends_with_it(save, monkeypatch):
-    """The run goes on while plot_figs.py sleeps: an epoch later, the last epoch's metrics, then its checkpoint."""
+    """While it sleeps the run goes on: an epoch, the last epoch's metrics, then its checkpoint."""
     folder = add_run(save, "young", epochs=0, without=("*.npz",))
     config = json.loads((folder / "config.json").read_text())
     config["settings"]["epochs_max"] = 2
@@ -412,7 +607,7 @@ def test_watching_ends_at_once_where_all_is_finished_and_with_ctrl_c(save, monke
     assert draw(save, "young", "--watch") == 130
 
 
-# ── What the user can put right ───────────────────────────────────────────────────────────────────────────────────
+# ── What the user can put right ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("tag", ["unknown", "notes", "../save/real", ""])
@@ -427,7 +622,7 @@ def test_an_unknown_tag_lists_those_there_are(save, capsys, tag):
 
 def test_a_folder_without_runs(tmp_path, capsys):
     assert draw(tmp_path, "real") == 2
-    assert "none yet" in error_of(capsys)
+    assert "makes its first" in error_of(capsys)
     assert draw(tmp_path / "nowhere") == 2
     assert repr(m.Settings.tag) in error_of(capsys)
 
@@ -441,10 +636,11 @@ def test_an_unknown_flag(capsys):
     ("config.json", b""), ("config.json", b"[]"), ("config.json", b'{"settings": {}}'),
     ("config.json", b"\xff\xfe\x00"),
     ("config.json", b'{"settings": {"channels": 4}, "data": {"name": "MNIST", "sha256": {}}}'),
-    ("config.json", b'{"settings": {"channels": [4, 4, 4, 4]}, "data": {"name": null, "sha256": {}}}'),
+    ("config.json", b'{"settings": {"channels": [4, 4, 4, 4]}, "data": {"name": null}}'),
     ("metrics.csv", b""), ("metrics.csv", b"\xff\xfe\x00"), ("metrics.csv", b"epoch,loss\n0,1\n"),
     ("metrics.csv", ",".join(run_folder.METRICS).encode()),
     ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,nan,0.5,1,0.5,1,1\n"),
+    ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,1,0.5,nan,0.5,1,1\n"),
     ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,1,0.5,1,1.5,1,1\n"),
     ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n7,0,1,0.5,1,0.5,1,1\n"),
     ("predictions.npz", b""), ("checkpoint_last.npz", b"PK\x03\x04 and then nothing"),
@@ -456,7 +652,8 @@ def test_damaged_files(save, capsys, name, contents):
 
 
 @pytest.mark.parametrize("change", [
-    {"predictions": np.full(1000, 10)}, {"predictions": np.zeros(5, int)}, {"probabilities": np.zeros((1000, 9))},
+    {"predictions": np.full(1000, 10)}, {"predictions": np.zeros(5, int)},
+    {"probabilities": np.zeros((1000, 9))},
     {"probabilities": np.full((1000, 10), np.nan)},
     {"labels": np.zeros(1000, np.uint8)}, {"labels": np.zeros(7, np.uint8)},
     {"predictions": np.full(1000, "three")}, {"predictions": np.full(1000, None)},
@@ -477,12 +674,88 @@ def test_predictions_that_are_cut_off(save, sample, part):
         plot_figs.read_predictions(path, sample.test_labels)
 
 
+@pytest.mark.parametrize("change", [np.full((10,), np.nan, np.float32), np.zeros(10, int)])
+def test_parameters_of_another_kind(save, capsys, change):
+    path = save / "real" / "checkpoint_last.npz"
+    with np.load(path) as arrays:
+        storage.save_arrays(path, **dict(arrays) | {"fc9.bias": change})
+    assert draw(save, "real") == 2
+    assert "checkpoint_last.npz is damaged" in error_of(capsys)
+
+
+def test_the_mean_of_the_weights_is_what_is_drawn(save):
+    path = save / "real" / "checkpoint_last.npz"
+    with np.load(path) as arrays:
+        arrays = dict(arrays)
+    means = {f"ema.{name}": arrays[name] + 1 for name in m.init_params(m.Settings())}
+    storage.save_arrays(path, **arrays | means)
+    params = plot_figs.read_params(path)
+    assert params.keys() == m.init_params(m.Settings()).keys()
+    assert all(np.array_equal(params[name], arrays[name] + 1) for name in params)
+
+
 def test_another_data_set(save, capsys):
     add_run(save, "other", data={"name": "fashion", "sha256": {"train-images-idx3-ubyte": "0"}})
     assert draw(save, "other") == 2
     error = error_of(capsys)
     assert "ran on fashion" in error and "MNIST sample" in error and SAMPLE in error
     assert {path.name for path in (save / "other").glob("*.png")} == {"curves.png"}
+
+
+def test_the_data_is_looked_for_where_the_run_had_it(save, monkeypatch, sample):
+    asked = []
+    monkeypatch.setattr(plot_figs, "load_mnist", lambda folder: asked.append(folder) or sample)
+    arguments = ["real", "--save-dir", str(save)]
+    assert plot_figs.main(arguments) == 0
+    path = save / "real" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["data_dir"] = "/a/folder/of/another/machine"
+    path.write_text(json.dumps(config))
+    assert plot_figs.main(arguments) == 0
+    assert plot_figs.main([*arguments, "--data-dir", str(save)]) == 0
+    assert asked == [Path(SAMPLE), SCRIPT.parent / "data", save]
+
+
+# ── In a notebook ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Notebook:
+    """What stands for IPython, which plot_figs.py does not need."""
+
+    @staticmethod
+    def get_ipython():
+        return object()
+
+
+def test_in_a_notebook_the_figures_of_the_user_stay(save, monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", Notebook)
+    asked = []
+    monkeypatch.setattr(matplotlib, "use", asked.append)
+    mine = plt.figure()
+    before = plt.get_fignums()
+    assert draw(save, "real") == 0
+    assert not asked and plt.get_fignums() == before
+    plt.close(mine)
+
+
+def test_outside_of_a_notebook_agg_is_asked_for(save, monkeypatch):
+    asked = []
+    monkeypatch.setattr(matplotlib, "use", asked.append)
+    monkeypatch.setattr(Notebook, "get_ipython", staticmethod(lambda: None))
+    monkeypatch.setitem(sys.modules, "IPython", Notebook)  # imported, but nothing runs in it
+    add_run(save, "bare", without=("*.npz",))
+    assert draw(save, "bare") == 0
+    assert asked == (["Agg"] if sys.platform.startswith("linux") else [])
+
+
+def test_main_without_arguments_reads_none_of_another_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(m.Settings, "save_dir", str(tmp_path))
+    assert plot_figs.main() == 2
+    assert f"no run {m.Settings.tag!r}" in error_of(capsys)
+
+
+# ── A crash while writing ─────────────────────────────────────────────────────────────────────────
 
 
 def test_a_half_written_figure_replaces_nothing(save, monkeypatch, capsys):
