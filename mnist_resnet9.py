@@ -1108,7 +1108,7 @@ class Run:
         self.fast, self.why_plain = self.fast_path()
 
     def fast_path(self):
-        """The GPU's fast path, support/gpu.py, or None; and why not, where a GPU has to do without."""
+        """The GPU's fast path (support/gpu.py) or None, and why a GPU has to do without it."""
         if not self.on_gpu:
             return None, ""
         smooth, is_resnet9 = bumps(28, 28, xp), self.network is RESNET9

@@ -9,8 +9,8 @@ plain operations of mnist_resnet9.py on CuPy. PyTorch's is there three times: ea
 sides; the data set and all random numbers are on the device. The sides take turns of a few steps;
 each turn is timed between two synchronisations, and the figure is the median turn. All compute in
 float32; with --tf32 PyTorch and the plain operations may round the factors of a product to TF32.
-For each side one further step runs under PyTorch's profiler, which sees every kernel of the process,
-CuPy's too: how many a step has, and where ours spends its time.
+For each side one further step runs under PyTorch's profiler, which sees every kernel of the
+process, CuPy's too: how many a step has, and where ours spends its time.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def our_step(m, data, settings, fast=False):
 
 
 def torch_step(m, data, settings, device, way="eager"):
-    """The same with PyTorch; way: eager, compile (the network only), or graph (the whole step as one CUDA graph)."""
+    """The same with PyTorch; way: eager, compile (the network), graph (the step as one CUDA graph)."""
     import resnet9_torch as t
     import torch
     import torch.nn.functional as F
@@ -142,7 +142,7 @@ def seconds_a_step(sides, turns, synchronize):
 
 
 def kernels(step, synchronize):
-    """[(name, how often, microseconds)] of one step, the longest first: kernels, copies and fills of the device."""
+    """[(name, how often, microseconds)] of one step, longest first: kernels, copies and fills."""
     from torch.profiler import DeviceType, ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:

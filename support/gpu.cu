@@ -25,8 +25,11 @@ __host__ __device__ constexpr int round_up(int n, int to) { return (n + to - 1) 
 
 // Length of a row in shared memory with room for n floats. It has 32 banks, each of which serves
 // one thread at a time, and a warp reads 8 numbers along one axis for 4 along the other. Rows of
-// 8·odd floats, read 4 rows by 8 columns, or of 4·odd, read 8 rows by 4 columns, hit each bank once.
-__host__ __device__ constexpr int row_of_4x8(int n) { return n % 16 <= 8 ? n / 16 * 16 + 8 : round_up(n, 16) + 8; }
+// 8·odd floats, read 4 rows by 8 columns, or of 4·odd, read 8 rows by 4 columns, hit each bank
+// once.
+__host__ __device__ constexpr int row_of_4x8(int n) {
+  return n % 16 <= 8 ? n / 16 * 16 + 8 : round_up(n, 16) + 8;
+}
 __host__ __device__ constexpr int row_of_8x4(int n) { return round_up(n, 8) + 4; }
 
 // Copies FLOATS (1 or 4) into shared memory, or zeros where `from` is outside of the image. Newer
@@ -79,8 +82,9 @@ __device__ float sum_of_block(float value, float* scratch) {
 // Tensor cores (from compute capability 8.0 on) multiply such parts in one instruction, but round
 // each factor to 11 significant bits (TF32). A float has 24: so each factor is split into its
 // upper 11 bits and the rest, x = high + low, and three products make up a float32 one:
-// A B ≈ low·high + high·low + high·high. What is left out, low·low, is below 2⁻²² of the result; that
-// tensor cores cut off digits where they add costs more: some 10⁻⁶ (tests/test_gpu_kernels.py).
+// A B ≈ low·high + high·low + high·high. What is left out, low·low, is below 2⁻²² of the result;
+// that tensor cores cut off digits where they add costs more: some 10⁻⁶
+// (tests/test_gpu_kernels.py).
 
 #if __CUDA_ARCH__ >= 800 && !defined(PLAIN_PRODUCTS)
 
@@ -141,7 +145,8 @@ __device__ void multiply(float (&acc)[MT][NT][4], const float* a, const float* b
       for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          acc[m][n][i] += a[(16 * m + row + i / 2 * 8) * AR + k * AK] * b[k * BK + (8 * n + column + i % 2) * BC];
+          acc[m][n][i] += a[(16 * m + row + i / 2 * 8) * AR + k * AK] *
+                          b[k * BK + (8 * n + column + i % 2) * BC];
 }
 
 #endif
@@ -163,8 +168,8 @@ __device__ int place_of(int r, int end, unsigned inverse) {
   return r < end ? pixel / W * 256 + pixel % W : -1;
 }
 
-// Shares ROWS · PER_ROW copies out over the threads of a block: use(j, row, place in the row) for the
-// copies j = 0, 1, … of this thread.
+// Shares ROWS · PER_ROW copies out over the threads of a block: use(j, row, place in the row) for
+// the copies j = 0, 1, … of this thread.
 template <int ROWS, int PER_ROW, int THREADS, typename F>
 __device__ void for_copies(F use) {
 #pragma unroll
@@ -177,12 +182,14 @@ __device__ void for_copies(F use) {
 }
 
 // Rows first … first + ROWS of the windows: what TAPS taps of the kernel, from `tap` on, see of x
-// (H, W, N, C), with zeros beyond the border. place(j, r) is place_of the row r of this thread's copy j.
+// (H, W, N, C), with zeros beyond the border. place(j, r) is place_of the row r of this thread's
+// copy j.
 template <int H, int W, int C, int TAPS, int ROWS, int LENGTH, int THREADS, typename F>
 __device__ void copy_windows(float* to, const float* x, int first, int tap, int N, F place) {
   constexpr int FLOATS = C % 4 ? 1 : 4;
   for_copies<ROWS, TAPS * C / FLOATS, THREADS>([&](int j, int r, int at) {
-    int k = at * FLOATS, down = (tap + k / C) / 3 - 1, right = (tap + k / C) % 3 - 1, here = place(j, r);
+    int k = at * FLOATS, down = (tap + k / C) / 3 - 1, right = (tap + k / C) % 3 - 1,
+        here = place(j, r);
     unsigned h = (here >> 8) + down, w = (here & 255) + right;  // below 0 is a large number then
     bool inside = h < H && w < W;
     const float* from = x + (first + r + (down * W + right) * N) * C + k % C;
@@ -191,28 +198,31 @@ __device__ void copy_windows(float* to, const float* x, int first, int tap, int 
 }
 
 // Forward (BACK = false): y = conv(x, w) + b [+ add], then relu; w is (3, 3, C, K).
-// Backward (BACK = true): y = (conv(x, w turned round and transposed) [+ add]) · [gate > 0], where x
-// is the gradient of the layer's output, y that of its input, gate that input; w is (3, 3, K, C).
+// Backward (BACK = true): y = (conv(x, w turned round and transposed) [+ add]) · [gate > 0], where
+// x is the gradient of the layer's output, y that of its input, gate that input; w is (3, 3, K, C).
 // b, add and gate may be null. A block computes WARPS_M·MT·16 rows by WARPS_N·NT·8 channels of y.
 template <int H, int W, int C, int K, bool BACK, int WARPS_M, int WARPS_N, int MT, int NT>
-__global__ void __launch_bounds__(WARPS_M* WARPS_N * 32)
+__global__ void __launch_bounds__(WARPS_M * WARPS_N * 32)
     convolution(const float* x, const float* w, const float* b, const float* add, const float* gate,
                 float* y, int relu, int N, unsigned inverse) {
-  constexpr int THREADS = WARPS_M * WARPS_N * 32, ROWS = WARPS_M * MT * 16, COLUMNS = WARPS_N * NT * 8;
+  constexpr int THREADS = WARPS_M * WARPS_N * 32, ROWS = WARPS_M * MT * 16,
+                COLUMNS = WARPS_N * NT * 8;
   constexpr int TAPS = taps_at_once(C), STAGES = 9 / TAPS, DEPTH = round_up(TAPS * C, 8);
   constexpr int A_ROW = row_of_8x4(DEPTH), B_ROW = BACK ? row_of_8x4(DEPTH) : row_of_4x8(COLUMNS);
   constexpr int A_SIZE = ROWS * A_ROW, B_SIZE = (BACK ? COLUMNS : DEPTH) * B_ROW;
   SHARED_FLOATS(shared);
   int rows = H * W * N, first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
 
-  int places[(ROWS * (TAPS * C / (C % 4 ? 1 : 4)) + THREADS - 1) / THREADS];  // the same for all taps
+  int places[(ROWS * (TAPS * C / (C % 4 ? 1 : 4)) + THREADS - 1) /
+             THREADS];  // the same for all taps
   for_copies<ROWS, TAPS * C / (C % 4 ? 1 : 4), THREADS>(
       [&](int j, int r, int) { places[j] = place_of<W>(first_row + r, rows, inverse); });
 
   auto fill = [&](int stage) {
     float *a = shared + stage % 2 * (A_SIZE + B_SIZE), *kernel = a + A_SIZE;
     int tap = stage * TAPS;
-    copy_windows<H, W, C, TAPS, ROWS, A_ROW, THREADS>(a, x, first_row, tap, N, [&](int j, int) { return places[j]; });
+    copy_windows<H, W, C, TAPS, ROWS, A_ROW, THREADS>(a, x, first_row, tap, N,
+                                                      [&](int j, int) { return places[j]; });
     if (BACK) {  // (K, C) of each tap; turned round, tap 8 comes first
       constexpr int FLOATS = C % 4 ? 1 : 4;
       for_copies<COLUMNS, TAPS * C / FLOATS, THREADS>([&](int, int column, int at) {
@@ -232,10 +242,12 @@ __global__ void __launch_bounds__(WARPS_M* WARPS_N * 32)
   };
 
   if (DEPTH != TAPS * C) {  // the product reads what no copy fills
-    for (int i = threadIdx.x; i < (STAGES > 1 ? 2 : 1) * (A_SIZE + B_SIZE); i += THREADS) shared[i] = 0;
+    for (int i = threadIdx.x; i < (STAGES > 1 ? 2 : 1) * (A_SIZE + B_SIZE); i += THREADS)
+      shared[i] = 0;
     __syncthreads();
   }
-  int warp_row = threadIdx.x / 32 / WARPS_N * MT * 16, warp_column = threadIdx.x / 32 % WARPS_N * NT * 8;
+  int warp_row = threadIdx.x / 32 / WARPS_N * MT * 16,
+      warp_column = threadIdx.x / 32 % WARPS_N * NT * 8;
   float acc[MT][NT][4] = {};
   fill(0);
   for (int stage = 0; stage < STAGES; stage++) {
@@ -278,15 +290,20 @@ __global__ void __launch_bounds__(WARPS_M* WARPS_N * 32)
       }
 }
 
-// dw = windowsᵀ dy and db = Σ dy, as parts: block (p, …) sums over some of the rows, and each of its
-// WARPS_R groups of warps over some of those; part q = p · WARPS_R + group is (9·C·K + K) floats of
-// `parts`, kernel first, then bias. blockIdx.y says which TAPS of the taps and which channels of dy.
-template <int H, int W, int C, int K, int TAPS, int WARPS_M, int WARPS_N, int WARPS_R, int MT, int NT, int ROWS>
-__global__ void __launch_bounds__(WARPS_M* WARPS_N* WARPS_R * 32)
-    kernel_gradient(const float* x, const float* dy, float* parts, int rows_a_block, int N, unsigned inverse) {
-  constexpr int THREADS = WARPS_M * WARPS_N * WARPS_R * 32, COLUMNS = WARPS_N * NT * 8, DEPTH = ROWS / WARPS_R;
+// dw = windowsᵀ dy and db = Σ dy, as parts: block (p, …) sums over some of the rows, and each of
+// its WARPS_R groups of warps over some of those; part q = p · WARPS_R + group is (9·C·K + K)
+// floats of `parts`, kernel first, then bias. blockIdx.y says which TAPS of the taps and which
+// channels of dy.
+template <int H, int W, int C, int K, int TAPS, int WARPS_M, int WARPS_N, int WARPS_R, int MT,
+          int NT, int ROWS>
+__global__ void __launch_bounds__(WARPS_M * WARPS_N * WARPS_R * 32)
+    kernel_gradient(const float* x, const float* dy, float* parts, int rows_a_block, int N,
+                    unsigned inverse) {
+  constexpr int THREADS = WARPS_M * WARPS_N * WARPS_R * 32, COLUMNS = WARPS_N * NT * 8,
+                DEPTH = ROWS / WARPS_R;
   constexpr int X_ROW = row_of_4x8(WARPS_M * MT * 16), Y_ROW = row_of_4x8(COLUMNS);
-  constexpr int X_SIZE = ROWS * X_ROW, Y_SIZE = ROWS * Y_ROW, COLUMN_TILES = (K + COLUMNS - 1) / COLUMNS;
+  constexpr int X_SIZE = ROWS * X_ROW, Y_SIZE = ROWS * Y_ROW,
+                COLUMN_TILES = (K + COLUMNS - 1) / COLUMNS;
   SHARED_FLOATS(shared);
   int tap = blockIdx.y / COLUMN_TILES * TAPS, first_column = blockIdx.y % COLUMN_TILES * COLUMNS;
   int start = blockIdx.x * rows_a_block, end = start + rows_a_block;
@@ -294,8 +311,9 @@ __global__ void __launch_bounds__(WARPS_M* WARPS_N* WARPS_R * 32)
 
   auto fill = [&](int first, int buffer) {
     float *windows = shared + buffer * (X_SIZE + Y_SIZE), *slopes = windows + X_SIZE;
-    copy_windows<H, W, C, TAPS, ROWS, X_ROW, THREADS>(
-        windows, x, first, tap, N, [&](int, int r) { return place_of<W>(first + r, end, inverse); });
+    copy_windows<H, W, C, TAPS, ROWS, X_ROW, THREADS>(windows, x, first, tap, N, [&](int, int r) {
+      return place_of<W>(first + r, end, inverse);
+    });
     for_copies<ROWS, COLUMNS / 4, THREADS>([&](int, int r, int at) {
       bool inside = first + r < end && (K % COLUMNS == 0 || first_column + 4 * at < K);
       const float* from = dy + (first + r) * K + first_column + 4 * at;
@@ -343,19 +361,22 @@ __global__ void __launch_bounds__(WARPS_M* WARPS_N* WARPS_R * 32)
       }
   if (tap == 0 && threadIdx.x < COLUMNS && first_column + threadIdx.x < K)
     for (int q = 0; q < WARPS_R; q++)
-      parts[(blockIdx.x * WARPS_R + q) * SIZE + 9 * C * K + first_column + threadIdx.x] = q ? 0 : bias;
+      parts[(blockIdx.x * WARPS_R + q) * SIZE + 9 * C * K + first_column + threadIdx.x] =
+          q ? 0 : bias;
 }
 
 // sum[i] = parts[0][i] + parts[1][i] + …: a block adds COLUMNS of them, 256/COLUMNS threads each.
 template <int COLUMNS>
-__global__ void __launch_bounds__(256) add_parts(const float* parts, float* sum, int size, int count) {
+__global__ void __launch_bounds__(256)
+    add_parts(const float* parts, float* sum, int size, int count) {
   constexpr int THREADS = 256 / COLUMNS;
   __shared__ float sums[256];
   int i = blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;
   float mine = 0;
   if (i < size) {
 #pragma unroll 8
-    for (int part = threadIdx.x / COLUMNS; part < count; part += THREADS) mine += parts[part * size + i];
+    for (int part = threadIdx.x / COLUMNS; part < count; part += THREADS)
+      mine += parts[part * size + i];
   }
   sums[threadIdx.x] = mine;
   __syncthreads();
@@ -429,7 +450,8 @@ __device__ void philox(word key, word counter, word (&out)[4]) {
 __device__ void eight_uniform(word key, word block, float (&u)[8]) {
   word words[4];
   philox(key, block + 1, words);
-  for (int i = 0; i < 8; i++) u[i] = ((unsigned)(words[i / 2] >> i % 2 * 32) >> 8) * (1.0f / 16777216);
+  for (int i = 0; i < 8; i++)
+    u[i] = ((unsigned)(words[i / 2] >> i % 2 * 32) >> 8) * (1.0f / 16777216);
 }
 
 __device__ float uniform(word key, int i) {
@@ -457,7 +479,8 @@ __global__ void fill_normal(float* out, int size, word key, int first) {
 }
 
 // dropout's mask: 0 with probability `rate`, else 1/(1 − rate); first: a multiple of 8.
-__global__ void dropout_mask(float* mask, int size, float rate, float kept, int first, const word* keys, const int* next) {
+__global__ void dropout_mask(float* mask, int size, float rate, float kept, int first,
+                             const word* keys, const int* next) {
   int block = blockIdx.x * blockDim.x + threadIdx.x;
   if (8 * block >= size) return;
   float u[8];
@@ -466,14 +489,16 @@ __global__ void dropout_mask(float* mask, int size, float rate, float kept, int 
 }
 
 // ── Images ──────────────────────────────────────────────────────────────────────────────────────
-// x (28, 28, N, 1), augmented and normalised, from images (…, 28, 28) of bytes: four blocks for each
-// image of the batch. order: which images; the batch of step s starts at order[s · batch]. Without
-// order, image n of the batch is image n. bumps (J, 28·28): what bends the image (see augment).
+// x (28, 28, N, 1), augmented and normalised, from images (…, 28, 28) of bytes: four blocks for
+// each image of the batch. order: which images; the batch of step s starts at order[s · batch].
+// Without order, image n of the batch is image n. bumps (J, 28·28): what bends the image (see
+// augment).
 
 template <bool AUGMENT>
 __global__ void __launch_bounds__(256)
-    read_images(const unsigned char* images, const int* order, int batch, float* x, int N, float strength,
-                float elastic, const float* bumps, int J, const word* keys, const int* next, int* now) {
+    read_images(const unsigned char* images, const int* order, int batch, float* x, int N,
+                float strength, float elastic, const float* bumps, int J, const word* keys,
+                const int* next, int* now) {
   constexpr int SIDE = 28, PADDED = SIDE + 3;
   __shared__ float image[PADDED * PADDED], draws[6], bend[2][64];
   int n = blockIdx.x, pixel = blockIdx.y * 256 + threadIdx.x, step = order ? next[0] : 0;
@@ -486,7 +511,8 @@ __global__ void __launch_bounds__(256)
   word key = keys[step];
   int t = threadIdx.x, uniforms = round_up(6 * N, 8), normals = round_up(N * J, 8);
   if (t < 6) draws[t] = strength * (2 * uniform(key, t * N + n) - 1);
-  if (elastic > 0 && t < 2 * J) bend[t / J][t % J] = elastic * normal(key, uniforms + t / J * normals + n * J + t % J);
+  if (elastic > 0 && t < 2 * J)
+    bend[t / J][t % J] = elastic * normal(key, uniforms + t / J * normals + n * J + t % J);
   for (int i = t; i < PADDED * PADDED; i += 256) {  // a border of zeros
     int row = i / PADDED - 1, col = i % PADDED - 1;
     image[i] = row >= 0 && row < SIDE && col >= 0 && col < SIDE ? source[row * SIDE + col] : 0;
@@ -498,7 +524,8 @@ __global__ void __launch_bounds__(256)
   if (pixel >= SIDE * SIDE) return;
   float down = pixel / SIDE - middle, right = pixel % SIDE - middle;
   float row = cosine / high * down + sine / high * right + 2 * draws[4] + middle;
-  float col = (shear * cosine - sine) / wide * down + (shear * sine + cosine) / wide * right + 2 * draws[5] + middle;
+  float col = (shear * cosine - sine) / wide * down + (shear * sine + cosine) / wide * right +
+              2 * draws[5] + middle;
   if (elastic > 0)
     for (int j = 0; j < J; j++) {
       row += bend[0][j] * bumps[j * SIDE * SIDE + pixel];
@@ -518,9 +545,9 @@ __global__ void __launch_bounds__(256)
 // logits = features w + b; with labels, the loss of each image and dlogits too. One block an image.
 template <int C, bool MAX>
 __global__ void __launch_bounds__(256)
-    head(const float* x, const float* mask, const float* w, const float* b, float* features, float* logits,
-         const unsigned char* labels, const int* order, int batch, const int* now, float smoothing, float* losses,
-         float* dlogits, int N) {
+    head(const float* x, const float* mask, const float* w, const float* b, float* features,
+         float* logits, const unsigned char* labels, const int* order, int batch, const int* now,
+         float smoothing, float* losses, float* dlogits, int N) {
   constexpr int F = 49 * C;
   __shared__ float scratch[10][256], row[10];
   int n = blockIdx.x;
@@ -554,7 +581,8 @@ __global__ void __launch_bounds__(256)
 
 // dx (14, 14, N, C) from dlogits: back through the linear layer, dropout, pooling and relu.
 template <int C, bool MAX>
-__global__ void head_gradient(const float* x, const float* mask, const float* w, const float* dlogits, float* dx, int N) {
+__global__ void head_gradient(const float* x, const float* mask, const float* w,
+                              const float* dlogits, float* dx, int N) {
   int at = blockIdx.x * blockDim.x + threadIdx.x;  // in (7, 7, N, C)
   if (at >= 49 * N * C) return;
   int f = at / (N * C) * C + at % C, n = at / C % N;
@@ -565,7 +593,8 @@ __global__ void head_gradient(const float* x, const float* mask, const float* w,
 }
 
 // dw (F, 10) = featuresᵀ dlogits, and after it db (10) = Σ dlogits: a block for 32 features.
-__global__ void __launch_bounds__(256) linear_gradient(const float* features, const float* dlogits, float* dw, int F, int N) {
+__global__ void __launch_bounds__(256)
+    linear_gradient(const float* features, const float* dlogits, float* dw, int F, int N) {
   __shared__ float sums[8][32][10];
   int f = blockIdx.x * 32 + threadIdx.x % 32, eighth = threadIdx.x / 32;
   float mine[10] = {};
@@ -598,8 +627,9 @@ __device__ void adam_moments(float dw, float& m, float& v, float beta1, float be
 // All parameters but those of Muon; the mean of the batch's losses; and the counter of steps.
 template <int OPTIMIZER>
 __global__ void __launch_bounds__(256)
-    update(float* w, const float* dw, float* moments, float* ema, const unsigned char* kinds, int size, float beta1,
-           float beta2, const float* plan, const float* image_losses, int N, float* losses, const int* now, int* next) {
+    update(float* w, const float* dw, float* moments, float* ema, const unsigned char* kinds,
+           int size, float beta1, float beta2, const float* plan, const float* image_losses, int N,
+           float* losses, const int* now, int* next) {
   __shared__ float scratch[256];
   int i = blockIdx.x * 256 + threadIdx.x;
   const float* row = plan + now[0] * PLAN_LENGTH;
@@ -626,16 +656,16 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// Muon's step for one kernel, seen as a matrix (R, K). orthogonal(X) of the script takes five rounds
-// X ← X P with P = a + b G + c G² and G = Xᵀ X. All P are polynomials of the first G, so they commute
-// and are symmetric, and G ← P G P. So the rounds need (K, K) matrices only, which fit into one
-// multiprocessor; X is used twice, by many of them: for G before the rounds, and for X Q after them,
-// with Q = P₁ P₂ P₃ P₄ P₅. K is padded with zeros to KP, a multiple of 16.
+// Muon's step for one kernel, seen as a matrix (R, K). orthogonal(X) of the script takes five
+// rounds X ← X P with P = a + b G + c G² and G = Xᵀ X. All P are polynomials of the first G, so
+// they commute and are symmetric, and G ← P G P. So the rounds need (K, K) matrices only, which fit
+// into one multiprocessor; X is used twice, by many of them: for G before the rounds, and for X Q
+// after them, with Q = P₁ P₂ P₃ P₄ P₅. K is padded with zeros to KP, a multiple of 16.
 
 // X = the running mean of dw, one step ahead, and 32 rows' part of G.
 template <int R, int K>
-__global__ void __launch_bounds__(256)
-    muon_mean(const float* dw, float* m, float* v, float* X, float* parts, float beta1, float beta2) {
+__global__ void __launch_bounds__(256) muon_mean(const float* dw, float* m, float* v, float* X,
+                                                 float* parts, float beta1, float beta2) {
   constexpr int KP = round_up(K, 16), ROW = row_of_4x8(KP), TILES = KP / 16;
   __shared__ float strip[32 * ROW];
   int first = blockIdx.x * 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -667,15 +697,18 @@ __global__ void __launch_bounds__(256)
 
 // Parts of a tile's columns that a warp computes: so many that at most 32 warps share the tiles.
 __host__ __device__ constexpr int parts_a_warp(int KP, int parts = 1) {
-  return KP / 8 % parts == 0 && KP / 16 * (KP / 8 / parts) <= 32 ? parts : parts_a_warp(KP, parts + 1);
+  return KP / 8 % parts == 0 && KP / 16 * (KP / 8 / parts) <= 32 ? parts
+                                                                 : parts_a_warp(KP, parts + 1);
 }
 
 // Q (KP, KP) from `count` parts of G, in one block with a tile for each warp; and in scale[0] what
 // brings X to length 1, so that no singular value of it is above 1.
 template <int K>
-__global__ void __launch_bounds__(round_up(K, 16) / 16 * (round_up(K, 16) / 8 / parts_a_warp(round_up(K, 16))) * 32)
+__global__ void __launch_bounds__(round_up(K, 16) / 16 *
+                                  (round_up(K, 16) / 8 / parts_a_warp(round_up(K, 16))) * 32)
     muon_rounds(const float* parts, int count, float* Q_out, float* scale) {
-  constexpr int KP = round_up(K, 16), ROW = row_of_4x8(KP), NT = parts_a_warp(KP), TILES = KP / 8 / NT;
+  constexpr int KP = round_up(K, 16), ROW = row_of_4x8(KP), NT = parts_a_warp(KP),
+                TILES = KP / 8 / NT;
   constexpr int THREADS = KP / 16 * TILES * 32;
   SHARED_FLOATS(G);
   float *P = G + KP * ROW, *Q = P + KP * ROW;
@@ -694,7 +727,8 @@ __global__ void __launch_bounds__(round_up(K, 16) / 16 * (round_up(K, 16) / 8 / 
   float length = 1 / (sqrtf(squares) + 1e-7f);
   if (threadIdx.x == 0) scale[0] = length;
   __syncthreads();
-  for (int at = threadIdx.x; at < KP * KP; at += THREADS) G[at / KP * ROW + at % KP] *= length * length;
+  for (int at = threadIdx.x; at < KP * KP; at += THREADS)
+    G[at / KP * ROW + at % KP] *= length * length;
   __syncthreads();
 
   // out = use(place, a b) for symmetric matrices; out may be a or b.
@@ -733,8 +767,8 @@ __global__ void __launch_bounds__(round_up(K, 16) / 16 * (round_up(K, 16) / 8 / 
 // w ← w · shrink − 0.2 rate √(longer side) scale X Q: a warp for 16 rows.
 template <int R, int K>
 __global__ void __launch_bounds__(128)
-    muon_update(float* w, float* ema, const float* X, const float* Q, const float* scale, const float* plan,
-                const int* now) {
+    muon_update(float* w, float* ema, const float* X, const float* Q, const float* scale,
+                const float* plan, const int* now) {
   constexpr int KP = round_up(K, 16);
   int first = (blockIdx.x * 4 + threadIdx.x / 32) * 16, lane = threadIdx.x % 32;
   if (first >= R) return;

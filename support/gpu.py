@@ -174,6 +174,14 @@ def unsupported(settings, limit):
 # ── Recording ─────────────────────────────────────────────────────────────────────────────────────
 
 
+def as_argument(value):
+    if value is None:
+        return NULL
+    if isinstance(value, float):
+        return np.float32(value)
+    return np.int32(value) if isinstance(value, (bool, int)) else value
+
+
 class Program:
     """Kernels in the order in which they are launched, on a main branch (0) and some beside it.
 
@@ -185,7 +193,10 @@ class Program:
         self.device, self.entries, self.kept = device, [], []
 
     def launch(self, name, grid, threads, *arguments, shared=0, branch=0):
+        """Adds a kernel. Of the arguments, True and whole numbers are int in gpu.cu, others float;
+        None is an array that is not there."""
         grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)
+        arguments = tuple(map(as_argument, arguments))
         self.entries.append((branch, name, grid, (threads, 1, 1), arguments, shared))
 
     def join(self):
@@ -264,7 +275,7 @@ class Cuda:
 
 
 class Network:
-    """What training and predicting share: the layers, and the forward pass up to the last pooling."""
+    """What training and predicting share: the layers, and forward up to the last pooling."""
 
     def __init__(self, device, settings):
         self.device, self.settings = device, settings
@@ -273,7 +284,7 @@ class Network:
         self.features = 49 * settings.channels[3]
 
     def forward(self, program, params, x, N):
-        """Launches the convolutions and the first pooling. Returns every layer's input and output."""
+        """Launches convolutions and the first pooling. Returns each layer's input and output."""
         inverse = np.uint32(-(-(2**32) // N) if N > 1 else 0)
         outputs, inputs = {}, {}
         h = x
@@ -281,11 +292,11 @@ class Network:
             i, K, side = layer.i, layer.K, layer.side
             if i == 5:
                 h, size, NC = program.empty(14, 14, N, layer.C), 196 * N * layer.C, N * layer.C
-                pooled = outputs[4], h, np.int32(size), np.int32(NC)
+                pooled = outputs[4], h, size, NC
                 program.launch(f"pool<28, {self.max}>", -(-size // 256), 256, *pooled)
             inputs[i] = h
             y = outputs[i] = program.empty(side, side, N, K)
-            shortcut = inputs[i - 1] if i in (4, 8) else NULL
+            shortcut = inputs[i - 1] if i in (4, 8) else None
             program.launch(
                 layer.forward.name,
                 layer.forward.grid(N),
@@ -294,10 +305,10 @@ class Network:
                 params[f"conv{i}.weight"],
                 params[f"conv{i}.bias"],
                 shortcut,
-                NULL,
+                None,
                 y,
-                np.int32(True),
-                np.int32(N),
+                True,
+                N,
                 inverse,
                 shared=layer.forward.shared,
             )
@@ -320,17 +331,17 @@ class Predictor(Network):
             (N, 4),
             256,
             self.images,
-            NULL,
-            np.int32(0),
+            None,
+            0,
             x,
-            np.int32(N),
-            np.float32(0),
-            np.float32(0),
-            NULL,
-            np.int32(0),
-            NULL,
-            NULL,
-            NULL,
+            N,
+            float(0),
+            float(0),
+            None,
+            0,
+            None,
+            None,
+            None,
         )
         _, outputs, _ = self.forward(program, params, x, N)
         program.launch(
@@ -338,19 +349,19 @@ class Predictor(Network):
             N,
             256,
             outputs[8],
-            NULL,
+            None,
             params["fc9.weight"],
             params["fc9.bias"],
-            NULL,
+            None,
             self.logits,
-            NULL,
-            NULL,
-            np.int32(0),
-            NULL,
-            np.float32(0),
-            NULL,
-            NULL,
-            np.int32(N),
+            None,
+            None,
+            0,
+            None,
+            float(0),
+            None,
+            None,
+            N,
         )
         self.run = device.record(program)
 
@@ -414,8 +425,8 @@ class Trainer(Network):
         return min(self.settings.batch_size, len(self.images) - number * self.settings.batch_size)
 
     def begin_epoch(self, order, keys, rates, first_step, done=0):
-        """order: the images' numbers; keys: one for each step's random numbers; rates: learning rates.
-        first_step: steps before this epoch; done: steps of it that are already taken."""
+        """order: the images' numbers; keys: one for each step's random numbers; rates: learning
+        rates; first_step: steps before this epoch; done: steps of it that are already taken."""
         settings, beta1, beta2 = self.settings, BETA1[self.settings.optimizer], self.settings.beta2
         plan = np.empty((len(rates), PLAN_LENGTH))
         for i, rate in enumerate(rates):
@@ -451,7 +462,7 @@ class Trainer(Network):
     def write(self, program, N):
         """One step with N images, from the images to the update."""
         settings, params = self.settings, self.params
-        batch, F, C = np.int32(settings.batch_size), self.features, settings.channels[3]
+        batch, F, C = settings.batch_size, self.features, settings.channels[3]
         augment = settings.augment > 0 or settings.elastic > 0
         dw, start = {}, 0  # of each layer, kernel and bias in one piece
         for name, a in params.items():
@@ -460,7 +471,7 @@ class Trainer(Network):
                 dw[name] = self.gradient[start : start + size]
             start += a.size
 
-        mask = NULL
+        mask = None
         if settings.dropout:
             mask = program.empty(N, F)
             J = len(self.bumps)
@@ -469,16 +480,16 @@ class Trainer(Network):
                 if augment
                 else 0
             )
-            rate, kept = np.float32(settings.dropout), np.float32(1 / (1 - settings.dropout))
+            rate, kept = float(settings.dropout), float(1 / (1 - settings.dropout))
             program.launch(
                 "dropout_mask",
                 -(-N * F // 2048),
                 256,
                 mask,
-                np.int32(N * F),
+                N * F,
                 rate,
                 kept,
-                np.int32(first),
+                first,
                 self.keys,
                 self.next,
                 branch=1,
@@ -492,11 +503,11 @@ class Trainer(Network):
             self.order,
             batch,
             x,
-            np.int32(N),
-            np.float32(settings.augment),
-            np.float32(settings.elastic),
+            N,
+            float(settings.augment),
+            float(settings.elastic),
             self.bumps,
-            np.int32(len(self.bumps)),
+            len(self.bumps),
             self.keys,
             self.next,
             self.now,
@@ -519,10 +530,10 @@ class Trainer(Network):
             self.order,
             batch,
             self.now,
-            np.float32(settings.label_smoothing),
+            float(settings.label_smoothing),
             losses,
             dlogits,
-            np.int32(N),
+            N,
         )
         program.launch(
             "linear_gradient",
@@ -531,8 +542,8 @@ class Trainer(Network):
             features,
             dlogits,
             dw["fc9.weight"],
-            np.int32(F),
-            np.int32(N),
+            F,
+            N,
             branch=1,
         )
 
@@ -548,7 +559,7 @@ class Trainer(Network):
             params["fc9.weight"],
             dlogits,
             slopes[8],
-            np.int32(N),
+            N,
         )
         for layer in reversed(self.layers):
             i = layer.i
@@ -558,20 +569,20 @@ class Trainer(Network):
             if not layer.back:
                 break
             dx = program.empty(layer.side, layer.side, N, layer.C)
-            gate = NULL if i == 5 else inputs[i]  # what comes from pooling did not pass a relu
-            shortcut = slopes[i + 1] if i in (3, 7) else NULL
+            gate = None if i == 5 else inputs[i]  # what comes from pooling did not pass a relu
+            shortcut = slopes[i + 1] if i in (3, 7) else None
             program.launch(
                 layer.back.name,
                 layer.back.grid(N),
                 layer.back.threads,
                 slopes[i],
                 params[f"conv{i}.weight"],
-                NULL,
+                None,
                 shortcut,
                 gate,
                 dx,
-                np.int32(False),
-                np.int32(N),
+                False,
+                N,
                 inverse,
                 shared=layer.back.shared,
             )
@@ -579,7 +590,7 @@ class Trainer(Network):
             slopes[i - 1] = dx
             if i == 5:
                 slopes[4] = program.empty(28, 28, N, layer.C)
-                size, NC = np.int32(dx.size), np.int32(N * layer.C)
+                size, NC = dx.size, N * layer.C
                 program.launch(
                     f"pool_gradient<28, {self.max}>",
                     -(-dx.size // 256),
@@ -593,7 +604,7 @@ class Trainer(Network):
         program.join()
         optimizer = ("sgd", "adam", "muon").index(settings.optimizer)
         beta1 = settings.momentum if settings.optimizer == "sgd" else BETA1[settings.optimizer]
-        ema = NULL if self.ema is None else self.ema_flat
+        ema = None if self.ema is None else self.ema_flat
         program.launch(
             f"update<{optimizer}>",
             -(-self.flat.size // 256),
@@ -603,20 +614,20 @@ class Trainer(Network):
             self.moments,
             ema,
             self.kinds,
-            np.int32(self.flat.size),
-            np.float32(beta1),
-            np.float32(settings.beta2),
+            self.flat.size,
+            float(beta1),
+            float(settings.beta2),
             self.plan,
             losses,
-            np.int32(N),
+            N,
             self.losses,
             self.now,
             self.next,
         )
 
     def learn(self, program, layer, x, dy, dw, N, inverse, branch):
-        """The gradient of a layer's kernel and bias, beside the way back. Returns a function that launches
-        what changes the kernel, which the way back still reads."""
+        """The gradient of a layer's kernel and bias, beside the way back. Returns a function that
+        launches what changes the kernel: the way back has to have read it by then."""
         gradient, name = layer.gradient, f"conv{layer.i}.weight"
         a_block, blocks = gradient.split(N)
         count = blocks * gradient.groups
@@ -628,8 +639,8 @@ class Trainer(Network):
             x,
             dy,
             parts,
-            np.int32(a_block),
-            np.int32(N),
+            a_block,
+            N,
             inverse,
             shared=gradient.shared,
             branch=branch,
@@ -641,8 +652,8 @@ class Trainer(Network):
             256,
             parts,
             dw[name],
-            np.int32(gradient.size),
-            np.int32(count),
+            gradient.size,
+            count,
             branch=branch,
         )
         if self.settings.optimizer == "muon" and layer.i > 1:
@@ -664,8 +675,8 @@ class Trainer(Network):
             self.moment(1, name),
             X,
             parts,
-            np.float32(BETA1["muon"]),
-            np.float32(self.settings.beta2),
+            float(BETA1["muon"]),
+            float(self.settings.beta2),
             branch=branch,
         )
         each = next(
@@ -678,13 +689,13 @@ class Trainer(Network):
             1,
             padded // 16 * (padded // 8 // each) * 32,
             parts,
-            np.int32(strips),
+            strips,
             Q,
             scale,
             shared=layer.muon_shared,
             branch=branch,
         )
-        ema = NULL if self.ema is None else self.ema[name]
+        ema = None if self.ema is None else self.ema[name]
 
         def update():
             program.launch(
@@ -705,7 +716,7 @@ class Trainer(Network):
 
 
 class FastPath:
-    """What a run needs of the two: begin_epoch and step, and predict with the parameters to evaluate."""
+    """What a run needs of the two: begin_epoch and step, and predict with the mean weights."""
 
     def __init__(self, device, settings, state, images, labels, bumps):
         ema = state.ema
@@ -745,7 +756,7 @@ def fast_path(settings, state, images, labels, bumps, is_resnet9):
 
 class Stream:
     """Random numbers that are a function of the key, with the two methods of NumPy's generator that
-    the script uses; each draw is one kernel. uniform numbers are those of NumPy's Philox(key=key)."""
+    the script uses; each draw is one kernel. Uniform numbers are those of NumPy's Philox(key)."""
 
     def __init__(self, device, key):
         self.device, self.key, self.used = device, np.uint64(key), 0

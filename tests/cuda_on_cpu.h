@@ -1,10 +1,11 @@
 // Enough of CUDA to run kernels on a CPU: the threads of a block are coroutines that take turns at
 // each __syncthreads(), blocks run one after another. So a barrier holds, and a missing one shows:
 // every thread runs as far as it can before the next one starts.
+#include <ucontext.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstring>
-#include <ucontext.h>
 #include <utility>
 #include <vector>
 
@@ -15,8 +16,12 @@
 #define __launch_bounds__(threads)
 #define SHARED_FLOATS(name) float* name = shared_memory
 
-struct Place { int x, y; };
-struct float2 { float x, y; };
+struct Place {
+  int x, y;
+};
+struct float2 {
+  float x, y;
+};
 static Place threadIdx, blockIdx, blockDim;
 alignas(16) static float shared_memory[1 << 16];
 

@@ -1,4 +1,4 @@
-"""The GPU: which functions CuPy has, what is said, what is read back, and that both devices compute the same.
+"""The GPU: what CuPy has, what is said, what is read back, and that devices compute the same.
 
 A machine without a GPU computes the same on arrays of NumPy that refuse what CuPy's refuse; CuPy's
 own cases are skipped.
@@ -170,7 +170,7 @@ for name in "and or xor invert neg abs eq ne lt le gt ge getitem setitem".split(
 
 
 class Module:
-    """NumPy, or a module in it, for arrays of the device. uploads counts the host arrays that were sent there."""
+    """NumPy, or a module in it, for arrays of the device. uploads counts what was sent there."""
 
     def __init__(self, module):
         self.module, self.uploads = module, 0
@@ -296,7 +296,7 @@ def test_the_device_agrees_with_the_cpu_in_float32(pool, any_device, sample, mon
 
 
 def test_random_numbers_of_the_device_are_a_function_of_the_stream(any_device, sample):
-    """A batch is one shard, whatever its size, and dropout and augmentation draw from its generator what they should."""
+    """A batch is one shard; dropout and augmentation draw from its generator what they should."""
     assert m.shards_of(1000, 16) == [(0, slice(0, 1000))]
     streams = [
         m.device_stream(m.random_stream(0, m.STEP, 1, step).integers(2**63)) for step in (3, 3, 4)
@@ -368,7 +368,7 @@ def test_a_training_step_reads_nothing_back_and_sends_nothing(given, device, sam
 
 
 def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, monkeypatch):
-    """Data loading, evaluation, checkpoints and continuing: what enters and leaves is converted where it should be."""
+    """Data, evaluation, checkpoints and continuing: all is converted where it should be."""
     small = replace(
         sample, test_images=sample.test_images[:100], test_labels=sample.test_labels[:100]
     )
@@ -410,8 +410,8 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
 
 
 def test_launches_of_a_training_step(device, sample, monkeypatch, capsys):
-    """Each function of the array module is a launch or more on a GPU; a reshape of what does not lie in
-    one piece is a copy. These are the plain operations, without the fast path."""
+    """Each function of the array module is a launch or more on a GPU; a reshape of what does not
+    lie in one piece is a copy. These are the plain operations, without the fast path."""
     launches, layer = Counter(), ["images"]
     free = {
         "reshape",
@@ -512,7 +512,7 @@ def named_layer(function, name, layer):
 
 
 def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
-    """benchmarks/gpu_step_time.py on the CPU: without dropout, whose masks differ, the losses are the same."""
+    """benchmarks/gpu_step_time.py on the CPU: without dropout, whose masks differ, losses agree."""
     pytest.importorskip("torch").set_num_threads(1)
     monkeypatch.syspath_prepend(str(m.ROOT / "benchmarks"))
     import gpu_step_time as g

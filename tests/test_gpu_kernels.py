@@ -1,8 +1,8 @@
 """The GPU's kernels (support/gpu.cu) against the plain operations of the script.
 
-Each test runs twice: on a CPU, where cuda_on_cpu.py compiles the kernels with the C++ compiler (with
-plain products in place of tensor cores), and on a GPU. What a machine lacks is skipped. All arrays
-start as NaN.
+Each test runs twice: on a CPU, where cuda_on_cpu.py compiles the kernels with the C++ compiler
+(with plain products in place of tensor cores), and on a GPU. What a machine lacks is skipped. All
+arrays start as NaN.
 """
 
 import re
@@ -339,8 +339,9 @@ STEPS = [
 
 @pytest.mark.parametrize("given", STEPS)
 def test_a_step_computes_what_the_plain_operations_do(given, cuda, sample, monkeypatch):
-    """Loss and gradient against float64; the bound has room for pixels that tie, or that relu cuts, in
-    float32 only. Then the update, with the gradient that the kernels found. The last batch is smaller."""
+    """Loss and gradient against float64; the bound has room for pixels that tie, or that relu cuts,
+    in float32 only. Then the update, with the gradient that the kernels found. The last batch is
+    smaller."""
     monkeypatch.setattr(m, "SHARD_IMAGES", 10**6)  # a batch is one shard, as on a GPU
     monkeypatch.setattr(m, "device_stream", lambda key: gpu.Stream(cuda, key))
     both = Both(cuda, sample, **given)
@@ -481,25 +482,21 @@ def test_what_the_kernels_cannot_do_is_said():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no CUDA compiler")
-def test_cudas_compiler_takes_the_source(tmp_path):
-    result = subprocess.run(
-        [
-            "nvcc",
-            "-std=c++17",
-            "-arch=sm_80",
-            "-cubin",
-            "-o",
-            str(tmp_path / "k.cubin"),
-            str(gpu.SOURCE),
-        ],
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80"])  # without and with tensor cores
+def test_cudas_compiler_takes_the_source(architecture, tmp_path):
+    """With a use of some templates: without one the compiler would not look into them."""
+    layer = gpu.Layer(7, 14, 16, 16, 65_536)
+    names = [layer.forward.name, layer.back.name, layer.gradient.name, "muon_rounds<16>"]
+    uses = "".join(f"auto use_{i} = {name};\n" for i, name in enumerate(names))
+    source = tmp_path / "kernels.cu"
+    source.write_text(f'#include "{gpu.SOURCE}"\n{uses}')
+    command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
 def test_a_run_on_the_fast_path_continues_with_the_same_bits(cuda, sample, tmp_path, monkeypatch):
-    """Two epochs at once; the same, stopped within the second and continued; and the plain operations."""
+    """Two epochs at once; the same, stopped within the second; and the plain operations."""
     small = replace(
         sample, test_images=sample.test_images[:40], test_labels=sample.test_labels[:40]
     )
