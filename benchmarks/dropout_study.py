@@ -27,8 +27,18 @@ from support.run_folder import read_metrics  # noqa: E402
 
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
+
 def command(rate, epochs):
-    return ["mnist_resnet9.py", "--tag", f"dropout_{rate}", "--dropout", str(rate), "--epochs-max", str(epochs)]
+    return [
+        "mnist_resnet9.py",
+        "--tag",
+        f"dropout_{rate}",
+        "--dropout",
+        str(rate),
+        "--epochs-max",
+        str(epochs),
+    ]
+
 
 def accuracies(save, epochs):
     """{rate: test accuracy after so many epochs} of the runs that have got as far."""
@@ -39,6 +49,7 @@ def accuracies(save, epochs):
         if len(rows) > epochs:
             found[rate] = rows[epochs][5]
     return found
+
 
 def draw(found, epochs):
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -53,14 +64,23 @@ def draw(found, epochs):
     ax.grid(True)
     return fig
 
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each run (default: 5)")
-    parser.add_argument("--commands", action="store_true", help="print the commands and run nothing")
+    parser.add_argument(
+        "--commands", action="store_true", help="print the commands and run nothing"
+    )
     o = parser.parse_args(arguments)
     for rate in RATES:
         print("python", *command(rate, o.epochs), flush=True)
-        if not o.commands and (status := subprocess.run([sys.executable, *command(rate, o.epochs)], cwd=ROOT).returncode):
+        if not o.commands and (
+            status := subprocess.run(
+                [sys.executable, *command(rate, o.epochs)], cwd=ROOT
+            ).returncode
+        ):
             return status  # stopped or refused; what is done stays, and the same command continues
     if o.commands:
         return 0
@@ -74,6 +94,7 @@ def main(arguments=None):
     for rate, accuracy in found.items():
         print(f"dropout {rate:<5}  test accuracy after {o.epochs} epochs {accuracy:.2%}")
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

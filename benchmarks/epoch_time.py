@@ -46,8 +46,12 @@ def train_torch(settings):
     torch.set_num_threads(m.available_cores())
     torch.manual_seed(settings.seed)
     data, folder, form = m.load_mnist(), Path(settings.save_dir), torch.channels_last
-    images, test_images = (torch.from_numpy(a.copy()) for a in (data.train_images, data.test_images))
-    labels, test_labels = (torch.from_numpy(a.astype("int64")) for a in (data.train_labels, data.test_labels))
+    images, test_images = (
+        torch.from_numpy(a.copy()) for a in (data.train_images, data.test_images)
+    )
+    labels, test_labels = (
+        torch.from_numpy(a.astype("int64")) for a in (data.train_labels, data.test_labels)
+    )
     net = plain_network(settings.channels).to(memory_format=form)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate)
 
@@ -59,7 +63,9 @@ def train_torch(settings):
         turn, shear, wide, high, down, right = (2 * torch.rand(6, len(x)) - 1) * settings.augment
         cos, sin = torch.cos(math.radians(12) * turn), torch.sin(math.radians(12) * turn)
         shear, wide, high = 0.15 * shear, 1 + 0.12 * wide, 1 + 0.12 * high
-        x_row = torch.stack([(shear * sin + cos) / wide, (shear * cos - sin) / wide, right * 2 / 14], 1)
+        x_row = torch.stack(
+            [(shear * sin + cos) / wide, (shear * cos - sin) / wide, right * 2 / 14], 1
+        )
         y_row = torch.stack([sin / high, cos / high, down * 2 / 14], 1)
         grid = F.affine_grid(torch.stack([x_row, y_row], 1), x.shape, align_corners=False)
         return F.grid_sample(x, grid, align_corners=False)
@@ -67,7 +73,9 @@ def train_torch(settings):
     def evaluate(images, labels):
         net.eval()
         with torch.inference_mode():
-            parts = [net(to_input(part).contiguous(memory_format=form)) for part in images.split(100)]
+            parts = [
+                net(to_input(part).contiguous(memory_format=form)) for part in images.split(100)
+            ]
         logits = torch.cat(parts)
         net.train()
         loss = F.cross_entropy(logits, labels).item()
@@ -78,9 +86,17 @@ def train_torch(settings):
         test = evaluate(test_images, test_labels)
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             print(epoch, *train[:2], *test[:2], file=log)
-        np.savez(folder / "predictions.npz", labels=test_labels, predictions=test[2].argmax(1), probabilities=test[2])
+        np.savez(
+            folder / "predictions.npz",
+            labels=test_labels,
+            predictions=test[2].argmax(1),
+            probabilities=test[2],
+        )
         for name in ("best", "last"):
-            torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, folder / f"{name}.pt")
+            torch.save(
+                {"net": net.state_dict(), "optimizer": optimizer.state_dict()},
+                folder / f"{name}.pt",
+            )
 
     start = time.perf_counter()
     end_epoch(0)
@@ -99,7 +115,9 @@ SIDES = {"ours": train_ours, "torch": train_torch}
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--runs", type=int, default=3, help="runs a side")
     p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     o = p.parse_args()
@@ -111,7 +129,12 @@ def main():
     seconds = {side: [] for side in SIDES}
     for _ in range(o.runs):
         for side in SIDES:
-            done = subprocess.run([sys.executable, __file__, "--side", side], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--side", side],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             seconds[side].append(float(done.stdout.splitlines()[-1]))
             print(f"{side:6s} {seconds[side][-1]:7.1f} s", flush=True)
     ours, torch = (statistics.median(seconds[side]) for side in SIDES)

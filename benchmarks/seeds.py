@@ -1,7 +1,7 @@
 """Test accuracy at the last epoch over several runs, mean ± standard deviation: what README's results are.
 
-    for s in 1 2 3 4 5; do python mnist_resnet9.py --recipe quick --seed $s --tag quick_$s; done
-    python benchmarks/seeds.py quick_1 quick_2 quick_3 quick_4 quick_5
+for s in 1 2 3 4 5; do python mnist_resnet9.py --recipe quick --seed $s --tag quick_$s; done
+python benchmarks/seeds.py quick_1 quick_2 quick_3 quick_4 quick_5
 """
 
 import argparse
@@ -25,14 +25,19 @@ def summary(runs):
         raise UserError("these runs should be the same experiment with different seeds")
     for run in runs:
         if len(run.metrics["epoch"]) <= run.settings.epochs_max:
-            raise UserError(f"{run.folder.name} has not reached its last epoch, {run.settings.epochs_max}")
+            raise UserError(
+                f"{run.folder.name} has not reached its last epoch, {run.settings.epochs_max}"
+            )
     last = [100 * run.metrics["test_accuracy"][-1] for run in runs]
     spread = f" ± {statistics.stdev(last):.3f}" if len(last) > 1 else ""
     return f"{', '.join(f'{a:.2f}' for a in last)} %: {statistics.mean(last):.3f}{spread} % over {len(last)} seeds"
 
+
 if __name__ == "__main__":
     try:
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         parser.add_argument("tags", nargs="+")
         parser.add_argument("--save-dir", type=Path, default=ROOT / "save")
         o = parser.parse_args()

@@ -25,5 +25,6 @@ def keep_weights_only(path):
     arrays |= averaged
     save_arrays(path, **arrays, sha256=checksums(arrays))
 
+
 if __name__ == "__main__":
     keep_weights_only(ROOT / "save" / sys.argv[1] / "checkpoint_last.npz")

@@ -19,18 +19,27 @@ from support import UserError  # noqa: E402
 
 SHIFTS = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]  # rows down, columns to the right
 
+
 def shifted(images, down, right):
     """(N, 28, 28) moved within the frame; what comes in from outside is 0."""
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
     return padded[:, 1 - down : 29 - down, 1 - right : 29 - right]
 
+
 def main(tags):
     for run in (read_run(folder) for folder in find_runs(ROOT / "save", tags)):
         data = m.load_mnist(run.settings.data_dir)
         params = m.load_checkpoint(run.folder / "checkpoint_last.npz", run.settings).averaged()
-        probs = [m.evaluate(params, shifted(data.test_images, *s), data.test_labels, run.settings)[2] for s in SHIFTS]
-        once, five = [(p.argmax(axis=1) == data.test_labels).mean() for p in (probs[0], np.mean(probs, axis=0))]
+        probs = [
+            m.evaluate(params, shifted(data.test_images, *s), data.test_labels, run.settings)[2]
+            for s in SHIFTS
+        ]
+        once, five = [
+            (p.argmax(axis=1) == data.test_labels).mean()
+            for p in (probs[0], np.mean(probs, axis=0))
+        ]
         print(f"{run.folder.name}: read once {once:.2%}, five times {five:.2%}")
+
 
 if __name__ == "__main__":
     try:

@@ -118,7 +118,9 @@ def serve(o):
     else:
         import torch
 
-        memory_format = torch.channels_last if "channels_last" in o.side else torch.contiguous_format
+        memory_format = (
+            torch.channels_last if "channels_last" in o.side else torch.contiguous_format
+        )
         step = torch_step(o, memory_format, compiled="compile" in o.side)
     for line in sys.stdin:
         seconds = []
@@ -127,21 +129,29 @@ def serve(o):
             step()
             seconds.append(time.perf_counter() - start)
         processes = [os.getpid(), *(worker.process.pid for worker in m.workers.workers)]
-        peak, resident = (sum(memory_of(pid, field) for pid in processes) for field in ("VmHWM", "VmRSS"))
-        print(json.dumps({"seconds": seconds, "peak_mib": peak, "resident_mib": resident}), flush=True)
+        peak, resident = (
+            sum(memory_of(pid, field) for pid in processes) for field in ("VmHWM", "VmRSS")
+        )
+        print(
+            json.dumps({"seconds": seconds, "peak_mib": peak, "resident_mib": resident}), flush=True
+        )
 
 
 def memory_of(pid, field):
     """MiB. What processes share is counted in each of them."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+    return (
+        int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+    )
 
 
 class Side:
     def __init__(self, name, arguments):
         command = [sys.executable, __file__, "--side", name, *arguments]
         self.name, self.seconds, self.peak, self.resident = name, [], 0, 0
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def turn(self, steps):
         print(steps, file=self.process.stdin, flush=True)
@@ -155,7 +165,14 @@ class Side:
 
 
 def start_sides(o, names):
-    arguments = ["--batch", str(o.batch), "--threads", str(o.threads), "--channels", *map(str, o.channels)]
+    arguments = [
+        "--batch",
+        str(o.batch),
+        "--threads",
+        str(o.threads),
+        "--channels",
+        *map(str, o.channels),
+    ]
     sides = [Side(name, arguments + ["--evaluate"] * o.evaluate) for name in names]
     for side in sides:
         side.turn(WARM_UP)
@@ -164,7 +181,9 @@ def start_sides(o, names):
 
 def compare(o, names):
     """{name: (median seconds, seconds, peak MiB)}; the sides take turns. And the floor in seconds."""
-    m.use_cores(o.threads)  # first: copies of this process that are made later would hold the sides' pipes open
+    m.use_cores(
+        o.threads
+    )  # first: copies of this process that are made later would hold the sides' pipes open
     sides, peaks = start_sides(o, names), []
     for _ in range(-(-o.steps // TURN)):
         for side in sides:
@@ -173,7 +192,9 @@ def compare(o, names):
     for side in sides:
         side.end()
     floor = 2 * multiplications(o) / statistics.median(peaks)
-    return {side.name: (statistics.median(side.seconds), side.seconds, side.peak) for side in sides}, floor
+    return {
+        side.name: (statistics.median(side.seconds), side.seconds, side.peak) for side in sides
+    }, floor
 
 
 def multiply(size, repeats):
@@ -192,18 +213,35 @@ def gemm_peak(threads):
 def multiplications(o):
     """Of one step (or of one forward pass), with Winograd's algorithm in the 3×3 convolutions but the first."""
     c1, c2, c3, c4 = o.channels
-    layers = [(28, c1, c2), (28, c2, c2), (28, c2, c2), (14, c2, c3), (14, c3, c4), (14, c4, c4), (14, c4, c4)]
-    one_pass = sum((winograd.VALUES * -(-size // winograd.OUTPUTS)) ** 2 * C * K for size, C, K in layers) + 49 * c4 * 10
+    layers = [
+        (28, c1, c2),
+        (28, c2, c2),
+        (28, c2, c2),
+        (14, c2, c3),
+        (14, c3, c4),
+        (14, c4, c4),
+        (14, c4, c4),
+    ]
+    one_pass = (
+        sum((winograd.VALUES * -(-size // winograd.OUTPUTS)) ** 2 * C * K for size, C, K in layers)
+        + 49 * c4 * 10
+    )
     first = 28 * 28 * 9 * c1
-    return o.batch * (one_pass + first if o.evaluate else 3 * one_pass + 2 * first)  # images need no gradient
+    return o.batch * (
+        one_pass + first if o.evaluate else 3 * one_pass + 2 * first
+    )  # images need no gradient
 
 
 def table(o, names):
     """One line a setting: milliseconds of each side, microseconds an image of ours, and the ratio."""
-    print(f"{'channels':>14s}  threads  batch  {'  '.join(f'{name:>20s}' for name in names)}  ours µs/image  ratio")
+    print(
+        f"{'channels':>14s}  threads  batch  {'  '.join(f'{name:>20s}' for name in names)}  ours µs/image  ratio"
+    )
     for channels, batches in (([4, 16, 32, 64], (1, 8, 64, 256, 1024)), (WIDE, (64,))):
         for threads, batch in itertools.product(sorted({1, o.threads}), batches):
-            one = argparse.Namespace(**vars(o) | {"channels": channels, "threads": threads, "batch": batch})
+            one = argparse.Namespace(
+                **vars(o) | {"channels": channels, "threads": threads, "batch": batch}
+            )
             one.steps = o.steps if batch <= 64 else 10
             result, _ = compare(one, names)
             medians = {name: median for name, (median, *_) in result.items()}
@@ -226,13 +264,19 @@ def memory(o, names):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--threads", type=int, default=m.available_cores())
     p.add_argument("--channels", type=int, nargs=4, default=[4, 16, 32, 64])
     p.add_argument("--steps", type=int, default=40, help="steps a side")
     p.add_argument("--evaluate", action="store_true", help="forward only")
-    p.add_argument("--skip-compile", action="store_true", help="leave torch.compile out (it takes a minute to compile)")
+    p.add_argument(
+        "--skip-compile",
+        action="store_true",
+        help="leave torch.compile out (it takes a minute to compile)",
+    )
     p.add_argument("--table", action="store_true")
     p.add_argument("--memory", action="store_true")
     p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -248,10 +292,14 @@ def main():
         return (table if o.table else memory)(o, names)
     result, floor = compare(o, names)
     what = "evaluation" if o.evaluate else "training step"
-    print(f"{what}, batch {o.batch}, {o.threads} threads, channels {o.channels}, median of {o.steps} each")
+    print(
+        f"{what}, batch {o.batch}, {o.threads} threads, channels {o.channels}, median of {o.steps} each"
+    )
     print("                       median ms    fastest ms    times the floor    peak MiB")
     for name, (median, seconds, peak) in result.items():
-        print(f"{name:20s}  {1000 * median:10.1f}  {1000 * min(seconds):12.1f}  {median / floor:17.1f}  {peak:10.0f}")
+        print(
+            f"{name:20s}  {1000 * median:10.1f}  {1000 * min(seconds):12.1f}  {median / floor:17.1f}  {peak:10.0f}"
+        )
     print(f"floor                 {1000 * floor:10.1f}")
     fastest = min((median, name) for name, (median, *_) in result.items() if name != "ours")
     print(f"ours / fastest of PyTorch ({fastest[1]}): {result['ours'][0] / fastest[0]:.2f}")

@@ -30,7 +30,11 @@ KINDS = {
     "plain conv": ("conv2d", "conv2d_backward", "surroundings"),
     "other": ("conv_block", "conv_block_backward", "forward", "backward"),
 }  # fmt: skip
-LAYERS = ("images", *(f"conv{i}" for i in range(1, 9)), "fc9")  # what lies between two convolutions goes to the first
+LAYERS = (
+    "images",
+    *(f"conv{i}" for i in range(1, 9)),
+    "fc9",
+)  # what lies between two convolutions goes to the first
 
 
 class Clock:
@@ -78,7 +82,11 @@ def timed(work, shards):
 def measure(threads, batch, steps, clock=None):
     """Median seconds of a step, of its shards side by side, and of the shards one by one (as their cores computed)."""
     settings, data, network = m.Settings(), m.load_mnist(), clock.network if clock else m.RESNET9
-    images, labels, state = data.train_images[:batch], data.train_labels[:batch], m.init_state(settings)
+    images, labels, state = (
+        data.train_images[:batch],
+        data.train_labels[:batch],
+        m.init_state(settings),
+    )
     over_cores, shards, busy, whole = m.over_cores, [], [], []
     m.use_cores(threads)
 
@@ -108,12 +116,17 @@ def print_parts(clock, steps, busy):
     print("one core, milliseconds a step (the clock costs some, too)")
     print(f"{'':8s}{''.join(f'{kind:>13s}' for kind in KINDS)}{'sum':>13s}")
     for layer in (*LAYERS, "sum"):
-        row = [sum(v for (at, of), v in ms.items() if of == kind and layer in (at, "sum")) for kind in KINDS]
+        row = [
+            sum(v for (at, of), v in ms.items() if of == kind and layer in (at, "sum"))
+            for kind in KINDS
+        ]
         print(f"{layer:8s}{''.join(f'{v:13.2f}' for v in row)}{sum(row):13.2f}")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--steps", type=int, default=40)
     o = p.parse_args()
@@ -123,15 +136,22 @@ def main():
     for threads, (whole, side_by_side, busy) in results.items():
         waiting = threads * side_by_side - busy
         times = (whole, whole - side_by_side, side_by_side, busy, waiting)
-        print(f"{threads:7d}" + "".join(f"{1000 * t:{w}.2f}" for t, w in zip(times, (10, 9, 9, 12, 10))))
+        print(
+            f"{threads:7d}"
+            + "".join(f"{1000 * t:{w}.2f}" for t, w in zip(times, (10, 9, 9, 12, 10)))
+        )
 
     whole, side_by_side, busy = results[1]
     serial, shard = whole - side_by_side, busy / shards
-    print(f"\npredicted from one core: serial {1000 * serial:.2f} ms, and {shards} shards of {1000 * shard:.2f} ms each")
+    print(
+        f"\npredicted from one core: serial {1000 * serial:.2f} ms, and {shards} shards of {1000 * shard:.2f} ms each"
+    )
     for threads in (1, 2, 4, 8, 16):
         step = serial + -(-shards // threads) * shard
         measured = f", measured {1000 * results[threads][0]:.1f}" if threads in results else ""
-        print(f"{threads:3d} cores: {1000 * step:5.1f} ms, {whole / step:.1f} times as fast as one{measured}")
+        print(
+            f"{threads:3d} cores: {1000 * step:5.1f} ms, {whole / step:.1f} times as fast as one{measured}"
+        )
 
     print()
     clock = Clock()
