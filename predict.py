@@ -16,24 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 
 import files
 import mnist_resnet9 as m
 from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
+from support.pictures import find_digits
 
 REFERENCE = "record"  # the run in git, whose weights are the default
 MAX_PIXELS = 10**8  # a larger picture is refused before it is unpacked
 WORKING_SIZE = 1000  # pixels of the longer side in which digits are looked for
-MIN_CONTRAST = 24  # of 255: a picture whose ink stands out less is blank
-THIN_STROKE = 1.6  # of 20 pixels: thinner strokes are thickened to this; three quarters of MNIST's are wider
-
-
-class Digit(NamedTuple):
-    """A digit that was found in a picture."""
-
-    box: tuple  # left, top, right, bottom in pixels of the picture
-    image: Any  # (28, 28) uint8, what the network sees
 
 
 # ── Finding the digits ────────────────────────────────────────────────────────────────────────────────────────────
@@ -74,161 +66,6 @@ def in_rgb(picture):
     bright = alpha.min() < 255 and (grey * alpha).sum() > 127 * alpha.sum()
     background = Image.new("RGBA", rgba.size, "black" if bright else "white")
     return Image.alpha_composite(background, rgba).convert("RGB")
-
-
-def ink_of(picture):
-    """How far each pixel's colour is from the background's: (H, W, 3) → (H, W), 0 = background, at most 255.
-
-    So dark on light and light on dark are the same. The background is a smooth surface, quadratic in row and column,
-    since light falls unevenly on a page. It is fitted to the pixels along the border, then to all that are no ink.
-    """
-    H, W, _ = picture.shape
-    y, x = np.meshgrid(np.linspace(-1, 1, H), np.linspace(-1, 1, W), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)  # (H, W, 6)
-    edge = max(1, min(H, W) // 50)
-    border = np.ones((H, W), bool)
-    border[edge : H - edge, edge : W - edge] = False
-    background = np.median(picture[border], axis=0)  # one colour, to begin with
-    for _ in range(3):
-        ink = abs(picture - background).max(axis=-1)
-        paper = ink <= min(threshold(ink), np.percentile(ink, 90))
-        step = max(1, paper.sum() // 20_000)
-        fit = np.linalg.lstsq(terms[paper][::step], picture[paper][::step], rcond=1e-3)[0]  # (6, 3)
-        background = terms @ fit
-    return abs(picture - background).max(axis=-1)
-
-
-def threshold(ink):
-    """The value that splits the pixels best into dark and bright: Otsu 1979, the most variance between the two."""
-    if not np.ptp(ink):
-        return ink.max()
-    count, edges = np.histogram(ink, 256)
-    value = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(count)
-    above = below[-1] - below
-    sums = np.cumsum(count * value)
-    with np.errstate(all="ignore"):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return edges[1 + np.nan_to_num(between).argmax()]  # nan: all pixels are on one side
-
-
-def label_components(mask):
-    """Numbers the connected regions of a mask, diagonal neighbours included: (H, W) bool → (H, W) int, 0 outside.
-
-    Row by row: a run of ink belongs with each run of the row above that it touches.
-    """
-    H, W = mask.shape
-    bounds = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(bounds == 1)
-    ends = np.nonzero(bounds == -1)[1]  # of each run, the column after its last
-    first = np.searchsorted(rows, np.arange(H + 1))  # the runs of row r are first[r] … first[r + 1] − 1
-    parent = list(range(len(rows)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for r in range(1, H):
-        i, j = first[r - 1], first[r]
-        while i < first[r] and j < first[r + 1]:
-            if starts[i] <= ends[j] and starts[j] <= ends[i]:
-                parent[root(j)] = root(i)
-            if ends[i] < ends[j]:
-                i += 1
-            else:
-                j += 1
-    names = np.unique([root(i) for i in range(len(rows))], return_inverse=True)[1] + 1 if len(rows) else []
-    labels = np.zeros((H, W), int)
-    for r, start, end, name in zip(rows, starts, ends, names):
-        labels[r, start:end] = name
-    return labels
-
-
-def find_digits(picture):
-    """The digits of a picture (H, W, 3), line by line, in a line from left to right. [] if it is blank."""
-    ink = ink_of(picture)
-    cut = threshold(ink)
-    mask = ink > cut
-    if not mask.any() or np.median(ink[mask]) < MIN_CONTRAST:
-        return []
-    labels = label_components(mask)
-    digits = []
-    for members in group(labels):
-        own = np.isin(labels, members)
-        rows, cols = np.flatnonzero(own.any(axis=1)).tolist(), np.flatnonzero(own.any(axis=0)).tolist()
-        box = (cols[0], rows[0], cols[-1] + 1, rows[-1] + 1)
-        around = np.asarray(Image.fromarray(own).convert("L").filter(ImageFilter.MaxFilter(3))) > 0  # with soft edges
-        crop = slice(box[1], box[3]), slice(box[0], box[2])
-        digits.append(Digit(box, to_mnist((ink * around)[crop], own[crop])))
-    return reading_order(digits)
-
-
-def group(labels):
-    """Which components make a digit each: lists of their numbers. Specks, and what fills the border, are left out."""
-    H, W = labels.shape
-    y, x = np.nonzero(labels)
-    low, high = np.full((labels.max() + 1, 2), max(H, W)), np.zeros((labels.max() + 1, 2), int)
-    np.minimum.at(low, labels[y, x], np.stack([y, x], axis=1))
-    np.maximum.at(high, labels[y, x], np.stack([y, x], axis=1) + 1)
-    size = (high - low).max(axis=1)  # the longer side of each component's box
-    size[0] = 0
-    contact = [np.bincount(edge, minlength=len(size)) / len(edge)  # share of that border which it covers
-               for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1])]  # fmt: skip
-    inside = np.max(contact, axis=0) < 0.5  # else the edge of the paper, or a shadow
-    if inside[1:].any():
-        size[~inside] = 0
-    groups = [[i] for i in np.argsort(-size)[:200] if size[i] >= max(0.15 * size.max(), 2)]
-
-    def one_digit(a, b):
-        """Whether b is a piece of a: close to it, and smaller or straight above or below."""
-        (low_a, high_a), (low_b, high_b) = ((low[i].min(axis=0), high[i].max(axis=0)) for i in (a, b))
-        gap = np.maximum(low_a, low_b) - np.minimum(high_a, high_b)  # in rows and in columns; negative: overlap
-        sizes = (high_a - low_a).max(), (high_b - low_b).max()
-        above = -gap[1] > 0.5 * min(high_a[1] - low_a[1], high_b[1] - low_b[1])
-        return gap.max() <= 0.2 * max(sizes) and (above or min(sizes) < 0.6 * max(sizes))
-
-    merged = True
-    while merged:
-        merged = next(((a, b) for a in groups for b in groups if a is not b and one_digit(a, b)), None)
-        if merged:
-            merged[0].extend(merged[1])
-            groups.remove(merged[1])
-    return [members for members in groups if size[members].max() >= 0.3 * size.max()]
-
-
-def to_mnist(ink, own):
-    """The ink of one digit, and the pixels that are its own, both (h, w), as an MNIST image: (28, 28) uint8."""
-    ink = np.clip(ink / np.percentile(ink[own], 90), 0, 1)  # MNIST's ink is full white, its edges are grey
-    side = max(ink.shape)
-    framed = np.pad(own, 1)
-    outline = (framed[1:] != framed[:-1]).sum() + (framed[:, 1:] != framed[:, :-1]).sum()
-    stroke = 2 * own.sum() / outline * 20 / side  # two outlines a stroke: its width, when the digit is 20 high
-    grow = round((THIN_STROKE - stroke) * side / 20 / 2)
-    if grow > 0:
-        thick = Image.fromarray(np.pad(255 * ink, grow).astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * grow + 1))
-        ink = np.asarray(thick) / 255
-    h, w = (max(1, round(20 * length / max(ink.shape))) for length in ink.shape)
-    small = Image.fromarray(ink.astype(np.float32)).resize((w, h), Image.Resampling.BICUBIC)
-    small = np.clip(np.asarray(small), 0, None)
-    small = np.clip(255 * small / np.percentile(small, 98), 0, 255)
-    mass = small.sum()
-    y, x = np.arange(h) @ small.sum(axis=1) / mass, np.arange(w) @ small.sum(axis=0) / mass
-    top, left = int(np.clip(round(14 - y), 0, 28 - h)), int(np.clip(round(14 - x), 0, 28 - w))
-    image = np.zeros((28, 28), np.uint8)
-    image[top : top + h, left : left + w] = np.rint(small)
-    return image
-
-
-def reading_order(digits):
-    """Line by line, each from left to right: a digit is of the line above if it begins above that line's middle."""
-    lines = []
-    for digit in sorted(digits, key=lambda d: d.box[1] + d.box[3]):
-        if lines and digit.box[1] < np.mean([(d.box[1] + d.box[3]) / 2 for d in lines[-1]]):
-            lines[-1].append(digit)
-        else:
-            lines.append([digit])
-    return [digit for line in lines for digit in sorted(line, key=lambda d: d.box[0])]
 
 
 # ── Predicting ────────────────────────────────────────────────────────────────────────────────────────────────────
