@@ -269,12 +269,12 @@ def close_together(rng, hand):
     for digit, label in digits:
         h, w = digit.shape
         top = int(height - h / 2)
-        while x > 0 and not ndimage.binary_dilation(page.ink[top : top + h, x : x + w] > 0.1, iterations=apart)[digit > 0.1].any() and page.text:
+        taken = ndimage.binary_dilation(page.ink > 0.1, np.ones((3, 3)), iterations=apart)
+        while page.text and not taken[top : top + h, x - 1 : x - 1 + w][digit > 0.1].any():
             x -= 1
-        x += 1 if page.text else 0
         page.put(digit, top, x)
         page.text += label
-        x += w + 2
+        x += w + apart + 2
     return camera(rng, page.colour(*paper_and_ink(rng)), noise=2), page.text
 
 

@@ -19,6 +19,7 @@ from skimage import filters, measure, morphology, transform
 
 MIN_CONTRAST = 16  # of 255: ink that stands out less is none
 THIN_STROKE = 1.6  # of 20 pixels: thinner strokes are thickened to this; three quarters of MNIST's are wider
+WIDE_STROKE = 0.28  # of the longer side: what is wider is a spot or a shadow, not a stroke
 MAX_PIECES = 300  # the largest connected pieces of ink that are looked at
 EIGHT = np.ones((3, 3), bool)  # diagonal neighbours are neighbours
 
@@ -49,31 +50,39 @@ def find_digits(picture, judge=None):
 def best_look(picture, paper, judge):
     """The digits of the look that finds most; the first look's, when no other finds more."""
     quiet, noise = without_noise(picture)
-    best, most = [], -1
-    for ink_of in (ink_on_smooth_light, ink_in_any_light, chalk):
-        digits = digits_of(np.where(paper, ink_of(quiet, paper), 0), noise)
-        if judge is None and digits:
-            return digits
-        if not digits:
-            continue
-        good = np.asarray(judge(np.stack([digit.image for digit in digits])))
-        heights = np.array([digit.box[3] - digit.box[1] for digit in digits])
-        score = (heights @ good) ** 2 / heights.sum()  # the height of what is good, times its share
-        if score > most:
-            best, most = digits, score
-    return best
+    light = smooth_light(quiet, paper)
+    ink = np.where(paper, abs(quiet - light).max(axis=-1), 0)
+    best = digits_of(ink, noise)
+    if best and judge is None:
+        return best
+    darker = (light - quiet).mean(axis=-1)[ink > otsu(ink)].sum() >= 0
+    looks = [best]
+    for bright in (False,) if darker else (False, True):
+        looks.append(digits_of(np.where(paper, ink_in_any_light(quiet, paper, bright), 0), noise))
+    looks = [digits for digits in looks if digits]
+    if judge is None or len(looks) < 2:
+        return looks[0] if looks else []
+    return max(looks, key=lambda digits: worth(digits, judge))
+
+
+def worth(digits, judge):
+    """How much of a text these are: the height of those that look like digits, times their share of the whole."""
+    images = np.stack([digit.image for digit in digits])
+    good = judge(images) & (np.array([stroke_width(image > 127) for image in images]) < WIDE_STROKE * 20)
+    heights = np.array([digit.box[3] - digit.box[1] for digit in digits])
+    return (heights @ np.where(good, 1, 0.3)) ** 2 / heights.sum()
 
 
 def digits_of(ink, noise):
     """The digits in an ink map (H, W), in the order of reading."""
-    least = max(MIN_CONTRAST / 2, 5 * noise)
+    least = max(MIN_CONTRAST / 2, 5 * noise, 8 * np.percentile(ink, 30))  # above the noise, and above the paper's grain
     if not (ink > least).any():
         return []
     ink = without_lines(ink, least)
     mask = ink_mask(ink, least)
-    if not mask.any() or np.median(ink[mask]) < MIN_CONTRAST:
+    if not mask.any() or np.percentile(ink[mask], 80) < MIN_CONTRAST:
         return []
-    reach = 2 if stroke_width(mask) < 4 else 0  # thin strokes break where a pen skips
+    reach = 2 if stroke_width(mask) < 5 else 0  # thin strokes break where a pen skips
     labels, _ = ndimage.label(ndimage.binary_dilation(mask, EIGHT, iterations=reach) if reach else mask, EIGHT)
     labels *= mask
     digits = []
@@ -108,11 +117,10 @@ def noise_of(picture):
     return float(np.median(abs(second)) / 0.6745 / 6)
 
 
-def ink_on_smooth_light(picture, paper):
-    """How far each pixel's colour is from the background's: (H, W, 3) → (H, W), 0 = background, at most 255.
+def smooth_light(picture, paper):
+    """The page without its ink, (H, W, 3): a smooth surface, since light falls unevenly on a page.
 
-    So dark on light and light on dark are the same. The background is a smooth surface, quadratic in row and column,
-    since light falls unevenly on a page. It is fitted to the pixels along the border, then to all that are no ink.
+    It is quadratic in row and column, and fitted to the pixels along the border, then to all that are no ink.
     """
     H, W, _ = picture.shape
     y, x = np.meshgrid(np.linspace(-1, 1, H), np.linspace(-1, 1, W), indexing="ij")
@@ -126,11 +134,11 @@ def ink_on_smooth_light(picture, paper):
         step = max(1, bare.sum() // 20_000)
         fit = np.linalg.lstsq(terms[bare][::step], picture[bare][::step], rcond=1e-3)[0]  # (6, 3)
         background = terms @ fit
-    return abs(picture - background).max(axis=-1)
+    return background
 
 
 def ink_in_any_light(picture, paper, bright=False):
-    """The same against what is left of the picture when all that is narrow and dark is filled in: a closing.
+    """The ink (H, W) against what is left of the picture when all that is narrow and dark is filled in: a closing.
 
     It follows the edge of a shadow to the pixel, as a smooth surface cannot. In the shade ink stands out less, so it
     counts by its share of the light there. bright: what is narrow and bright is taken away, for chalk on a board.
@@ -148,24 +156,25 @@ def ink_in_any_light(picture, paper, bright=False):
     return np.clip(ink - np.median(ink[paper]), 0, 255)  # noise: the highest of many pixels is above their mean
 
 
-def chalk(picture, paper):
-    return ink_in_any_light(picture, paper, bright=True)
-
-
 def otsu(values):
     """The value that splits these best into dark and bright: Otsu 1979, the most variance between the two."""
-    return filters.threshold_otsu(values) if values.size and np.ptp(values) else values.max(initial=0)
+    return filters.threshold_otsu(values) if values.size and np.ptp(values) > 0.01 else values.max(initial=0)
 
 
 def ink_mask(ink, least):
-    """Which pixels are ink. Of a thin stroke also the fainter pixels that touch it: else it breaks."""
-    cut = max(otsu(ink), least)
-    if (ink > cut).mean() < 0.002 or cut <= least:  # there is too little ink for all pixels to tell: ask the inked ones
-        cut = max(otsu(ink[ink > least]), least)
-    mask = ink > cut
-    if stroke_width(mask) < 4:
+    """Which pixels are ink. A thin stroke is blurred a little, and its fainter pixels count too: else it breaks."""
+    mask = ink > cut_of(ink, least)
+    if stroke_width(mask) < 3:
+        ink, least = ndimage.gaussian_filter(ink, 1), least / 3
+        cut = cut_of(ink, least)
         mask = filters.apply_hysteresis_threshold(ink, max(0.4 * cut, least), cut)
     return mask
+
+
+def cut_of(ink, least):
+    """The value that parts ink from paper. If there is too little ink for all pixels to tell, the inked ones do."""
+    cut = max(otsu(ink), least)
+    return cut if cut > least and (ink > cut).mean() >= 0.002 else max(otsu(ink[ink > least]), least)
 
 
 def sheet_of(picture):
@@ -286,7 +295,7 @@ def group(labels):
         size[~inside] = 0
     at_edge = np.flatnonzero((np.max(contact, axis=0) > 0) & (size > 0.1 * max(H, W)))
     for i in at_edge if len(slices) > 1 or H > 60 else ():
-        if stroke_width(labels[slices[i]] == i + 1) > 0.28 * size[i]:
+        if stroke_width(labels[slices[i]] == i + 1) > WIDE_STROKE * size[i]:
             size[i] = 0  # a shadow: no stroke is as wide for its length
     order = np.argsort(-size, kind="stable")[:MAX_PIECES]
     order = order[size[order] >= max(0.15 * size.max(), 2)]
