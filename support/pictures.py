@@ -19,7 +19,7 @@ from skimage import filters, measure, morphology, transform
 
 MIN_CONTRAST = 16  # of 255: ink that stands out less is none
 THIN_STROKE = 1.6  # of 20 pixels: thinner strokes are thickened to this; three quarters of MNIST's are wider
-WIDE_STROKE = 0.28  # of the longer side: what is wider is a spot or a shadow, not a stroke
+WIDE_STROKE = 0.33  # of the longer side: at the edge of a page, what is wider is a shadow, not a stroke
 MAX_PIECES = 300  # the largest connected pieces of ink that are looked at
 EIGHT = np.ones((3, 3), bool)  # diagonal neighbours are neighbours
 
@@ -31,7 +31,7 @@ class Digit(NamedTuple):
     image: Any  # (28, 28) uint8, what the network sees
 
 
-def find_digits(picture, judge=None):
+def find_digits(picture, judge=lambda images: np.ones(len(images), bool)):
     """The digits of a picture (H, W, 3), line by line, in a line from left to right. [] if it is blank.
 
     judge: images (N, 28, 28) → (N,) bool, whether each looks like a digit. The look that finds most wins.
@@ -51,31 +51,32 @@ def best_look(picture, paper, judge):
     """The digits of the look that finds most; the first look's, when no other finds more."""
     quiet, noise = without_noise(picture)
     light = smooth_light(quiet, paper)
-    ink = np.where(paper, abs(quiet - light).max(axis=-1), 0)
-    best = digits_of(ink, noise)
-    if best and judge is None:
-        return best
-    darker = (light - quiet).mean(axis=-1)[ink > otsu(ink)].sum() >= 0
-    looks = [best]
-    for bright in (False,) if darker else (False, True):
-        looks.append(digits_of(np.where(paper, ink_in_any_light(quiet, paper, bright), 0), noise))
-    looks = [digits for digits in looks if digits]
-    if judge is None or len(looks) < 2:
-        return looks[0] if looks else []
+    inks = [abs(quiet - light).max(axis=-1), ink_in_any_light(quiet, paper)]
+    if (light - quiet).mean(axis=-1)[inks[0] > otsu(inks[0])].sum() < 0:  # chalk on a board
+        inks.append(ink_in_any_light(quiet, paper, bright=True))
+    inks = [np.where(paper, ink, 0) for ink in inks]
+    spots = spots_in(inks[0], noise, paper)
+    bold = spots.any() and is_bold(spots, *inks[:2])
+    if not bold:
+        inks[0] = np.where(spots, 0, inks[0])
+    else:
+        inks[1:] = [np.where(spots, 0, ink) for ink in inks[1:]]
+    looks = [digits_of(ink, noise) for ink in inks]
     return max(looks, key=lambda digits: worth(digits, judge))
 
 
 def worth(digits, judge):
     """How much of a text these are: the height of those that look like digits, times their share of the whole."""
-    images = np.stack([digit.image for digit in digits])
-    good = judge(images) & (np.array([stroke_width(image > 127) for image in images]) < WIDE_STROKE * 20)
+    if not digits:
+        return 0
+    good = np.asarray(judge(np.stack([digit.image for digit in digits])))
     heights = np.array([digit.box[3] - digit.box[1] for digit in digits])
     return (heights @ np.where(good, 1, 0.3)) ** 2 / heights.sum()
 
 
 def digits_of(ink, noise):
     """The digits in an ink map (H, W), in the order of reading."""
-    least = max(MIN_CONTRAST / 2, 5 * noise, 8 * np.percentile(ink, 30))  # above the noise, and above the paper's grain
+    least = least_ink(ink, noise)
     if not (ink > least).any():
         return []
     ink = without_lines(ink, least)
@@ -87,8 +88,7 @@ def digits_of(ink, noise):
     labels *= mask
     digits = []
     for members in group(labels):
-        boxes = [objects for objects in ndimage.find_objects(np.isin(labels, members).astype(np.uint8))]
-        crop = boxes[0]
+        (crop,) = ndimage.find_objects(np.isin(labels, members).astype(np.uint8))
         own = np.isin(labels[crop], members)
         around = ndimage.binary_dilation(own, EIGHT)  # with its soft edges
         rows, cols = crop
@@ -127,10 +127,14 @@ def smooth_light(picture, paper):
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)  # (H, W, 6)
     edge = max(1, min(H, W) // 50)
     border = paper & ~ndimage.binary_erosion(paper, EIGHT, iterations=edge)
-    background = np.median(picture[border], axis=0)  # one colour, to begin with
-    for _ in range(3):
+    colours = picture[border]
+    levels = np.sort(colours.mean(axis=-1))
+    most = np.argmax(np.searchsorted(levels, levels + 24, side="right") - np.arange(len(levels)))
+    common = abs(colours.mean(axis=-1) - levels[most] - 12) <= 12  # not the median: a digit may reach the border
+    background = np.median(colours[common], axis=0)  # one colour, to begin with
+    for share in (1, 0.7, 0.4):  # at last without the soft edges of the ink
         ink = abs(picture - background).max(axis=-1)
-        bare = paper & (ink <= min(otsu(ink[paper]), np.percentile(ink[paper], 90)))
+        bare = paper & (ink <= min(share * otsu(ink[paper]), np.percentile(ink[paper], 90)))
         step = max(1, bare.sum() // 20_000)
         fit = np.linalg.lstsq(terms[bare][::step], picture[bare][::step], rcond=1e-3)[0]  # (6, 3)
         background = terms @ fit
@@ -161,6 +165,34 @@ def otsu(values):
     return filters.threshold_otsu(values) if values.size and np.ptp(values) > 0.01 else values.max(initial=0)
 
 
+def spots_in(ink, noise, paper):
+    """The pieces of ink at the edge of the paper that are somewhere too wide for a stroke: shadows, the table, (H, W)."""
+    edge = paper & ~ndimage.binary_erosion(paper, EIGHT, iterations=2, border_value=0)
+    labels, _ = ndimage.label(ink_mask(ink, least_ink(ink, noise)), EIGHT)
+    spots = np.zeros(ink.shape, bool)
+    for i in np.unique(labels[edge & (labels > 0)]):
+        (crop,) = ndimage.find_objects((labels == i).astype(np.uint8))
+        piece = np.pad(labels[crop] == i, 1)
+        if 2 * ndimage.distance_transform_edt(piece).max() > WIDE_STROKE * max(piece.shape):
+            spots |= labels == i
+    return spots
+
+
+def is_bold(spots, ink, narrow):
+    """Whether what fills spots is the bold stroke of a digit, not a shadow that digits lie in.
+
+    narrow, the ink in any light, then shows the outline of the spot, which is no darker than the rest of it.
+    """
+    part = spots & (narrow > otsu(narrow))
+    rest = spots & ~part
+    return part.sum() > 0.05 * spots.sum() and rest.any() and np.median(ink[part]) < 1.15 * np.median(ink[rest])
+
+
+def least_ink(ink, noise):
+    """What is below is no ink: the camera's noise, or the paper's own grain."""
+    return max(MIN_CONTRAST / 2, 5 * noise, 8 * np.percentile(ink, 30))
+
+
 def ink_mask(ink, least):
     """Which pixels are ink. A thin stroke is blurred a little, and its fainter pixels count too: else it breaks."""
     mask = ink > cut_of(ink, least)
@@ -173,8 +205,11 @@ def ink_mask(ink, least):
 
 def cut_of(ink, least):
     """The value that parts ink from paper. If there is too little ink for all pixels to tell, the inked ones do."""
-    cut = max(otsu(ink), least)
-    return cut if cut > least and (ink > cut).mean() >= 0.002 else max(otsu(ink[ink > least]), least)
+    cut = otsu(ink)
+    seen = ink[ink > least]
+    if seen.size and (cut < least or (ink > cut).mean() < 0.002):
+        cut = min(otsu(seen), seen.max() / 2)
+    return max(cut, least)
 
 
 def sheet_of(picture):
@@ -293,10 +328,6 @@ def group(labels):
     inside = np.max(contact, axis=0) < 0.5  # else the edge of the paper, or a shadow
     if inside.any():
         size[~inside] = 0
-    at_edge = np.flatnonzero((np.max(contact, axis=0) > 0) & (size > 0.1 * max(H, W)))
-    for i in at_edge if len(slices) > 1 or H > 60 else ():
-        if stroke_width(labels[slices[i]] == i + 1) > WIDE_STROKE * size[i]:
-            size[i] = 0  # a shadow: no stroke is as wide for its length
     order = np.argsort(-size, kind="stable")[:MAX_PIECES]
     order = order[size[order] >= max(0.15 * size.max(), 2)]
     groups = [[int(i)] for i in order]
