@@ -3,28 +3,33 @@
     python predict.py my_digit.png               one picture, or several; each may show several digits, well apart
     python predict.py page.jpg --figure out.png  the probabilities as a figure too
     python predict.py my_digit.png --tag TAG     with the weights of that run
+    python predict.py --draw                     a window: draw with the mouse, and see what the network makes of it
 
 Photographs and drawings of any size and colours will do: dark on light, light on dark, transparent. Each digit is
 made into an image as MNIST's were: fitted into 20×20 pixels by its longer side, and moved so that its centre of mass is
 the centre of 28×28. What the network saw is shown beside its answer: if that is no digit, the answer is none either.
-Plain paper is best: ruled lines that run through the digits join them.
+Digits are found by support/pictures.py: on a sheet that lies on a table, in a shadow, on ruled or squared paper, too.
 """
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import files
 import mnist_resnet9 as m
 from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
+from support.drawing import NoWindow, open_pad
 from support.pictures import find_digits
 
 REFERENCE = "record"  # the run in git, whose weights are the default
-MAX_PIXELS = 10**8  # a larger picture is refused before it is unpacked
+MAX_PIXELS = 2 * 10**8  # a larger picture is refused before it is unpacked; the largest cameras have as many
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below that
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 WORKING_SIZE = 1000  # pixels of the longer side in which digits are looked for
 
 
@@ -37,9 +42,11 @@ def read_picture(path):
     UserError names a file that is no picture, is damaged, or is too large.
     """
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{file.width:,} × {file.height:,} pixels")
+        with open_picture(path) as file:
+            size = file.size
+            if size[0] * size[1] > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{size[0]:,} × {size[1]:,} pixels")
+            file.draft(None, (2 * WORKING_SIZE, 2 * WORKING_SIZE))  # JPEG can be unpacked at up to an eighth of its size
             picture = ImageOps.exif_transpose(file)  # cameras note which side is up
             picture.load()
     except Image.DecompressionBombError as error:
@@ -47,19 +54,41 @@ def read_picture(path):
         raise m.UserError(f"{path} is too large ({error}); make it {limit} at most") from None
     except FileNotFoundError:
         raise m.UserError(f"there is no picture {path}") from None
+    except m.UserError:
+        raise
     except Exception as error:  # Pillow raises a dozen kinds for a file that is damaged or no picture
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise m.UserError(f"{path} cannot be read as a picture ({reason}); PNG or JPEG would do") from None
     small = in_rgb(picture)
-    return np.asarray(small, np.float32), small.width / picture.width
+    return np.asarray(small, np.float32), max(small.size) / max(size)
+
+
+def open_picture(path):
+    """The file as Pillow opens it. UserError for a HEIC picture, as telephones take them, without its decoder."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            head = file.read(12)
+        if head[4:8] != b"ftyp" or head[8:] not in HEIC_BRANDS:
+            raise
+    try:
+        import pillow_heif
+    except ImportError:
+        how = "save it as JPEG, or install its decoder: pip install pillow-heif"
+        raise m.UserError(f"{path} is a HEIC picture, which Pillow cannot read by itself; {how}") from None
+    return pillow_heif.open_heif(path).to_pillow()
 
 
 def in_rgb(picture):
     """The picture in RGB and of working size. What is transparent becomes white, or black if the ink is bright."""
     if picture.mode[0] in "IF":  # 16 bits or more, where Pillow would cut off all above 255
-        values = np.asarray(picture, float)
+        values = np.asarray(picture, np.float32)
         values = 255 * (values - values.min()) / (np.ptp(values) or 1)
         picture = Image.fromarray(values.astype(np.uint8))
+    if picture.mode in ("1", "P"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGBA")
+    picture = picture.reduce(max(1, max(picture.size) // (2 * WORKING_SIZE)))  # a large one is then done at once
     rgba = picture.convert("RGBA")
     rgba.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
     grey, alpha = np.asarray(rgba.convert("L"), float), np.asarray(rgba.getchannel("A"), float)
@@ -124,7 +153,12 @@ class Reader:
 
     def __init__(self, folder):
         m.use_device("cpu")
-        self.settings = read_run(folder).settings
+        run = read_run(folder)
+        self.settings = run.settings
+        self.other_data = None
+        if run.data not in ("MNIST", "MNIST sample"):
+            self.other_data = (f"*** {folder.name} was trained on {run.data}, not on MNIST: its answers 0 to 9 are the "
+                               "classes of that data, which need not be digits.")  # fmt: skip
         self.params = m.load_checkpoint(folder / "checkpoint_last.npz", self.settings).averaged()
         sample = m.load_mnist("data/sample")
         self.known = unit_rows(sample.train_images)  # (4000, 784)
@@ -224,17 +258,19 @@ def reading(answers):
 
 def predict_pictures(paths, save_dir, tag, figure):
     folder = find_weights(save_dir, tag)
-    pictures = []
-    for path in paths:  # all of them are read before the first answer: one that is bad spoils no output
-        picture, scale = read_picture(path)
-        digits = find_digits(picture)
+    pictures = [(path, *read_picture(path)) for path in paths]  # all before the first answer: a bad one spoils no output
+    reader = Reader(folder)
+    found = []
+    for path, picture, scale in pictures:
+        digits = find_digits(picture, reader.are_digits)
         if not digits:
             raise m.UserError(f"{path} shows nothing that could be a digit: it is blank, or all specks")
-        pictures.append((path, picture, scale, digits))
-    reader = Reader(folder)
+        found.append((path, picture, scale, digits))
     print(f"Weights of {folder}")
+    if reader.other_data:
+        print(reader.other_data)
     shown = []
-    for path, picture, scale, digits in pictures:
+    for path, picture, scale, digits in found:
         answers = reader.answers([digit.image for digit in digits])
         print(f"{path}: {' '.join(reading(answers))}")
         for n, (digit, answer) in enumerate(zip(digits, answers), start=1):
@@ -258,14 +294,46 @@ def write_figure(path, shown):
         raise m.UserError(f"{path} cannot be written ({error.strerror}); choose another --figure") from None
 
 
+def draw_by_hand(save_dir, tag):
+    """A window to draw in with the mouse, until it is closed."""
+    reader = Reader(find_weights(save_dir, tag))
+    if reader.other_data:
+        print(reader.other_data)
+
+    def answer(picture):
+        digits = find_digits(picture, reader.are_digits)
+        if not digits:
+            return None
+        digit = max(digits, key=lambda digit: digit.box[3] - digit.box[1])
+        (said,) = reader.answers([digit.image])
+        return digit.image, said.probabilities, said.text().replace("; ", "\n")
+
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise m.UserError("--draw needs a screen, and there is no display here; predict.py PICTURE does without")
+    try:
+        open_pad(answer, GREY, BLUE)
+    except NoWindow as error:
+        raise m.UserError(f"--draw cannot open a window ({error}); with a screen, python3-tk or "
+                          "pip install PyQt6 gives Matplotlib one") from None  # fmt: skip
+    plt.show()
+
+
 def start(arguments):
     parser = m.Parser(prog="predict.py", description="Recognise the digits in pictures.", allow_abbrev=False)
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="PNG, JPEG or whatever Pillow reads")
+    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help="PNG, JPEG or whatever Pillow reads")
+    parser.add_argument("--draw", action="store_true", help="open a window to draw digits in with the mouse")
     parser.add_argument("--tag", help=f"the run whose weights serve (default: {REFERENCE}, else the newest)")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="write the answers there as a figure, too")
     parser.add_argument("--save-dir", type=lambda text: Path(text).absolute(), default=m.HERE / m.Settings.save_dir,
                         metavar="FOLDER", help=f"folder with the runs (default: {m.Settings.save_dir})")  # fmt: skip
     given = parser.parse_args(arguments)
+    if given.draw:
+        if given.pictures or given.figure:
+            raise m.UserError("--draw takes no PICTURE and no --figure: you draw the picture in its window")
+        draw_by_hand(given.save_dir, given.tag)
+        return 0
+    if not given.pictures:
+        parser.error("the following arguments are required: PICTURE (or --draw)")
     predict_pictures(given.pictures, given.save_dir, given.tag, given.figure)
     return 0
 
