@@ -311,11 +311,11 @@ def draw_by_hand(save_dir, tag):
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise m.UserError("--draw needs a screen, and there is no display here; predict.py PICTURE does without")
     try:
-        open_pad(answer, GREY, BLUE)
+        pad = open_pad(answer, GREY, BLUE)
     except NoWindow as error:
         raise m.UserError(f"--draw cannot open a window ({error}); with a screen, python3-tk or "
                           "pip install PyQt6 gives Matplotlib one") from None  # fmt: skip
-    plt.show()
+    pad.show()
 
 
 def start(arguments):

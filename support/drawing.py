@@ -46,6 +46,10 @@ class Pad:
                             ("button_release_event", self.release), ("key_press_event", self.key)):  # fmt: skip
             self.figure.canvas.mpl_connect(event, what)
 
+    def show(self):
+        """Until it is closed. (Matplotlib holds its listeners weakly: the pad has to stay in use.)"""
+        plt.show()
+
     def clear(self):
         self.paper = Image.new("L", (SIZE, SIZE), 0)
         self.update()
