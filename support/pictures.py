@@ -86,7 +86,7 @@ def digits_of(ink, noise):
     mask = ink_mask(ink, least)
     if not mask.any() or np.percentile(ink[mask], 80) < MIN_CONTRAST:
         return []
-    reach = 2 if stroke_width(mask) < 5 else 0  # thin strokes break where a pen skips
+    reach = 2 if is_thin(mask) else 0  # thin strokes break where a pen skips
     labels, _ = ndimage.label(ndimage.binary_dilation(mask, EIGHT, iterations=reach) if reach else mask, EIGHT)
     labels *= mask
     digits = []
@@ -198,11 +198,21 @@ def least_ink(ink, noise):
 def ink_mask(ink, least):
     """Which pixels are ink. A thin stroke is blurred a little, and its fainter pixels count too: else it breaks."""
     mask = ink > cut_of(ink, least)
-    if stroke_width(mask) < 3:
+    if is_thin(mask):
         ink, least = ndimage.gaussian_filter(ink, 1), least / 3
         cut = cut_of(ink, least)
         mask = filters.apply_hysteresis_threshold(ink, max(0.4 * cut, least), cut)
     return mask
+
+
+def is_thin(mask):
+    """Whether this is written with a pen so thin for its size that its strokes may break."""
+    width = stroke_width(mask) if mask.any() else 0
+    if not 0 < width < 4:
+        return False
+    labels, _ = ndimage.label(ndimage.binary_dilation(mask, EIGHT, iterations=2))
+    tallest = max(rows.stop - rows.start for rows, _ in ndimage.find_objects(labels))
+    return tallest > max(40, 15 * width)
 
 
 def cut_of(ink, least):
@@ -273,16 +283,17 @@ def without_lines(ink, least):
 
     A Hough transform finds them. Of a line only what is no thicker than the line itself goes: strokes that cross stay.
     """
-    mask = ink > least
-    H, W = mask.shape
+    H, W = ink.shape
     if min(H, W) < 100:
         return ink
     step = max(1, round(max(H, W) / 500))
-    thin = mask & ~ndimage.binary_opening(mask, np.ones((4 * step + 3, 4 * step + 3)))
-    small = ndimage.maximum_filter(thin, step)[::step, ::step]
     ink = ink.copy()
     for upright in (False, True):
+        mask = ink > least
+        thin = mask & ~ndimage.binary_opening(mask, np.ones((4 * step + 3, 4 * step + 3)))
+        small = ndimage.maximum_filter(thin, step)[::step, ::step]
         where = np.zeros(mask.shape, bool)
+        broad = ndimage.binary_dilation(thin, EIGHT, iterations=step + 1)
         # a line is where x cos(angle) + y sin(angle) = distance
         angles = np.radians(np.arange(-12, 12.01, 0.25) + (0 if upright else 90))
         counts, _, distances = transform.hough_line(small, angles)
@@ -298,7 +309,9 @@ def without_lines(ink, least):
                 x = np.arange(W)
                 y = np.rint((distance - x * np.cos(angle)) / np.sin(angle)).astype(int)
                 good = (y >= 0) & (y < H)
-            where[y[good], x[good]] = True
+            there = np.flatnonzero(broad[y[good], x[good]])
+            if there.size > 0.55 * good.sum() and there[0] < 0.15 * good.sum() and there[-1] > 0.85 * good.sum():
+                where[y[good], x[good]] = True  # a bar of a digit is long, too, but ends on the page
         if not where.any():
             continue
         line = np.array([[0, 0, 0], [1, 1, 1], [0, 0, 0]], bool)
@@ -398,7 +411,7 @@ def to_mnist(ink, own):
     """The ink of one digit, and the pixels that are its own, both (h, w), as an MNIST image: (28, 28) uint8."""
     ink = np.clip(ink / np.percentile(ink[own], 90), 0, 1)  # MNIST's ink is full white, its edges are grey
     side = max(ink.shape)
-    stroke = stroke_width(own) * 20 / side  # when the digit is 20 high
+    stroke = stroke_width(own & (ink > 0.4)) * 20 / side  # when the digit is 20 high
     grow = round((THIN_STROKE - stroke) * side / 20 / 2)
     if grow > 0:
         ink = ndimage.grey_dilation(np.pad(ink, grow), (2 * grow + 1, 2 * grow + 1))
