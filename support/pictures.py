@@ -337,7 +337,7 @@ def group(labels):
     slices = ndimage.find_objects(labels)
     boxes = np.array([(r.start, c.start, r.stop, c.stop) for r, c in slices])  # top, left, bottom, right
     height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    size = np.maximum(height, width).astype(float)  # the longer side of each piece's box
+    size = np.minimum(np.maximum(height, width), 3.0 * height)  # the longer side; of digits that touch, about a digit's
     contact = [np.bincount(edge, minlength=len(size) + 1)[1:] / len(edge)  # share of that border which it covers
                for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1])]  # fmt: skip
     inside = np.max(contact, axis=0) < 0.5  # else the edge of the paper, or a shadow
