@@ -3,37 +3,36 @@
     python predict.py my_digit.png               one picture, or several; each may show several digits, well apart
     python predict.py page.jpg --figure out.png  the probabilities as a figure too
     python predict.py my_digit.png --tag TAG     with the weights of that run
+    python predict.py --draw                     a window: draw with the mouse, and see what the network makes of it
 
 Photographs and drawings of any size and colours will do: dark on light, light on dark, transparent. Each digit is
 made into an image as MNIST's were: fitted into 20×20 pixels by its longer side, and moved so that its centre of mass is
 the centre of 28×28. What the network saw is shown beside its answer: if that is no digit, the answer is none either.
-Plain paper is best: ruled lines that run through the digits join them.
+Digits are found by support/pictures.py: on a sheet that lies on a table, in a shadow, on ruled or squared paper, too.
 """
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 import mnist_resnet9 as m
 from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
+from support.drawing import NoWindow, open_pad
+from support.pictures import find_digits
 from support.storage import write_file
 
 REFERENCE = "record"  # the run in git, whose weights are the default
-MAX_PIXELS = 10**8  # a larger picture is refused before it is unpacked
+MAX_PIXELS = (
+    2 * 10**8
+)  # a larger picture is refused before it is unpacked; the largest cameras have as many
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below that
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 WORKING_SIZE = 1000  # pixels of the longer side in which digits are looked for
-MIN_CONTRAST = 24  # of 255: a picture whose ink stands out less is blank
-THIN_STROKE = 1.6  # of 20 pixels: thinner strokes are thickened to this; three quarters of MNIST's are wider
-
-
-class Digit(NamedTuple):
-    """A digit that was found in a picture."""
-
-    box: tuple  # left, top, right, bottom in pixels of the picture
-    image: Any  # (28, 28) uint8, what the network sees
 
 
 # ── Finding the digits ────────────────────────────────────────────────────────────────────────────────────────────
@@ -45,9 +44,13 @@ def read_picture(path):
     UserError names a file that is no picture, is damaged, or is too large.
     """
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{file.width:,} × {file.height:,} pixels")
+        with open_picture(path) as file:
+            size = file.size
+            if size[0] * size[1] > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{size[0]:,} × {size[1]:,} pixels")
+            file.draft(
+                None, (2 * WORKING_SIZE, 2 * WORKING_SIZE)
+            )  # JPEG can be unpacked at up to an eighth of its size
             picture = ImageOps.exif_transpose(file)  # cameras note which side is up
             picture.load()
     except Image.DecompressionBombError as error:
@@ -55,180 +58,55 @@ def read_picture(path):
         raise m.UserError(f"{path} is too large ({error}); make it {limit} at most") from None
     except FileNotFoundError:
         raise m.UserError(f"there is no picture {path}") from None
-    except Exception as error:  # Pillow raises a dozen kinds for a file that is damaged or no picture
+    except m.UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # Pillow raises a dozen kinds for a file that is damaged or no picture
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise m.UserError(f"{path} cannot be read as a picture ({reason}); PNG or JPEG would do") from None
+        raise m.UserError(
+            f"{path} cannot be read as a picture ({reason}); PNG or JPEG would do"
+        ) from None
     small = in_rgb(picture)
-    return np.asarray(small, np.float32), small.width / picture.width
+    return np.asarray(small, np.float32), max(small.size) / max(size)
+
+
+def open_picture(path):
+    """The file as Pillow opens it. UserError for a HEIC picture, as telephones take them, without its decoder."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            head = file.read(12)
+        if head[4:8] != b"ftyp" or head[8:] not in HEIC_BRANDS:
+            raise
+    try:
+        import pillow_heif
+    except ImportError:
+        how = "save it as JPEG, or install its decoder: pip install pillow-heif"
+        raise m.UserError(
+            f"{path} is a HEIC picture, which Pillow cannot read by itself; {how}"
+        ) from None
+    return pillow_heif.open_heif(path).to_pillow()
 
 
 def in_rgb(picture):
     """The picture in RGB and of working size. What is transparent becomes white, or black if the ink is bright."""
     if picture.mode[0] in "IF":  # 16 bits or more, where Pillow would cut off all above 255
-        values = np.asarray(picture, float)
+        values = np.asarray(picture, np.float32)
         values = 255 * (values - values.min()) / (np.ptp(values) or 1)
         picture = Image.fromarray(values.astype(np.uint8))
+    if picture.mode in ("1", "P"):
+        picture = picture.convert("L" if picture.mode == "1" else "RGBA")
+    picture = picture.reduce(
+        max(1, max(picture.size) // (2 * WORKING_SIZE))
+    )  # a large one is then done at once
     rgba = picture.convert("RGBA")
     rgba.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
     grey, alpha = np.asarray(rgba.convert("L"), float), np.asarray(rgba.getchannel("A"), float)
     bright = alpha.min() < 255 and (grey * alpha).sum() > 127 * alpha.sum()
     background = Image.new("RGBA", rgba.size, "black" if bright else "white")
     return Image.alpha_composite(background, rgba).convert("RGB")
-
-
-def ink_of(picture):
-    """How far each pixel's colour is from the background's: (H, W, 3) → (H, W), 0 = background, at most 255.
-
-    So dark on light and light on dark are the same. The background is a smooth surface, quadratic in row and column,
-    since light falls unevenly on a page. It is fitted to the pixels along the border, then to all that are no ink.
-    """
-    H, W, _ = picture.shape
-    y, x = np.meshgrid(np.linspace(-1, 1, H), np.linspace(-1, 1, W), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)  # (H, W, 6)
-    edge = max(1, min(H, W) // 50)
-    border = np.ones((H, W), bool)
-    border[edge : H - edge, edge : W - edge] = False
-    background = np.median(picture[border], axis=0)  # one colour, to begin with
-    for _ in range(3):
-        ink = abs(picture - background).max(axis=-1)
-        paper = ink <= min(threshold(ink), np.percentile(ink, 90))
-        step = max(1, paper.sum() // 20_000)
-        fit = np.linalg.lstsq(terms[paper][::step], picture[paper][::step], rcond=1e-3)[0]  # (6, 3)
-        background = terms @ fit
-    return abs(picture - background).max(axis=-1)
-
-
-def threshold(ink):
-    """The value that splits the pixels best into dark and bright: Otsu 1979, the most variance between the two."""
-    if not np.ptp(ink):
-        return ink.max()
-    count, edges = np.histogram(ink, 256)
-    value = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(count)
-    above = below[-1] - below
-    sums = np.cumsum(count * value)
-    with np.errstate(all="ignore"):
-        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return edges[1 + np.nan_to_num(between).argmax()]  # nan: all pixels are on one side
-
-
-def label_components(mask):
-    """Numbers the connected regions of a mask, diagonal neighbours included: (H, W) bool → (H, W) int, 0 outside.
-
-    Row by row: a run of ink belongs with each run of the row above that it touches.
-    """
-    H, W = mask.shape
-    bounds = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(bounds == 1)
-    ends = np.nonzero(bounds == -1)[1]  # of each run, the column after its last
-    first = np.searchsorted(rows, np.arange(H + 1))  # the runs of row r are first[r] … first[r + 1] − 1
-    parent = list(range(len(rows)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    for r in range(1, H):
-        i, j = first[r - 1], first[r]
-        while i < first[r] and j < first[r + 1]:
-            if starts[i] <= ends[j] and starts[j] <= ends[i]:
-                parent[root(j)] = root(i)
-            if ends[i] < ends[j]:
-                i += 1
-            else:
-                j += 1
-    names = np.unique([root(i) for i in range(len(rows))], return_inverse=True)[1] + 1 if len(rows) else []
-    labels = np.zeros((H, W), int)
-    for r, start, end, name in zip(rows, starts, ends, names):
-        labels[r, start:end] = name
-    return labels
-
-
-def find_digits(picture):
-    """The digits of a picture (H, W, 3), line by line, in a line from left to right. [] if it is blank."""
-    ink = ink_of(picture)
-    cut = threshold(ink)
-    mask = ink > cut
-    if not mask.any() or np.median(ink[mask]) < MIN_CONTRAST:
-        return []
-    labels = label_components(mask)
-    digits = []
-    for members in group(labels):
-        own = np.isin(labels, members)
-        rows, cols = np.flatnonzero(own.any(axis=1)).tolist(), np.flatnonzero(own.any(axis=0)).tolist()
-        box = (cols[0], rows[0], cols[-1] + 1, rows[-1] + 1)
-        around = np.asarray(Image.fromarray(own).convert("L").filter(ImageFilter.MaxFilter(3))) > 0  # with soft edges
-        crop = slice(box[1], box[3]), slice(box[0], box[2])
-        digits.append(Digit(box, to_mnist((ink * around)[crop], own[crop])))
-    return reading_order(digits)
-
-
-def group(labels):
-    """Which components make a digit each: lists of their numbers. Specks, and what fills the border, are left out."""
-    H, W = labels.shape
-    y, x = np.nonzero(labels)
-    low, high = np.full((labels.max() + 1, 2), max(H, W)), np.zeros((labels.max() + 1, 2), int)
-    np.minimum.at(low, labels[y, x], np.stack([y, x], axis=1))
-    np.maximum.at(high, labels[y, x], np.stack([y, x], axis=1) + 1)
-    size = (high - low).max(axis=1)  # the longer side of each component's box
-    size[0] = 0
-    contact = [np.bincount(edge, minlength=len(size)) / len(edge)  # share of that border which it covers
-               for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1])]  # fmt: skip
-    inside = np.max(contact, axis=0) < 0.5  # else the edge of the paper, or a shadow
-    if inside[1:].any():
-        size[~inside] = 0
-    groups = [[i] for i in np.argsort(-size)[:200] if size[i] >= max(0.15 * size.max(), 2)]
-
-    def one_digit(a, b):
-        """Whether b is a piece of a: close to it, and smaller or straight above or below."""
-        (low_a, high_a), (low_b, high_b) = ((low[i].min(axis=0), high[i].max(axis=0)) for i in (a, b))
-        gap = np.maximum(low_a, low_b) - np.minimum(high_a, high_b)  # in rows and in columns; negative: overlap
-        sizes = (high_a - low_a).max(), (high_b - low_b).max()
-        above = -gap[1] > 0.5 * min(high_a[1] - low_a[1], high_b[1] - low_b[1])
-        return gap.max() <= 0.2 * max(sizes) and (above or min(sizes) < 0.6 * max(sizes))
-
-    merged = True
-    while merged:
-        merged = next(((a, b) for a in groups for b in groups if a is not b and one_digit(a, b)), None)
-        if merged:
-            merged[0].extend(merged[1])
-            groups.remove(merged[1])
-    return [members for members in groups if size[members].max() >= 0.3 * size.max()]
-
-
-def to_mnist(ink, own):
-    """The ink of one digit, and the pixels that are its own, both (h, w), as an MNIST image: (28, 28) uint8."""
-    ink = np.clip(ink / np.percentile(ink[own], 90), 0, 1)  # MNIST's ink is full white, its edges are grey
-    side = max(ink.shape)
-    framed = np.pad(own, 1)
-    outline = (framed[1:] != framed[:-1]).sum() + (framed[:, 1:] != framed[:, :-1]).sum()
-    stroke = 2 * own.sum() / outline * 20 / side  # two outlines a stroke: its width, when the digit is 20 high
-    grow = round((THIN_STROKE - stroke) * side / 20 / 2)
-    if grow > 0:
-        thick = Image.fromarray(np.pad(255 * ink, grow).astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * grow + 1))
-        ink = np.asarray(thick) / 255
-    h, w = (max(1, round(20 * length / max(ink.shape))) for length in ink.shape)
-    small = Image.fromarray(ink.astype(np.float32)).resize((w, h), Image.Resampling.BICUBIC)
-    small = np.clip(np.asarray(small), 0, None)
-    small = np.clip(255 * small / np.percentile(small, 98), 0, 255)
-    mass = small.sum()
-    y, x = np.arange(h) @ small.sum(axis=1) / mass, np.arange(w) @ small.sum(axis=0) / mass
-    top, left = int(np.clip(round(14 - y), 0, 28 - h)), int(np.clip(round(14 - x), 0, 28 - w))
-    image = np.zeros((28, 28), np.uint8)
-    image[top : top + h, left : left + w] = np.rint(small)
-    return image
-
-
-def reading_order(digits):
-    """Line by line, each from left to right: a digit is of the line above if it begins above that line's middle."""
-    lines = []
-    for digit in sorted(digits, key=lambda d: d.box[1] + d.box[3]):
-        if lines and digit.box[1] < np.mean([(d.box[1] + d.box[3]) / 2 for d in lines[-1]]):
-            lines[-1].append(digit)
-        else:
-            lines.append([digit])
-    return [digit for line in lines for digit in sorted(line, key=lambda d: d.box[0])]
 
 
 # ── Predicting ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -260,7 +138,9 @@ def find_weights(save_dir, tag=None):
     ours = [path.parent for path in paths if is_resnet9(path)]
     if not ours:
         command = "python mnist_resnet9.py --epochs-max 2 --learning-rate 1e-3 --dropout 0.5 --augment 1 --tag mine"
-        raise m.UserError(f"{save_dir} has no run with weights yet; this trains one in minutes: {command}")
+        raise m.UserError(
+            f"{save_dir} has no run with weights yet; this trains one in minutes: {command}"
+        )
     return next((folder for folder in ours if folder.name == REFERENCE), ours[-1])
 
 
@@ -277,21 +157,28 @@ class Reader:
     """The network of a run, and how it answers to digits.
 
     Softmax always names a digit, so two other numbers tell whether there is one: the energy, which is how much of a
-    digit the network finds, and the likeness to the nearest of 4,000 real digits. What is below all but a share of
-    FOREIGN of real digits in either does not look like a digit. Both bounds are measured on the sample in git, and the
-    energy's with the network in use, since each has its own.
+    digit the network finds, and the likeness to the nearest of 4,000 real digits. Their sum, likeness weighted, is
+    measured on the sample's 1,000 other digits with the network in use, since each network has its own energies: what
+    is below all but a share of FOREIGN of those does not look like a digit.
     """
 
-    FOREIGN = 0.01
+    FOREIGN = 0.015
+    LIKENESS_WEIGHT = (
+        12  # letters are told from digits best so; the energy alone refuses bold handwriting
+    )
 
     def __init__(self, folder):
         m.use_device("cpu")
-        self.settings = read_run(folder).settings
+        run = read_run(folder)
+        self.settings = run.settings
+        self.other_data = None
+        if run.data not in ("MNIST", "MNIST sample"):
+            self.other_data = (f"*** {folder.name} was trained on {run.data}, not on MNIST: its answers 0 to 9 are the "
+                               "classes of that data, which need not be digits.")  # fmt: skip
         self.params = m.load_checkpoint(folder / "checkpoint_last.npz", self.settings).averaged()
         sample = m.load_mnist("data/sample")
         self.known = unit_rows(sample.train_images)  # (4000, 784)
-        self.least_energy = np.quantile(energy(self.logits(sample.test_images)), self.FOREIGN)
-        self.least_likeness = np.quantile(self.likeness(sample.test_images), self.FOREIGN)
+        self.least = np.quantile(self.digitness(sample.test_images), self.FOREIGN)
 
     def logits(self, images):
         return m.predict(self.params, np.asarray(images), self.settings)
@@ -300,11 +187,23 @@ class Reader:
         """The cosine of the angle between each image and the known digit that is nearest: (N,), 1 = the same."""
         return (unit_rows(images) @ self.known.T).max(axis=1)
 
+    def digitness(self, images, logits=None):
+        """How much like a digit each image is, in its own unit: (N,)."""
+        logits = self.logits(images) if logits is None else logits
+        return energy(logits) + self.LIKENESS_WEIGHT * self.likeness(images)
+
+    def are_digits(self, images):
+        """Whether each image looks like a digit: (N,) bool."""
+        return self.digitness(images) >= self.least
+
     def answers(self, images):
         """images (N, 28, 28) uint8 → N Answers."""
+        images = np.asarray(images)
         logits = self.logits(images)
-        real = (energy(logits) >= self.least_energy) & (self.likeness(images) >= self.least_likeness)
-        return [Answer(probs, bool(is_digit)) for probs, is_digit in zip(m.softmax(logits)[0], real)]
+        real = self.digitness(images, logits) >= self.least
+        return [
+            Answer(probs, bool(is_digit)) for probs, is_digit in zip(m.softmax(logits)[0], real)
+        ]
 
 
 def unit_rows(images):
@@ -332,7 +231,9 @@ def in_terminal(image, answer, width=24):
         (shades + full).encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
         shades, full = " .:*#", "#"
-    pairs = image.reshape(14, 2, 28).mean(axis=1)  # (14, 28): a character is about twice as high as wide
+    pairs = image.reshape(14, 2, 28).mean(
+        axis=1
+    )  # (14, 28): a character is about twice as high as wide
     left = ["".join(shades[int(v / 256 * len(shades))] for v in row) for row in pairs]
     best = answer.probabilities.argmax()
     right = [f"{digit}  {full * round(width * p):{width}} {p:6.1%}{'  <' if digit == best else ''}"
@@ -352,7 +253,9 @@ def draw(pictures, columns=3):
         ax.set_title(f"{path.name}: {' '.join(reading(answers))}")
         ax.axis("off")
         for i, (left, top, right, bottom) in enumerate((digit.box for digit in digits), start=1):
-            ax.add_patch(plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec=ORANGE, lw=1))
+            ax.add_patch(
+                plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec=ORANGE, lw=1)
+            )
             ax.text(left, top, str(i), color=ORANGE, size=7, ha="right", va="bottom")
         cells = [cell for _ in range(n) for cell in next(grid).subgridspec(1, columns)]
         for i, (digit, answer, cell) in enumerate(zip(digits, answers, cells), start=1):
@@ -368,7 +271,9 @@ def draw_digit(fig, cells, number, digit, answer):
     best = answer.probabilities.argmax()
     ax.bar(range(10), answer.probabilities, color=[BLUE if i == best else GREY for i in range(10)])
     ax.set(xticks=range(10), yticks=(0, 0.5, 1), yticklabels=("0%", "50%", "100%"), ylim=(0, 1))
-    ax.set_title(answer.text().replace("; ", "\n"), color=INK if answer.is_digit else ORANGE, size=8)
+    ax.set_title(
+        answer.text().replace("; ", "\n"), color=INK if answer.is_digit else ORANGE, size=8
+    )
 
 
 def reading(answers):
@@ -377,22 +282,30 @@ def reading(answers):
 
 def predict_pictures(paths, save_dir, tag, figure):
     folder = find_weights(save_dir, tag)
-    pictures = []
-    for path in paths:  # all of them are read before the first answer: one that is bad spoils no output
-        picture, scale = read_picture(path)
-        digits = find_digits(picture)
-        if not digits:
-            raise m.UserError(f"{path} shows nothing that could be a digit: it is blank, or all specks")
-        pictures.append((path, picture, scale, digits))
+    pictures = [
+        (path, *read_picture(path)) for path in paths
+    ]  # all before the first answer: a bad one spoils no output
     reader = Reader(folder)
+    found = []
+    for path, picture, scale in pictures:
+        digits = find_digits(picture, reader.are_digits)
+        if not digits:
+            raise m.UserError(
+                f"{path} shows nothing that could be a digit: it is blank, or all specks"
+            )
+        found.append((path, picture, scale, digits))
     print(f"Weights of {folder}")
+    if reader.other_data:
+        print(reader.other_data)
     shown = []
-    for path, picture, scale, digits in pictures:
+    for path, picture, scale, digits in found:
         answers = reader.answers([digit.image for digit in digits])
         print(f"{path}: {' '.join(reading(answers))}")
         for n, (digit, answer) in enumerate(zip(digits, answers), start=1):
             left, top, right, bottom = (round(edge / scale) for edge in digit.box)
-            print(f"\n  {n} of {len(digits)}, columns {left} to {right}, rows {top} to {bottom}: {answer.text()}")
+            print(
+                f"\n  {n} of {len(digits)}, columns {left} to {right}, rows {top} to {bottom}: {answer.text()}"
+            )
             print(in_terminal(digit.image, answer))
         shown.append((path, picture, digits, answers))
     if figure:
@@ -404,21 +317,77 @@ def write_figure(path, shown):
     with plt.rc_context(STYLE):
         stream = io.BytesIO()
         figure = draw(shown)
-        figure.savefig(stream, format="png", dpi=min(150, 2**15 / figure.get_figheight()))  # Matplotlib's limit is 2¹⁶
+        figure.savefig(
+            stream, format="png", dpi=min(150, 2**15 / figure.get_figheight())
+        )  # Matplotlib's limit is 2¹⁶
     try:
         write_file(path, stream.getvalue())
     except OSError as error:
-        raise m.UserError(f"{path} cannot be written ({error.strerror}); choose another --figure") from None
+        raise m.UserError(
+            f"{path} cannot be written ({error.strerror}); choose another --figure"
+        ) from None
+
+
+def draw_by_hand(save_dir, tag):
+    """A window to draw in with the mouse, until it is closed."""
+    reader = Reader(find_weights(save_dir, tag))
+    if reader.other_data:
+        print(reader.other_data)
+
+    def answer(picture):
+        digits = find_digits(picture, reader.are_digits)
+        if not digits:
+            return None
+        digit = max(digits, key=lambda digit: digit.box[3] - digit.box[1])
+        (said,) = reader.answers([digit.image])
+        return digit.image, said.probabilities, said.text().replace("; ", "\n")
+
+    if sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        raise m.UserError(
+            "--draw needs a screen, and there is no display here; predict.py PICTURE does without"
+        )
+    try:
+        pad = open_pad(answer, GREY, BLUE)
+    except NoWindow as error:
+        raise m.UserError(f"--draw cannot open a window ({error}); with a screen, python3-tk or "
+                          "pip install PyQt6 gives Matplotlib one") from None  # fmt: skip
+    pad.show()
 
 
 def start(arguments):
-    parser = m.Parser(prog="predict.py", description="Recognise the digits in pictures.", allow_abbrev=False)
-    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="PNG, JPEG or whatever Pillow reads")
-    parser.add_argument("--tag", help=f"the run whose weights serve (default: {REFERENCE}, else the newest)")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="write the answers there as a figure, too")
+    parser = m.Parser(
+        prog="predict.py", description="Recognise the digits in pictures.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "pictures",
+        nargs="*",
+        type=Path,
+        metavar="PICTURE",
+        help="PNG, JPEG or whatever Pillow reads",
+    )
+    parser.add_argument(
+        "--draw", action="store_true", help="open a window to draw digits in with the mouse"
+    )
+    parser.add_argument(
+        "--tag", help=f"the run whose weights serve (default: {REFERENCE}, else the newest)"
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="PNG", help="write the answers there as a figure, too"
+    )
     parser.add_argument("--save-dir", type=lambda text: Path(text).absolute(), default=m.ROOT / m.Settings.save_dir,
                         metavar="FOLDER", help=f"folder with the runs (default: {m.Settings.save_dir})")  # fmt: skip
     given = parser.parse_args(arguments)
+    if given.draw:
+        if given.pictures or given.figure:
+            raise m.UserError(
+                "--draw takes no PICTURE and no --figure: you draw the picture in its window"
+            )
+        draw_by_hand(given.save_dir, given.tag)
+        return 0
+    if not given.pictures:
+        parser.error("the following arguments are required: PICTURE (or --draw)")
     predict_pictures(given.pictures, given.save_dir, given.tag, given.figure)
     return 0
 

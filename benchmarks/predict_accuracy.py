@@ -1,6 +1,10 @@
-"""How well predict.py reads: MNIST's test images on larger pages, digits in print, and what is no digit.
+"""How well predict.py reads: MNIST's test images on larger pages, pictures as people take them, and what is no digit.
 
     python benchmarks/predict_accuracy.py --tag TAG
+    python benchmarks/predict_accuracy.py --seed 1      the pages that predict.py was made with, not those of the table
+
+The pictures as people take them are those of pictures.py. With scikit-learn installed, its 1,797 digits are read, too:
+other people's handwriting, 8×8 pixels, enlarged. The first 400 were looked at when predict.py was made.
 
 The pages are of random sizes, the digit on them 28 to 120 pixels high, at a random place, dark on light or light on
 dark. What is no digit: letters and signs in the fonts that come with matplotlib (without those that look like digits:
@@ -9,6 +13,8 @@ B, I, O, S, Z, …), random shapes, and noise.
 
 import argparse
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import matplotlib
@@ -18,8 +24,15 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pictures  # noqa: E402
+
 import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
 import predict  # noqa: E402
+
+try:
+    from sklearn.datasets import load_digits
+except ImportError:
+    load_digits = None
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # in every installation of matplotlib
 FONT_NAMES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
@@ -40,7 +53,9 @@ def paste(image, rng, dark_on_light):
 
 def written(text, font):
     picture = Image.new("RGB", (200, 160), "white")
-    ImageDraw.Draw(picture).text((50, 30), text, font=ImageFont.truetype(str(FONTS / f"{font}.ttf"), 80), fill="black")
+    ImageDraw.Draw(picture).text(
+        (50, 30), text, font=ImageFont.truetype(str(FONTS / f"{font}.ttf"), 80), fill="black"
+    )
     return picture
 
 
@@ -60,8 +75,72 @@ def shape(rng, kind):
     return picture
 
 
-def find(picture):
-    return predict.find_digits(np.asarray(picture.convert("RGB"), np.float32))
+def find(picture, reader):
+    return predict.find_digits(np.asarray(picture.convert("RGB"), np.float32), reader.are_digits)
+
+
+def edits(said, text):
+    """How many digits are wrong, missing or too many: the least number of edits (Levenshtein) between the two."""
+    costs = list(range(len(said) + 1))
+    for i, wanted in enumerate(text, start=1):
+        before, costs[0] = costs[0], i
+        for j, got in enumerate(said, start=1):
+            before, costs[j] = (
+                costs[j],
+                min(costs[j] + 1, costs[j - 1] + 1, before + (wanted != got)),
+            )
+    return costs[-1]
+
+
+def read_pages(reader, data, seed, pages):
+    """A line for each kind of page: pages read without a mistake, digits right, digits called none, the slowest page."""
+    hand = pictures.half(data, seed)
+    print(
+        "kind of page                                 pages right    digits right    called no digit    slowest"
+    )
+    for number, kind in enumerate(pictures.KINDS):
+        whole = wrong = total = called = slowest = 0
+        for n in range(pages):
+            picture, text = pictures.page_of(number, seed, n, hand)
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "page.png"
+                picture.save(path, compress_level=1)
+                start = time.perf_counter()
+                digits = predict.find_digits(predict.read_picture(path)[0], reader.are_digits)
+                slowest = max(slowest, time.perf_counter() - start)
+            answers = reader.answers([digit.image for digit in digits]) if digits else []
+            said = "".join(str(answer.probabilities.argmax()) for answer in answers)
+            whole, wrong, total = (
+                whole + (said == text),
+                wrong + edits(said, text),
+                total + len(text),
+            )
+            called += sum(not answer.is_digit for answer in answers)
+        print(f"{kind.name:44} {whole / pages:7.1%} of {pages:<4}{1 - wrong / total:10.1%} of {total:<5}"
+              f"{called / total:11.1%}{slowest:12.1f} s", flush=True)  # fmt: skip
+
+
+def read_others(reader, first):
+    """scikit-learn's digits, those from `first` on, enlarged to 12 times their size."""
+    digits = load_digits()
+    for margin in (3, 0):
+        right = called = 0
+        for image, label in zip(digits.images[first:], digits.target[first:]):
+            image = 255 - np.pad(np.clip(16 * image, 0, 255).astype(np.uint8), margin)
+            side = 12 * len(image)
+            found = find(
+                Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), reader
+            )
+            answers = reader.answers([digit.image for digit in found]) if found else []
+            right += len(answers) == 1 and answers[0].probabilities.argmax() == label
+            called += any(not answer.is_digit for answer in answers)
+        count = len(digits.images) - first
+        print(
+            f"other people's digits, {'with' if margin else 'no'} margin, right:  {share(right, count)}"
+        )
+        print(
+            f"other people's digits, {'with' if margin else 'no'} margin, called no digit:  {share(called, count)}"
+        )
 
 
 def share(part, whole):
@@ -72,6 +151,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tag", help="the run whose weights serve, as for predict.py")
     parser.add_argument("--images", type=int, default=10_000, help="so many of MNIST's test images")
+    parser.add_argument("--pages", type=int, default=100, help="so many pages of each kind")
+    parser.add_argument("--seed", type=int, default=pictures.MEASURING, help="of the pages")
     args = parser.parse_args()
     folder = predict.find_weights(ROOT / "save", args.tag)
     reader, data, rng = predict.Reader(folder), m.load_mnist(), np.random.default_rng(0)
@@ -79,28 +160,55 @@ def main():
     print(f"Weights of {folder.name}; the images are those of {data.name}.")
 
     itself = (reader.logits(images).argmax(axis=1) == labels).sum()
-    found = [find(paste(image, rng, i % 2)) for i, image in enumerate(images)]
+    found = [find(paste(image, rng, i % 2), reader) for i, image in enumerate(images)]
     alone = [(digits[0].image, label) for digits, label in zip(found, labels) if len(digits) == 1]
     answers = reader.answers([image for image, _ in alone])
-    right = sum(answer.probabilities.argmax() == label for answer, (_, label) in zip(answers, alone))
+    right = sum(
+        answer.probabilities.argmax() == label for answer, (_, label) in zip(answers, alone)
+    )
     called = sum(not answer.is_digit for answer in answers)
     print(f"test images themselves, right:            {share(itself, len(labels))}")
     print(f"on larger pages, found as one digit:      {share(len(alone), len(labels))}")
     print(f"on larger pages, found and right:         {share(right, len(labels))}")
     print(f"on larger pages, called no digit:         {share(called, len(alone))}")
 
-    digits = [(digit, text) for font in FONT_NAMES for text in "0123456789" for digit in find(written(text, font))]
+    digits = [
+        (digit, text)
+        for font in FONT_NAMES
+        for text in "0123456789"
+        for digit in find(written(text, font), reader)
+    ]
     answers = reader.answers([digit.image for digit, _ in digits])
-    right = sum(str(answer.probabilities.argmax()) == text for answer, (_, text) in zip(answers, digits))
-    print(f"digits in {len(FONT_NAMES)} fonts, right:               {share(right, 10 * len(FONT_NAMES))}")
-    print(f"digits in {len(FONT_NAMES)} fonts, called no digit:     {share(sum(not a.is_digit for a in answers), len(answers))}")
+    right = sum(
+        str(answer.probabilities.argmax()) == text for answer, (_, text) in zip(answers, digits)
+    )
+    print(
+        f"digits in {len(FONT_NAMES)} fonts, right:               {share(right, 10 * len(FONT_NAMES))}"
+    )
+    print(
+        f"digits in {len(FONT_NAMES)} fonts, called no digit:     {share(sum(not a.is_digit for a in answers), len(answers))}"
+    )
 
-    letters = [digit.image for font in FONT_NAMES for text in LETTERS for digit in find(written(text, font))]
-    shapes = [digit.image for i in range(400) for digit in find(shape(rng, i % 4))]
+    letters = [
+        digit.image
+        for font in FONT_NAMES
+        for text in LETTERS
+        for digit in find(written(text, font), reader)
+    ]
+    shapes = [digit.image for i in range(400) for digit in find(shape(rng, i % 4), reader)]
     noise = list(rng.integers(0, 256, (100, 28, 28)).astype(np.uint8))
-    for name, foreign in (("letters and signs", letters), ("shapes and scribbles", shapes), ("noise", noise)):
+    for name, foreign in (
+        ("letters and signs", letters),
+        ("shapes and scribbles", shapes),
+        ("noise", noise),
+    ):
         called = sum(not answer.is_digit for answer in reader.answers(foreign))
         print(f"{name + ', called no digit:':42}{share(called, len(foreign))}")
+
+    if args.pages:
+        read_pages(reader, data, args.seed, args.pages)
+    if load_digits:
+        read_others(reader, first=400)
 
 
 if __name__ == "__main__":

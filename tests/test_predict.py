@@ -1,10 +1,12 @@
 """predict.py: digits as people make them, MNIST's own on larger pages, what is no digit, and bad files.
 
-The network is a small one, trained on the sample in seconds: these tests are about finding digits
-and preparing them.
+The network is a small one, trained on the sample in seconds: these tests are about finding digits and preparing them.
 """
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -14,11 +16,12 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import mnist_resnet9 as m
 import predict
+from support import pictures as find
+from support import storage
 
 sys.path.insert(0, str(m.ROOT / "benchmarks"))
-from predict_accuracy import FONTS, paste
-
-from support import storage
+import pictures  # noqa: E402  (it lies in the folder that was just added)
+from predict_accuracy import FONTS, edits, paste  # noqa: E402
 
 FONT_NAMES = (
     "DejaVuSans",
@@ -35,8 +38,7 @@ FONT_NAMES = (
 def save(tmp_path_factory):
     """A save folder with a run in it."""
     save = tmp_path_factory.mktemp("save")
-    flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3 --schedule
-    one_cycle --dropout 0.3
+    flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3 --schedule one_cycle --dropout 0.3
                --channels 4,8,16,16 --augment 0.5 --batch-size 32 --device cpu""".split()
     flags[3] = str(m.ROOT / "data" / "sample")
     assert m.main([*flags, "--save-dir", str(save)]) == 0
@@ -214,24 +216,212 @@ def test_specks_are_no_digits(tmp_path, rng):
     assert len(found(picture, tmp_path)) == 1
 
 
-def test_components_are_those_of_a_flood_fill(rng):
-    for density in (0.2, 0.5, 0.7):
-        mask = rng.random((23, 31)) < density
-        labels = predict.label_components(mask)
-        assert np.array_equal(labels > 0, mask)
-        seen = np.zeros(mask.shape, int)
-        for start in zip(*np.nonzero(mask)):
-            if seen[start]:
-                continue
-            count, todo = seen.max() + 1, [start]
-            while todo:
-                y, x = todo.pop()
-                if 0 <= y < 23 and 0 <= x < 31 and mask[y, x] and not seen[y, x]:
-                    seen[y, x] = count
-                    todo += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-        pairs = set(zip(labels[mask].tolist(), seen[mask].tolist()))
-        assert len(pairs) == labels.max() == seen.max()  # one name here for each name there
-    assert not predict.label_components(np.zeros((3, 4), bool)).any()
+# ── Pictures as people take them ──────────────────────────────────────────────────────────────────────────────────
+
+# The small network of these tests reads with a mistake now and then, so most pages are asked only for the right count.
+KIND = {kind.make.__name__: number for number, kind in enumerate(pictures.KINDS)}
+
+
+@pytest.mark.parametrize("kind, least", [
+    ("plain", 9), ("bright_on_dark", 9), ("tight", 9), ("sheet_on_table", 9), ("hard_shadow", 7), ("ruled", 8),
+    ("squared", 8), ("pencil", 8), ("ball_pen", 8), ("sloping", 8), ("close_together", 9), ("all_at_once", 8),
+])  # fmt: skip
+def test_digits_are_found_on_pages_as_people_take_them(kind, least, sample, reader, tmp_path):
+    hand = pictures.Hand(sample.test_images, sample.test_labels)
+    right = 0
+    for n in range(10):
+        picture, text = pictures.page_of(KIND[kind], 3, n, hand)
+        picture.save(tmp_path / "page.png")
+        digits = predict.find_digits(
+            predict.read_picture(tmp_path / "page.png")[0], reader.are_digits
+        )
+        right += len(digits) == len(text)
+    assert right >= least, right
+
+
+@pytest.mark.parametrize("slope", [-8, -4, 0, 6, 8])
+def test_a_sloping_row_is_read_from_left_to_right(slope, rng):
+    rise, step = np.tan(np.radians(slope)), 60
+    boxes = [
+        (40 + step * i, 300 + rise * step * i + jitter)
+        for i, jitter in enumerate(rng.uniform(-6, 6, 10))
+    ]
+    boxes += [(40 + step * i, 400 + rise * step * i) for i in range(7)]  # and a second one below
+    digits = [find.Digit((x, y, x + 30, y + 50), i) for i, (x, y) in enumerate(boxes)]
+    mixed = [digits[i] for i in rng.permutation(len(digits))]
+    assert [digit.image for digit in find.reading_order(mixed)] == list(range(len(digits)))
+
+
+def test_long_lines_go_and_strokes_that_cross_them_stay():
+    ink = np.zeros((400, 500))
+    ink[100:300, 240:250] = 200  # a stroke
+    for at in range(20, 400, 60):
+        ink[at : at + 2] = np.maximum(ink[at : at + 2], 150)
+    left = find.without_lines(ink, 8)
+    assert (left[100:300, 240:250] == 200).all()
+    assert (left[:, :230] == 0).all() and (left[:, 260:] == 0).all()
+    stroke_only = np.zeros((400, 500))
+    stroke_only[100:104, 100:300] = 200  # the bar of a seven is no ruled line: it ends on the page
+    assert np.array_equal(find.without_lines(stroke_only, 8), stroke_only)
+
+
+def test_the_sheet_is_told_from_the_table_and_a_zero_is_no_sheet():
+    picture = Image.new("RGB", (600, 400), (90, 60, 40))
+    draw = ImageDraw.Draw(picture)
+    draw.polygon([(150, 90), (470, 70), (480, 300), (160, 320)], fill=(235, 235, 225))
+    sheet = find.sheet_of(np.asarray(picture, np.float32))
+    assert sheet[200, 300] and not sheet[:60].any() and not sheet[:, :140].any()
+    assert 0.8 < sheet.sum() / (315 * 230) < 1
+    for width in (20, 60):
+        zero = Image.new("RGB", (400, 500), "white")
+        ImageDraw.Draw(zero).ellipse([60, 60, 340, 440], outline="black", width=width)
+        assert find.sheet_of(np.asarray(zero, np.float32)) is None
+
+
+def test_a_large_photograph_is_read_and_where_its_digits_are_is_told_in_its_own_pixels(
+    tmp_path, save, capsys
+):
+    picture = Image.new("L", (12_000, 9_000), 235)  # 108 million pixels
+    picture.paste(page("7", size=4000, mode="L", ink=30, paper=235, at=(0, 0)), (3000, 2000))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.rotate(90, expand=True).save(tmp_path / "large.jpg", exif=exif)
+    assert predict.main([str(tmp_path / "large.jpg"), "--save-dir", str(save)]) == 0
+    out = capsys.readouterr().out
+    left, right, top, bottom = (
+        int(n) for n in re.search(r"columns (\d+) to (\d+), rows (\d+) to (\d+)", out).groups()
+    )
+    assert (
+        3000 < left < right < 3000 + 2600
+        and 2000 < top < bottom < 2000 + 4700
+        and bottom - top > 2500
+    )
+
+
+def test_a_page_of_fine_lines_ends_with_an_answer(rng):
+    for n in range(3):
+        picture, _ = pictures.fine_lines(np.random.default_rng(n), None)
+        assert len(find.find_digits(np.asarray(picture, np.float32))) <= find.MAX_PIECES
+
+
+def heic(path):
+    path.write_bytes(b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100))
+    return path
+
+
+def test_a_heic_picture_is_named_where_it_cannot_be_read(tmp_path, save, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # importing it fails
+    assert predict.main([str(heic(tmp_path / "IMG_1.HEIC")), "--save-dir", str(save)]) == 2
+    error = error_of(capsys)
+    assert "IMG_1.HEIC is a HEIC picture" in error and "JPEG" in error and "pillow-heif" in error
+
+
+def test_a_heic_picture_is_read_with_its_decoder(tmp_path, reader):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(page("2 7", size=200)).save(tmp_path / "two.heic")
+    digits = predict.find_digits(predict.read_picture(tmp_path / "two.heic")[0], reader.are_digits)
+    assert len(digits) == 2
+    heic(tmp_path / "cut.heic")
+    with pytest.raises(m.UserError, match="cannot be read as a picture"):
+        predict.read_picture(tmp_path / "cut.heic")
+
+
+# ── The window to draw in ─────────────────────────────────────────────────────────────────────────────────────────
+
+DRAW = """
+import sys
+import predict
+from matplotlib.backend_bases import KeyEvent, MouseEvent
+from support import drawing
+
+def draw(pad):
+    canvas = pad.figure.canvas
+
+    def at(name, x, y):
+        px, py = pad.paper_axes.transData.transform((x, y))
+        MouseEvent(name, canvas, px, py, button=1)._process()
+
+    canvas.start_event_loop(0.2)
+    at("motion_notify_event", 10, 10)  # the button is up: nothing is drawn
+    assert not any(bar.get_width() for bar in pad.bars)
+    at("button_press_event", 140, 40)
+    for y in range(60, 240, 20):
+        at("motion_notify_event", 140, y)
+    at("button_release_event", 140, 240)
+    canvas.start_event_loop(0.2)
+    assert abs(sum(bar.get_width() for bar in pad.bars) - 1) < 1e-3
+    assert pad.seen.get_array().max() == 255 and "%" in pad.right.get_title()
+    print("seen", max(range(10), key=lambda i: pad.bars[i].get_width()))
+    KeyEvent("key_press_event", canvas, "c")._process()
+    assert not any(bar.get_width() for bar in pad.bars) and not pad.seen.get_array().any()
+    KeyEvent("key_press_event", canvas, "q")._process()
+
+show = drawing.Pad.show
+def both(pad):
+    pad.figure.canvas.manager.show()
+    draw(pad)
+    show(pad)  # it comes back at once, since q has closed the window
+drawing.Pad.show = both
+sys.exit(predict.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def screen():
+    """The name of a display: the one there is, or a virtual one."""
+    pytest.importorskip("tkinter", reason="Python is without Tk here, so no window")
+    if os.environ.get("DISPLAY"):
+        yield os.environ["DISPLAY"]
+        return
+    if not shutil.which("Xvfb"):
+        pytest.skip("there is no display here, and no Xvfb to make one")
+    read, write = os.pipe()
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(write)], pass_fds=[write], stderr=subprocess.DEVNULL
+    )
+    os.close(write)
+    try:
+        name = os.fdopen(read).readline().strip()
+        if not name:
+            pytest.skip("Xvfb does not start here")
+        yield f":{name}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def run_draw(save, code, **environment):
+    environment = {k: v for k, v in (os.environ | environment).items() if v is not None}
+    command = [sys.executable, "-c", code, "--draw", "--save-dir", str(save)]
+    return subprocess.run(
+        command, cwd=m.ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_what_is_drawn_in_the_window_is_answered(save, screen):
+    result = run_draw(save, DRAW, DISPLAY=screen, MPLBACKEND="TkAgg")
+    assert result.returncode == 0, result.stderr
+    assert "seen 1" in result.stdout
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="elsewhere there is always a display"
+)
+@pytest.mark.parametrize("environment, said", [
+    (dict(DISPLAY=None, WAYLAND_DISPLAY=None), "there is no display here"),
+    (dict(DISPLAY=":99999", MPLBACKEND="Agg"), "cannot open a window (Matplotlib's backend here is agg"),
+    (dict(DISPLAY=":99999", MPLBACKEND="TkAgg"), "cannot open a window"),
+])  # fmt: skip
+def test_without_a_screen_drawing_gets_one_line(environment, said, save):
+    result = run_draw(
+        save, "import sys, predict; sys.exit(predict.main(sys.argv[1:]))", **environment
+    )
+    assert result.returncode == 2, result.stderr
+    assert (
+        said in result.stderr.replace("Agg", "agg")
+        and result.stderr.count("\n") == 1
+        and not result.stdout
+    )
 
 
 # ── MNIST's own images ────────────────────────────────────────────────────────────────────────────────────────────
@@ -281,6 +471,10 @@ def test_the_answer_says_that_it_is_no_digit(save, tmp_path, capsys, rng):
     assert "shape.png: ?" in out and "does not look like a digit" in out
 
 
+def test_edits_are_counted():
+    assert [edits(said, "1234") for said in ("1234", "234", "12345", "1324", "")] == [0, 1, 1, 2, 4]
+
+
 def test_energy_is_the_logarithm_of_the_sum(rng):
     logits = rng.standard_normal((5, 10)) * 3
     np.testing.assert_allclose(
@@ -309,6 +503,21 @@ def test_the_command_shows_image_probabilities_and_figure(save, tmp_path, capsys
         )
     image = np.asarray(Image.open(figure).convert("L"))
     assert 0.01 < (image < 200).mean() < 0.5 and min(image.shape) > 400
+
+
+def test_a_run_on_other_data_says_what_its_answers_mean(save, tmp_path, capsys):
+    page("2").save(tmp_path / "two.png")
+    shutil.copytree(save / "small", tmp_path / "save" / "small")
+    path = tmp_path / "save" / "small" / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["name"] = "fashion"
+    path.write_text(json.dumps(config))
+    for folder, said in ((save, False), (tmp_path / "save", True)):
+        assert (
+            predict.main([str(tmp_path / "two.png"), "--tag", "small", "--save-dir", str(folder)])
+            == 0
+        )
+        assert ("*** small was trained on fashion, not on MNIST" in capsys.readouterr().out) == said
 
 
 def test_a_terminal_without_unicode(save, tmp_path):
@@ -356,7 +565,7 @@ def bad(tmp_path):
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:3000])
     Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
-    Image.new("1", (10_000, 11_000)).save(tmp_path / "large.png")
+    Image.new("1", (20_000, 10_001)).save(tmp_path / "large.png")
     Image.new("RGB", (200, 100), "#aabbcc").save(tmp_path / "blank.png")
     Image.new("L", (1, 1)).save(tmp_path / "dot.png")
     return tmp_path
@@ -374,7 +583,7 @@ def test_a_bad_picture_gets_one_line_and_exit_status_2(name, said, bad, save, ca
 
 
 @pytest.mark.parametrize("flags, said", [
-    ((), "PICTURE"), (("--digit", "x.png"), "--figure"), (("good.png", "--tag", "other"), "has no run 'other'"),
+    ((), "PICTURE"), (("--draw", "good.png"), "--draw takes no PICTURE"), (("--digit", "x.png"), "--figure"), (("good.png", "--tag", "other"), "has no run 'other'"),
     (("good.png", "--figure", "nowhere/out.png"), "cannot be written"),
 ])  # fmt: skip
 def test_a_bad_command_gets_one_line(flags, said, bad, save, capsys, monkeypatch):
