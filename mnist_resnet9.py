@@ -191,8 +191,7 @@ RECIPES = {
     ),
 }
 
-# These say where and how a run is computed, not what is computed: they may differ in a continued
-# run.
+# These say where and how a run is computed, not what: they may differ in a continued run.
 NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
 
 
@@ -865,8 +864,7 @@ BEND_PIXELS = 4  # over about this distance neighbouring pixels move together
 def bumps(H, W, xp):
     """(J, H·W): J round bumps on a grid, such that every pixel's sum of squares is 1.
 
-    Their sums with random weights are smooth, and with normal weights every pixel has variance
-    1."""
+    Their sums with random weights are smooth; with normal ones every pixel has variance 1."""
     bells = []
     for L in (H, W):
         count = round(L / (BEND_PIXELS * math.sqrt(2))) + 1
@@ -1263,10 +1261,8 @@ class Run:
             )
 
     def say_how_long(self, step_seconds):
-        settings, epochs_left = (
-            self.settings,
-            self.settings.epochs_max + 1 - len(self.state.history),
-        )
+        settings = self.settings
+        epochs_left = settings.epochs_max + 1 - len(self.state.history)
         evaluated = len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)
         evaluation = evaluated / settings.batch_size / 3  # in steps: forward is a third of one
         steps = self.steps * settings.epochs_max - self.state.step + evaluation * epochs_left

@@ -9,5 +9,4 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(ValueError):
-    """Something the user can put right. main() prints it as one line and ends with exit status
-    2."""
+    """Something the user can put right. main() prints it in one line; the exit status is 2."""

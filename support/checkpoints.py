@@ -25,54 +25,82 @@ class Epoch(NamedTuple):
 HISTORY = Epoch._fields
 CHECKPOINT_VERSION = 1
 
+
 def checksums(arrays):
-    """(len(arrays), 32) uint8: the SHA-256 of each array with its name, dtype and shape, in the order of the names."""
-    texts = {name: f"{name} {a.dtype.str} {a.shape}".encode() for name, a in arrays.items()}
-    rows = [hashlib.sha256(texts[name] + arrays[name].tobytes()).digest() for name in sorted(arrays)]
+    """The SHA-256 of each array with its name, dtype and shape: (len(arrays), 32) uint8.
+
+    The rows are in the alphabetical order of the names."""
+    rows = []
+    for name in sorted(arrays):
+        a = arrays[name]
+        what = f"{name} {a.dtype.str} {a.shape}".encode()
+        rows.append(hashlib.sha256(what + a.tobytes()).digest())
     return np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32)
 
+
 def write_checkpoint(path, arrays, step, history, settings, previous=None):
-    """arrays: {name: array} of all that the training changes; settings: a dict of all that defines the experiment."""
-    arrays = arrays | {"step": np.int64(step), "version": np.int64(CHECKPOINT_VERSION),
-                       "history": np.array(history, float).reshape(-1, len(HISTORY)),
-                       "settings": np.array(json.dumps(settings))}  # fmt: skip
+    """Writes a checkpoint.
+
+    arrays: {name: array} of all that the training changes; settings: a dict of all that defines the
+    experiment; previous: the name that the old file keeps."""
+    arrays = arrays | {
+        "step": np.int64(step),
+        "version": np.int64(CHECKPOINT_VERSION),
+        "history": np.array(history, float).reshape(-1, len(HISTORY)),
+        "settings": np.array(json.dumps(settings)),
+    }
     save_arrays(path, previous, **arrays, sha256=checksums(arrays))
 
-def read_checkpoint(path, like, settings):
-    """What write_checkpoint wrote: {name: array}, step, history. UserError if anything is wrong with the file.
 
-    like: the arrays there should be, as examples; settings: those that must be the same, beyond what shapes show.
+def read_checkpoint(path, expected, settings):
+    """What write_checkpoint wrote: {name: array}, step, history.
+
+    expected: arrays of the names, shapes and dtypes that there should be; settings: those that must
+    be the same, beyond what shapes show. UserError if anything is wrong with the file.
     """
     try:
-        return check_checkpoint(path, like, settings)
+        return check_checkpoint(path, expected, settings)
     except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
-        raise UserError(f"{path} is damaged or of another network ({str(error) or repr(error)})") from None
+        reason = str(error) or repr(error)
+        raise UserError(f"{path} is damaged or of another network ({reason})") from None
 
-def check_checkpoint(path, like, settings):
-    with zipfile.ZipFile(path) as members:  # a compressed or overlapping member could fill the memory
-        size, bound = sum(member.file_size for member in members.infolist()), 2**26 + 2 * sum(a.nbytes for a in like.values())
-        if size > bound or any(member.compress_type for member in members.infolist()):
-            raise ValueError("it is larger than a checkpoint")
+
+def check_checkpoint(path, expected, settings):
+    """The substance of read_checkpoint(), with a ValueError or another one for what is wrong."""
+    # A compressed or overlapping member could fill the memory.
+    with zipfile.ZipFile(path) as file:
+        members = file.infolist()
+    size = sum(member.file_size for member in members)
+    bound = 2**26 + 2 * sum(a.nbytes for a in expected.values())
+    if size > bound or any(member.compress_type for member in members):
+        raise ValueError("it is larger than a checkpoint")
     with np.load(path, allow_pickle=False) as file:
         if "version" not in file or file["version"] != CHECKPOINT_VERSION:
             raise ValueError(f"it has not version {CHECKPOINT_VERSION}")
         arrays = {name: file[name] for name in file.files}
     sums = arrays.pop("sha256", None)
     if "moments" not in arrays:  # a finished run, made small to be passed on: see save/README.md
-        like = {name: a for name, a in like.items() if name != "moments" and not name.startswith("ema.")}
-    if arrays.keys() != like.keys() | {"step", "history", "settings", "version"}:
-        raise ValueError(f"it has other arrays: {', '.join(sorted(arrays.keys() ^ like.keys()))[:200]}")
+        expected = {name: a for name, a in expected.items() if not name.startswith("ema.")}
+        expected.pop("moments")
+    if arrays.keys() != expected.keys() | {"step", "history", "settings", "version"}:
+        others = ", ".join(sorted(arrays.keys() ^ expected.keys()))
+        raise ValueError(f"it has other arrays: {others[:200]}")
     if not np.array_equal(sums, checksums(arrays)):
         raise ValueError("its checksums are not those of its arrays")
-    for name, a in like.items():
-        if (arrays[name].shape, arrays[name].dtype) != (a.shape, a.dtype):
-            raise ValueError(f"{name} is {arrays[name].dtype} {arrays[name].shape}, not {a.dtype} {a.shape}")
-        if not np.isfinite(arrays[name]).all():
+    for name, wanted in expected.items():
+        a = arrays[name]
+        if (a.shape, a.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"{name} is {a.dtype} {a.shape}, not {wanted.dtype} {wanted.shape}")
+        if not np.isfinite(a).all():
             raise ValueError(f"{name} is not finite")
-    history, step, then = arrays["history"], int(arrays["step"]), json.loads(str(arrays["settings"]))
-    if step < 0 or history.shape[1:] != (len(HISTORY),) or not np.array_equal(history[:, 0], range(len(history))):
+    step = int(arrays["step"])
+    history = arrays["history"]
+    columns_are_right = history.shape[1:] == (len(HISTORY),)
+    if step < 0 or not columns_are_right or not np.array_equal(history[:, 0], range(len(history))):
         raise ValueError("its history is not that of a run")
+    then = json.loads(str(arrays["settings"]))
     for name, value in settings.items():
         if then.get(name) != value:
             raise ValueError(f"its {name} is {then.get(name)!r}, not {value!r}")
-    return {name: arrays[name] for name in like}, step, [Epoch(int(epoch), *row) for epoch, *row in history.tolist()]
+    epochs = [Epoch(int(epoch), *values) for epoch, *values in history.tolist()]
+    return {name: arrays[name] for name in expected}, step, epochs

@@ -1,4 +1,4 @@
-"""save/<tag>/, the folder of a run: its log, its metrics, and what makes it safe to stop and continue."""
+"""save/<tag>/, the folder of a run: its log, its metrics, and what makes stopping it safe."""
 
 import contextlib
 import json
@@ -8,37 +8,59 @@ import sys
 from tqdm import tqdm
 
 from support import ROOT, UserError
-from support.checkpoints import HISTORY
+from support.checkpoints import HISTORY, Epoch
 from support.storage import lock_file, write_file
 
 METRICS = (*HISTORY, "seconds", "images_per_second")
 VALIDATION = ("validation_accuracy",)  # one more column where images were held out
 
+
 def log_header(validation):
     valid = "  valid acc" if validation else ""
     return f"epoch  train loss  train acc  test loss  test acc{valid}  seconds  images/s  left"
 
+
 def log_line(metrics, left):
-    epoch, _, train_loss, train_accuracy, test_loss, test_accuracy, seconds, speed, *validation = metrics
-    line = f"{epoch:5d}  {train_loss:10.5f}  {train_accuracy:9.2%}  {test_loss:9.5f}  {test_accuracy:8.2%}"
-    line += "".join(f"  {accuracy:9.2%}" for accuracy in validation) + f"  {seconds:7.1f}"
-    return f"{line}  {speed:8.0f}  {duration(left)}" if epoch else line
+    """A row of metrics.csv as a line of log.txt. left: the seconds to the end of the run."""
+    row = Epoch(*metrics[: len(HISTORY)])
+    seconds, speed, *validation = metrics[len(HISTORY) :]
+    line = f"{row.epoch:5d}  {row.train_loss:10.5f}  {row.train_accuracy:9.2%}"
+    line += f"  {row.test_loss:9.5f}  {row.test_accuracy:8.2%}"
+    for accuracy in validation:
+        line += f"  {accuracy:9.2%}"
+    line += f"  {seconds:7.1f}"
+    if row.epoch:  # epoch 0 is only evaluated
+        line += f"  {speed:8.0f}  {duration(left)}"
+    return line
+
 
 def duration(seconds):
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60:02d} min" if minutes > 59 else f"{minutes} min"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
 
 def write_metrics(path, rows):
-    lines = [",".join((METRICS + VALIDATION)[: len(rows[0])])] + [",".join(f"{value:.8g}" for value in row) for row in rows]
+    columns = (METRICS + VALIDATION)[: len(rows[0])]
+    lines = [",".join(columns)]
+    for row in rows:
+        lines.append(",".join(f"{value:.8g}" for value in row))
     write_file(path, "".join(f"{line}\n" for line in lines).encode())
 
+
 def read_metrics(path):
-    """The rows of metrics.csv: METRICS, and VALIDATION if it is there, from epoch 0 on. UserError if the file is anything else."""
+    """The rows of metrics.csv, from epoch 0 on: METRICS, and VALIDATION if it is there.
+
+    UserError if the file is anything else."""
     try:
         header, *lines = path.read_text(encoding="utf-8").splitlines()
         rows = [[float(value) for value in line.split(",")] for line in lines]
         columns = tuple(header.split(","))
-        if columns not in (METRICS, METRICS + VALIDATION) or any(len(row) != len(columns) for row in rows):
+        known = columns in (METRICS, METRICS + VALIDATION)
+        if not known or any(len(row) != len(columns) for row in rows):
             raise ValueError("other columns")
         return rows
     except (OSError, ValueError) as error:
@@ -46,18 +68,27 @@ def read_metrics(path):
 
 
 class RunFolder:
-    """save/<tag>/: locked, checked to hold nothing but this run, and written so that a crash loses no file.
+    """save/<tag>/: locked, holding nothing but this run, and written so that a crash loses no file.
 
-    config describes the run, {"settings": …, "data": {"name", "sha256"}, …}; free names the settings that may differ
-    when it is continued, defaults are what a run from before a setting came in had. UserError if this cannot be its folder.
+    config describes the run: {"settings": …, "data": {"name", "sha256"}, …}. free are the names of
+    the settings that may differ when it is continued. defaults are the settings that an older run
+    had before they could be set. UserError if this cannot be the run's folder.
     """
 
     def __init__(self, path, config, free, defaults, scripts):
-        self.path, self.save_failed = path, False
-        self.last, self.previous, self.best = (path / f"checkpoint_{w}.npz" for w in ("last", "previous", "best"))
+        self.path = path
+        self.save_failed = False
+        self.last = path / "checkpoint_last.npz"
+        self.previous = path / "checkpoint_previous.npz"
+        self.best = path / "checkpoint_best.npz"
         try:
             new = not (path / "config.json").exists()
-            if new and path.exists() and {file.name for file in path.iterdir()} - {"code", "lock", "config.json.part"}:
+            unfinished = {
+                "code",
+                "lock",
+                "config.json.part",
+            }  # what a start that was cut off leaves
+            if new and path.exists() and {file.name for file in path.iterdir()} - unfinished:
                 raise UserError(f"{path} holds something else than a run; choose another --tag")
             (path / "code").mkdir(parents=True, exist_ok=True)
             self.lock = lock_file(path / "lock")
@@ -73,10 +104,14 @@ class RunFolder:
                     write_file(copy, script.read_bytes())
             write_file(path / "config.json", json.dumps(config, indent=2).encode())
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); choose another --save-dir") from None
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); choose another --save-dir"
+            ) from None
 
     def restore(self, load):
-        """load(path) of the last checkpoint, or of the one before where the last is damaged; None if there is neither."""
+        """load(path) of the last checkpoint, or of the previous one where the last is damaged.
+
+        None if there is neither."""
         problem = None
         for path in (self.last, self.previous):
             if path.exists():
@@ -86,21 +121,29 @@ class RunFolder:
                     problem = problem or error
                     continue
                 if problem:
+                    # Or the next save would make the damaged one the previous one.
                     damaged = self.path / "checkpoint_damaged.npz"
-                    os.replace(self.last, damaged)  # or the next save would make it the previous one
-                    print(f"*** {problem}. Continuing from {path.name}, step {state.step:,}; "
-                          f"the damaged file is now {damaged.name}.", file=sys.stderr)  # fmt: skip
+                    os.replace(self.last, damaged)
+                    print(
+                        f"*** {problem}. Continuing from {path.name}, step {state.step:,}; "
+                        f"the damaged file is now {damaged.name}.",
+                        file=sys.stderr,
+                    )
                 return state
         if problem:
-            raise UserError(f"{problem}; there is no other checkpoint to continue from: choose another --tag")
+            raise UserError(
+                f"{problem}; there is no other checkpoint to continue from: choose another --tag"
+            )
         return None
 
     def restore_metrics(self, history, lost):
-        """The rows of metrics.csv: from the checkpoint, and from the file (else: lost) what only that one holds.
+        """The rows of metrics.csv: history, from the checkpoint, with the file's further columns.
 
-        metrics.csv and log.txt are then as they were when the checkpoint was written: no epoch twice, none missing.
+        Where the file lacks an epoch, `lost` stands in for these. metrics.csv and log.txt are then
+        as they were when the checkpoint was written: no epoch twice, none missing.
         """
-        path, others = self.path / "metrics.csv", {}
+        path = self.path / "metrics.csv"
+        others = {}
         if path.exists():
             with contextlib.suppress(UserError):  # a damaged file is no loss: it is written anew
                 others = {row[0]: row[len(HISTORY) :] for row in read_metrics(path)}
@@ -111,14 +154,19 @@ class RunFolder:
         return rows
 
     def write(self, path, save):
-        """Calls save(path), which writes that file. Returns whether it could; training goes on without it."""
+        """Calls save(path), which writes that file. Returns whether it could.
+
+        Training goes on without it."""
         try:
             save(path)
             return True
         except OSError as error:
             self.save_failed = True
-            tqdm.write(f"*** {path} was NOT written ({error.strerror or error}). Training goes on; the file from before "
-                       "stays, and the next epoch tries again.", file=sys.stderr)  # fmt: skip
+            tqdm.write(
+                f"*** {path} was NOT written ({error.strerror or error}). Training goes on; "
+                "the file from before stays, and the next epoch tries again.",
+                file=sys.stderr,
+            )
             return False
 
     def log(self, line):
@@ -131,30 +179,48 @@ class RunFolder:
     def close(self):
         self.lock.close()
 
+
 def append_line(path, line):
     with open(path, "a", encoding="utf-8") as file:
         file.write(f"{line}\n")
 
+
 def restore_log(path, rows):
-    """Leaves one line in log.txt for each epoch of rows, and none for others; all that is no epoch's line stays."""
-    missing, kept = {row[0]: log_line(row, 0) for row in rows}, []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    """Leaves one line in log.txt for each epoch of rows, and none for others.
+
+    Lines that are not about an epoch stay."""
+    lines = []
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    missing = {row[0]: log_line(row, 0) for row in rows}
+    kept = []
+    for line in lines:
         epoch = int(line[:5]) if line[:5].strip().isdecimal() else None
-        if epoch is None or (epoch in missing and line[:50] == missing[epoch][:50]):  # [:50]: without times
+        same = epoch in missing and line[:50] == missing[epoch][:50]  # [:50]: without the times
+        if epoch is None or same:
             kept.append(line)
             missing.pop(epoch, None)
     write_file(path, "".join(f"{line}\n" for line in [*kept, *missing.values()]).encode())
 
 
 def check_same_experiment(folder, config, free, defaults):
+    """UserError if the run in the folder is another one than config describes."""
     try:
         old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        then, hashes = defaults | old["settings"], old["data"]["sha256"]
+        then = defaults | old["settings"]
+        hashes = old["data"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} is damaged ({error!r}); choose another --tag") from None
+        raise UserError(
+            f"{folder / 'config.json'} is damaged ({error!r}); choose another --tag"
+        ) from None
     now = config["settings"]
-    differ = [f"{name} {then.get(name)!r}, not {now[name]!r}" for name in now if name not in free and then.get(name) != now[name]]
+    differ = []
+    for name in now:
+        if name not in free and then.get(name) != now[name]:
+            differ.append(f"{name} {then.get(name)!r}, not {now[name]!r}")
     if hashes != config["data"]["sha256"]:
         differ.append(f"data {old['data'].get('name')!r}, not {config['data']['name']!r}")
     if differ:
-        raise UserError(f"{folder} holds another experiment: it has {'; '.join(differ)}. Choose another --tag")
+        raise UserError(
+            f"{folder} holds another experiment: it has {'; '.join(differ)}. Choose another --tag"
+        )

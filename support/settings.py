@@ -15,11 +15,9 @@ def setting(default, help, between=None, choices=None):
 def check_settings(settings):
     """UserError if a field has a value of another type than its own, or one that makes no sense."""
     for f in fields(settings):
-        value, between, choices = (
-            getattr(settings, f.name),
-            f.metadata["between"],
-            f.metadata["choices"],
-        )
+        value = getattr(settings, f.name)
+        between = f.metadata["between"]
+        choices = f.metadata["choices"]
         if type(value) is not f.type and (f.type, type(value)) != (float, int):
             raise UserError(f"{f.name} is {value!r}, but should be of type {f.type.__name__}")
         if choices and value not in choices:

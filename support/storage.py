@@ -1,5 +1,4 @@
-"""Files that are either the old one or the new one, whole, whenever the program or the machine
-stops."""
+"""Files that stay whole, the old one or the new one, whenever the program or the machine stops."""
 
 import contextlib
 import errno
@@ -59,13 +58,15 @@ def save_png(path, figure, **options):
 
 
 def lock_file(path):
-    """The open file at path, locked until it is closed or its process ends. UserError if another
-    program has it."""
+    """The open file at path, locked until it is closed or its process ends.
+
+    UserError if another program has it."""
     file = open(path, "a")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(
-            file.fileno(), msvcrt.LK_NBLCK, 1
-        )
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks

@@ -1,5 +1,4 @@
-"""A 3×3 convolution with a fifth of the multiplications, after Winograd. Nothing here learns
-anything of its own.
+"""A 3×3 convolution with a fifth of the multiplications, after Winograd. Nothing here learns.
 
 mnist_resnet9.conv2d() shows what a convolution is; what stands here computes the same, faster, on a
 CPU. A reader who skips this file misses nothing but speed: with MIN_CHANNELS set to 10**9 every
@@ -56,8 +55,9 @@ MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multiplication
 
 
 def is_faster(w):
-    """Whether this is the faster way for the kernel w. On a GPU, where w is not a NumPy array, it
-    is not."""
+    """Whether this is the faster way for the kernel w.
+
+    On a GPU, where w is not a NumPy array, it is not."""
     return isinstance(w, np.ndarray) and w.shape[:2] == (3, 3) and w.shape[2] >= MIN_CHANNELS
 
 
@@ -90,8 +90,7 @@ def tile_matrices():
 
 @functools.lru_cache(maxsize=None)
 def kernel_matrix(dtype):
-    """G from both sides as one matrix: G w Gᵀ, with the 3×3 weights in a row of 9. Shape (81,
-    9)."""
+    """G w Gᵀ as one matrix (81, 9), to be multiplied with the 3×3 weights as a column of 9."""
     G = tile_matrices().G
     return np.einsum("ia,jb->jiab", G, G).reshape(VALUES * VALUES, 9).astype(dtype)
 
@@ -102,8 +101,7 @@ class Strip(NamedTuple):
 
 
 class Strips(NamedTuple):
-    """The strips of a row of L pixels, for the forward pass and, transposed, for the backward
-    pass."""
+    """The strips of a row of L pixels, for the forward pass and, transposed, for the backward."""
 
     reads: list  # P of each strip, (values · T, pixels)
     makes: list  # Q of each strip, (pixels, values · T)
@@ -188,8 +186,9 @@ def from_points(rows, M, cols, N):
 
 
 def join(strips, xs, y):
-    """Writes matrix @ x of each strip into its pixels of y; where strips overlap, their values
-    add."""
+    """Writes matrix @ x of each strip into its pixels of y.
+
+    Where strips overlap, their values add."""
     done = 0
     for (pixels, Q), x in zip(strips, xs):
         new = max(done, pixels.start)
@@ -203,8 +202,9 @@ def join(strips, xs, y):
 
 
 class Kernel(np.ndarray):
-    """A kernel w (3, 3, C, K) that carries along U = G w Gᵀ (VALUES, VALUES, C, K), and UT (…, K,
-    C) for backward."""
+    """A kernel w (3, 3, C, K) that carries its transform along.
+
+    U = G w Gᵀ is (VALUES, VALUES, C, K); UT, for the backward pass, is (VALUES, VALUES, K, C)."""
 
     U = UT = None
 
@@ -224,9 +224,13 @@ def transform(w):
 
 
 def prepare(params):
-    """params, with every kernel transformed for which that pays: once for a batch, not once for
-    each of its shards."""
-    return {name: transform(p) if p.ndim == 4 and is_faster(p) else p for name, p in params.items()}
+    """params, with every kernel transformed for which that pays.
+
+    This is done once for a batch, not once for each of its shards."""
+    prepared = {}
+    for name, p in params.items():
+        prepared[name] = transform(p) if p.ndim == 4 and is_faster(p) else p
+    return prepared
 
 
 class Cache(NamedTuple):
@@ -244,26 +248,25 @@ def conv2d(x, w, b):
     if not isinstance(w, Kernel) or w.U is None:
         w = transform(w)
     X = to_points(rows.reads, x, cols.reads)  # (strips, strips, VALUES, VALUES, T·S·N, C)
-    M = (
-        X @ w.U
-    )  # (strips, strips, VALUES, VALUES, T·S·N, K): at each pair of points, a sum over the channels
-    M[:, :, 0, 0] += (
-        b  # all powers of 1 are 1: the value at the points (1, 1) enters every output as it is
-    )
+    # At each pair of points, a sum over the channels.
+    M = X @ w.U  # (strips, strips, VALUES, VALUES, T·S·N, K)
+    # All powers of 1 are 1: the value at the points (1, 1) enters every output as it is.
+    M[:, :, 0, 0] += b
     return from_points(rows.makes, M, cols.makes, N), Cache(X, w, x.shape)
 
 
 def conv2d_backward(dy, cache, need_dx=True):
-    """From y = Q M Qᵀ, M = X @ U, X = P x Pᵀ, U = G w Gᵀ: the same products in reverse, each factor
-    transposed."""
+    """From y = Q M Qᵀ, M = X @ U, X = P x Pᵀ, U = G w Gᵀ: dx, dw and db.
+
+    These are the same products in reverse, each factor transposed."""
     X, w, (H, W, N, C) = cache
     rows, cols = strips_of(H, dy.dtype), strips_of(W, dy.dtype)
     dM = to_points(rows.makes_back, dy, cols.makes_back)
     db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
-    dU = functools.reduce(
-        np.add, (X.swapaxes(-1, -2) @ dM).reshape(-1, VALUES, VALUES, *w.shape[2:])
-    )
-    dw = (kernel_matrix(dy.dtype).T @ dU.reshape(VALUES * VALUES, -1)).reshape(w.shape)
+    dUs = (X.swapaxes(-1, -2) @ dM).reshape(-1, VALUES, VALUES, *w.shape[2:])
+    dU = functools.reduce(np.add, dUs)  # the sum over the strips
+    dw = kernel_matrix(dy.dtype).T @ dU.reshape(VALUES * VALUES, -1)
+    dw = dw.reshape(w.shape)
     if not need_dx:
         return None, dw, db
     dX = dM @ w.UT  # (strips, strips, VALUES, VALUES, T·S·N, C)
