@@ -10,6 +10,7 @@ Nothing here is needed to understand how the network learns: without this file a
 same with the plain operations of mnist_resnet9.py.
 """
 
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -122,8 +123,17 @@ class KernelGradient:
         return a_block, -(-rows // a_block)
 
 
-def add_parts_name(count):
-    return "add_parts<8>" if count > 64 else "add_parts<32>"
+def add_parts(count):
+    """Columns of a block that adds so many parts, and the kernel's name."""
+    columns = 8 if count > 64 else 32
+    return columns, f"add_parts<{columns}>"
+
+
+def muon_threads(K):
+    """A warp for each tile of a (K, K) matrix, the tiles so wide that 32 warps are enough."""
+    rows, parts = round_up(K, 16) // 16, round_up(K, 16) // 8
+    width = next(n for n in range(1, parts + 1) if parts % n == 0 and rows * parts // n <= 32)
+    return rows * parts // width * 32
 
 
 # ── The network ───────────────────────────────────────────────────────────────────────────────────
@@ -173,31 +183,47 @@ def unsupported(settings, limit):
 
 # ── Recording ─────────────────────────────────────────────────────────────────────────────────────
 
+NUMBERS = {"int": np.int32, "unsigned": np.uint32, "float": np.float32, "word": np.uint64}
 
-def as_argument(value):
-    if value is None:
-        return NULL
-    if isinstance(value, float):
-        return np.float32(value)
-    return np.int32(value) if isinstance(value, (bool, int)) else value
+
+@lru_cache(maxsize=1)
+def signatures():
+    """Each kernel of gpu.cu and its parameters: {kernel: [(type, name), …]}."""
+    source = re.sub(r"//.*", "", SOURCE.read_text(encoding="utf-8"))
+    found = {}
+    for text in source.split("__global__ void")[1:]:
+        head, _, parameters = text[: text.index("{")].rpartition("(")
+        kernel = re.search(r"\w+$", head)[0]
+        parameters = parameters.rpartition(")")[0].split(",")
+        found[kernel] = [tuple(parameter.strip().rsplit(maxsplit=1)) for parameter in parameters]
+    return found
 
 
 class Program:
     """Kernels in the order in which they are launched, on a main branch (0) and some beside it.
 
     A kernel beside the main branch waits for what the main branch has launched before it, and runs
-    while that goes on; join() makes the main branch wait for all.
+    while that goes on; join() makes the main branch wait for all. `common` are arguments that many
+    kernels take, by name.
     """
 
-    def __init__(self, device):
-        self.device, self.entries, self.kept = device, [], []
+    def __init__(self, device, **common):
+        self.device, self.common = device, common
+        self.entries, self.kept = [], []
 
-    def launch(self, name, grid, threads, *arguments, shared=0, branch=0):
-        """Adds a kernel. Of the arguments, True and whole numbers are int in gpu.cu, others float;
-        None is an array that is not there."""
+    def launch(self, name, grid, threads, shared=0, branch=0, **given):
+        """Adds a kernel. Arguments have the names that they have in gpu.cu; an array that is not
+        given is null."""
+        given = self.common | given
+        arguments = []
+        for kind, parameter in signatures()[name.split("<")[0]]:
+            value = given.get(parameter)
+            if kind.endswith("*"):
+                arguments.append(NULL if value is None else value)
+            else:
+                arguments.append(NUMBERS[kind](value))
         grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)
-        arguments = tuple(map(as_argument, arguments))
-        self.entries.append((branch, name, grid, (threads, 1, 1), arguments, shared))
+        self.entries.append((branch, name, grid, (threads, 1, 1), tuple(arguments), shared))
 
     def join(self):
         self.entries.append(None)
@@ -216,22 +242,20 @@ class Cuda:
 
         self.xp = cupy
         self.limit = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-
         self.modules = {}
 
     def module(self, names):
         if names not in self.modules:
-            code, options = SOURCE.read_text(encoding="utf-8"), ("-std=c++17",)
+            code = SOURCE.read_text(encoding="utf-8")
             self.modules[names] = self.xp.RawModule(
-                code=code, options=options, name_expressions=names
+                code=code, options=("-std=c++17",), name_expressions=names
             )
         return self.modules[names]
 
     def launch(self, name, grid, threads, *arguments):
         """Runs one kernel now, by itself."""
-        self.module(("fill_normal", "fill_uniform")).get_function(name)(
-            (grid, 1, 1), (threads, 1, 1), arguments
-        )
+        kernel = self.module(("fill_normal", "fill_uniform")).get_function(name)
+        kernel((grid, 1, 1), (threads, 1, 1), arguments)
 
     def record(self, program):
         """A function that runs the program, as one CUDA graph."""
@@ -241,7 +265,7 @@ class Cuda:
         kernels = {}
         for _, name, _, _, _, shared in launches:
             kernels[name] = module.get_function(name)
-            if shared > 48 * 1024:
+            if shared > 48 * 1024:  # more has to be asked for
                 kernels[name].max_dynamic_shared_size_bytes = shared
         main = xp.cuda.Stream(non_blocking=True, priority=-5)  # what the others wait for goes first
         beside = {branch: xp.cuda.Stream(non_blocking=True) for branch, *_ in launches if branch}
@@ -274,6 +298,16 @@ class Cuda:
 # ── The network as a program ──────────────────────────────────────────────────────────────────────
 
 
+def blocks_of(size):
+    """Blocks of 256 threads, one for each of so many numbers."""
+    return -(-size // 256)
+
+
+def inverse(N):
+    """2³²/N, rounded up: gpu.cu divides by multiplying with it. 0 stands for 2³², where N is 1."""
+    return -(-(2**32) // N) if N > 1 else 0
+
+
 class Network:
     """What training and predicting share: the layers, and forward up to the last pooling."""
 
@@ -285,35 +319,30 @@ class Network:
 
     def forward(self, program, params, x, N):
         """Launches convolutions and the first pooling. Returns each layer's input and output."""
-        inverse = np.uint32(-(-(2**32) // N) if N > 1 else 0)
-        outputs, inputs = {}, {}
-        h = x
+        inputs, outputs = {}, {}
         for layer in self.layers:
-            i, K, side = layer.i, layer.K, layer.side
+            i, tile = layer.i, layer.forward
             if i == 5:
-                h, size, NC = program.empty(14, 14, N, layer.C), 196 * N * layer.C, N * layer.C
-                pooled = outputs[4], h, size, NC
-                program.launch(f"pool<28, {self.max}>", -(-size // 256), 256, *pooled)
-            inputs[i] = h
-            y = outputs[i] = program.empty(side, side, N, K)
+                x = program.empty(14, 14, N, layer.C)
+                program.launch(
+                    f"pool<28, {self.max}>",
+                    blocks_of(x.size),
+                    256,
+                    **dict(x=outputs[4], y=x, size=x.size, NC=N * layer.C),
+                )
+            inputs[i] = x
+            outputs[i] = program.empty(layer.side, layer.side, N, layer.K)
             shortcut = inputs[i - 1] if i in (4, 8) else None
+            w, b = params[f"conv{i}.weight"], params[f"conv{i}.bias"]
             program.launch(
-                layer.forward.name,
-                layer.forward.grid(N),
-                layer.forward.threads,
-                h,
-                params[f"conv{i}.weight"],
-                params[f"conv{i}.bias"],
-                shortcut,
-                None,
-                y,
-                True,
-                N,
-                inverse,
-                shared=layer.forward.shared,
+                tile.name,
+                tile.grid(N),
+                tile.threads,
+                tile.shared,
+                **dict(x=x, w=w, b=b, add=shortcut, y=outputs[i], relu=True),
             )
-            h = y
-        return inputs, outputs, inverse
+            x = outputs[i]
+        return inputs, outputs
 
 
 class Predictor(Network):
@@ -322,47 +351,16 @@ class Predictor(Network):
     def __init__(self, device, settings, params, N):
         super().__init__(device, settings)
         self.N = N
-        program = Program(device)
+        program = Program(device, N=N, inverse=inverse(N), batch=0, smoothing=0)
         self.images = program.empty(N, 28, 28, dtype=np.uint8)
         self.logits = program.empty(N, 10)
         x = program.empty(28, 28, N)
-        program.launch(
-            "read_images<false>",
-            (N, 4),
-            256,
-            self.images,
-            None,
-            0,
-            x,
-            N,
-            float(0),
-            float(0),
-            None,
-            0,
-            None,
-            None,
-            None,
-        )
-        _, outputs, _ = self.forward(program, params, x, N)
-        program.launch(
-            f"head<{settings.channels[3]}, {self.max}>",
-            N,
-            256,
-            outputs[8],
-            None,
-            params["fc9.weight"],
-            params["fc9.bias"],
-            None,
-            self.logits,
-            None,
-            None,
-            0,
-            None,
-            float(0),
-            None,
-            None,
-            N,
-        )
+        as_they_are = dict(strength=0, elastic=0, J=0)
+        program.launch("read_images<false>", (N, 4), 256, images=self.images, x=x, **as_they_are)
+        _, outputs = self.forward(program, params, x, N)
+        w, b = params["fc9.weight"], params["fc9.bias"]
+        name = f"head<{settings.channels[3]}, {self.max}>"
+        program.launch(name, N, 256, x=outputs[8], w=w, b=b, logits=self.logits)
         self.run = device.record(program)
 
     def __call__(self, images):
@@ -389,13 +387,8 @@ class Trainer(Network):
         self, device, settings, params, flat, moments, ema, ema_flat, images, labels, bumps
     ):
         super().__init__(device, settings)
-        self.params, self.flat, self.moments, self.ema, self.ema_flat = (
-            params,
-            flat,
-            moments,
-            ema,
-            ema_flat,
-        )
+        self.params, self.flat, self.moments = params, flat, moments
+        self.ema, self.ema_flat = ema, ema_flat
         self.images, self.labels, self.bumps = images, labels, bumps
         xp, steps = device.xp, -(-len(images) // settings.batch_size)
         self.order = xp.empty(len(images), np.int32)
@@ -404,21 +397,19 @@ class Trainer(Network):
         self.losses = xp.empty(steps, np.float32)
         self.gradient = xp.empty(flat.size, np.float32)
         self.next, self.now = xp.zeros(1, np.int32), xp.zeros(1, np.int32)  # step of the epoch
-        muon = {f"conv{i}.weight" for i in range(2, 9)} if settings.optimizer == "muon" else ()
-        kinds = [
-            np.full(
-                a.size,
-                MUON_WEIGHT if name in muon else WEIGHT if name.endswith("weight") else BIAS,
-                np.uint8,
-            )
-            for name, a in params.items()
-        ]
+        kinds = [np.full(a.size, self.kind_of(name), np.uint8) for name, a in params.items()]
         self.kinds = xp.asarray(np.concatenate(kinds))
         self.programs = {}
         for N in {self.images_of(number) for number in (0, steps - 1)}:
-            program = Program(device)
-            self.write(program, N)
-            self.programs[N] = device.record(program)
+            self.programs[N] = device.record(self.program(N))
+
+    def kind_of(self, name):
+        """How the update treats a parameter."""
+        if not name.endswith("weight"):
+            return BIAS
+        between_hidden_layers = name.startswith("conv") and name != "conv1.weight"
+        muon = self.settings.optimizer == "muon" and between_hidden_layers
+        return MUON_WEIGHT if muon else WEIGHT
 
     def images_of(self, number):
         """How many images step `number` of an epoch has: the last batch may be smaller."""
@@ -427,19 +418,15 @@ class Trainer(Network):
     def begin_epoch(self, order, keys, rates, first_step, done=0):
         """order: the images' numbers; keys: one for each step's random numbers; rates: learning
         rates; first_step: steps before this epoch; done: steps of it that are already taken."""
-        settings, beta1, beta2 = self.settings, BETA1[self.settings.optimizer], self.settings.beta2
+        settings, xp = self.settings, self.device.xp
+        beta1, beta2 = BETA1[settings.optimizer], settings.beta2
         plan = np.empty((len(rates), PLAN_LENGTH))
         for i, rate in enumerate(rates):
             step = first_step + i
             keep = min(settings.ema, (1 + step) / (10 + step))
-            plan[i] = (
-                rate,
-                1 - rate * settings.weight_decay,
-                rate / (1 - beta1 ** (step + 1)),
-                1 - beta2 ** (step + 1),
-                1 - keep,
-            )
-        xp = self.device.xp
+            shrink = 1 - rate * settings.weight_decay
+            adam_rate, correction = rate / (1 - beta1 ** (step + 1)), 1 - beta2 ** (step + 1)
+            plan[i] = rate, shrink, adam_rate, correction, 1 - keep
         self.order[...] = xp.asarray(order.astype(np.int32))
         self.keys[...] = xp.asarray(np.asarray(keys, np.uint64))
         self.plan[...] = xp.asarray(plan.astype(np.float32))
@@ -450,6 +437,157 @@ class Trainer(Network):
         self.programs[self.images_of(number)]()
         return self.losses[number]
 
+    def program(self, N):
+        """One step with N images, from the images to the update."""
+        settings, params = self.settings, self.params
+        sgd = settings.optimizer == "sgd"
+        program = Program(
+            self.device,
+            **dict(N=N, inverse=inverse(N), batch=settings.batch_size, plan=self.plan),
+            **dict(order=self.order, keys=self.keys, next=self.next, now=self.now),
+            **dict(beta1=settings.momentum if sgd else BETA1[settings.optimizer]),
+            **dict(beta2=settings.beta2, smoothing=settings.label_smoothing),
+        )
+        mask = self.dropout_mask(program, N) if settings.dropout else None
+        x = program.empty(28, 28, N)
+        augment = settings.augment > 0 or settings.elastic > 0
+        program.launch(
+            f"read_images<{str(augment).lower()}>",
+            (N, 4),
+            256,
+            **dict(images=self.images, x=x, strength=settings.augment, elastic=settings.elastic),
+            **dict(bumps=self.bumps, J=len(self.bumps)),
+        )
+        inputs, outputs = self.forward(program, params, x, N)
+        program.join()
+
+        dw, start = {}, 0  # of each layer, kernel and bias in one piece of the flat gradient
+        for name, a in params.items():
+            if name.endswith("weight"):
+                size = a.size + params[name.replace("weight", "bias")].size
+                dw[name] = self.gradient[start : start + size]
+            start += a.size
+        losses = program.empty(N)
+        dx = self.head(program, outputs[8], mask, dw["fc9.weight"], losses, N)
+        self.backward(program, inputs, outputs, dx, dw, N)
+        program.join()
+        program.launch(
+            f"update<{('sgd', 'adam', 'muon').index(settings.optimizer)}>",
+            blocks_of(self.flat.size),
+            256,
+            **dict(w=self.flat, dw=self.gradient, moments=self.moments, ema=self.ema_flat),
+            **dict(kinds=self.kinds, size=self.flat.size),
+            **dict(image_losses=losses, losses=self.losses),
+        )
+        return program
+
+    def dropout_mask(self, program, N):
+        """Launches the drawing of dropout's mask, which needs nothing but the step's key."""
+        settings, F = self.settings, self.features
+        drawn = 0  # by augmentation, in whole words of four
+        if settings.augment or settings.elastic:
+            drawn = round_up(6 * N, 8)
+        if settings.elastic:
+            drawn += 2 * round_up(N * len(self.bumps), 8)
+        mask, kept = program.empty(N, F), 1 / (1 - settings.dropout)
+        size = dict(size=N * F, first=drawn)
+        name, blocks = "dropout_mask", blocks_of(-(-N * F // 8))
+        program.launch(
+            name, blocks, 256, branch=1, mask=mask, rate=settings.dropout, kept=kept, **size
+        )
+        return mask
+
+    def head(self, program, x, mask, dw, losses, N):
+        """From the last activations to the loss, and back. Returns their gradient."""
+        F, C, params = self.features, self.settings.channels[3], self.params
+        features, logits = program.empty(N, F), program.empty(N, 10)
+        dlogits, dx = program.empty(N, 10), program.empty(14, 14, N, C)
+        w, b = params["fc9.weight"], params["fc9.bias"]
+        program.launch(
+            f"head<{C}, {self.max}>",
+            N,
+            256,
+            **dict(x=x, mask=mask, w=w, b=b, features=features, logits=logits),
+            **dict(labels=self.labels, losses=losses, dlogits=dlogits),
+        )
+        gradient = dict(features=features, dlogits=dlogits, dw=dw, F=F)
+        program.launch("linear_gradient", -(-(F + 1) // 32), 256, branch=1, **gradient)
+        name, blocks = f"head_gradient<{C}, {self.max}>", blocks_of(49 * N * C)
+        program.launch(name, blocks, 256, x=x, mask=mask, w=w, dlogits=dlogits, dx=dx)
+        return dx
+
+    def backward(self, program, inputs, outputs, dx, dw, N):
+        """From dx, the gradient of the last activations, to that of every kernel and bias."""
+        slopes = {8: dx}  # the gradient of each layer's output, before its relu
+        for layer in reversed(self.layers):
+            i, tile = layer.i, layer.back
+            change = self.learn(program, layer, inputs[i], slopes[i], dw, N)
+            if tile is None:
+                break
+            dx = program.empty(layer.side, layer.side, N, layer.C)
+            gate = None if i == 5 else inputs[i]  # what comes from pooling did not pass a relu
+            shortcut = slopes[i + 1] if i in (3, 7) else None
+            w = self.params[f"conv{i}.weight"]
+            program.launch(
+                tile.name,
+                tile.grid(N),
+                tile.threads,
+                tile.shared,
+                **dict(x=slopes[i], w=w, add=shortcut, gate=gate, y=dx, relu=False),
+            )
+            change()
+            slopes[i - 1] = dx
+            if i == 5:
+                slopes[4] = program.empty(28, 28, N, layer.C)
+                program.launch(
+                    f"pool_gradient<28, {self.max}>",
+                    blocks_of(dx.size),
+                    256,
+                    **dict(x=outputs[4], dy=dx, dx=slopes[4], size=dx.size, NC=N * layer.C),
+                )
+
+    def learn(self, program, layer, x, dy, dw, N):
+        """The gradient of a layer's kernel and bias, beside the way back. Returns a function that
+        launches what changes the kernel: the way back has to have read it by then."""
+        tile, name, branch = layer.gradient, f"conv{layer.i}.weight", 2 + layer.i % 3
+        a_block, blocks = tile.split(N)
+        count = blocks * tile.groups
+        parts = program.empty(count, tile.size)
+        program.launch(
+            tile.name,
+            (blocks, tile.tiles),
+            tile.threads,
+            tile.shared,
+            branch,
+            **dict(x=x, dy=dy, parts=parts, rows_a_block=a_block),
+        )
+        columns, sums = add_parts(count)
+        blocks, sizes = -(-tile.size // columns), dict(size=tile.size, count=count)
+        program.launch(sums, blocks, 256, branch=branch, parts=parts, sum=dw[name], **sizes)
+        if self.kind_of(name) == MUON_WEIGHT:
+            return self.orthogonal_step(program, layer, dw[name], branch)
+        return lambda: None
+
+    def orthogonal_step(self, program, layer, dw, branch):
+        """Muon's step with the gradient of a layer's kernel, but for its end: see learn."""
+        name, R, K = f"conv{layer.i}.weight", 9 * layer.C, layer.K
+        padded, strips = round_up(K, 16), -(-R // 32)
+        X, parts = program.empty(32 * strips, padded), program.empty(strips, padded, padded)
+        Q, scale = program.empty(padded, padded), program.empty(1)
+        m, v = self.moment(0, name), self.moment(1, name)
+        mean = f"muon_mean<{R}, {K}>"
+        program.launch(mean, strips, 256, branch=branch, dw=dw, m=m, v=v, X=X, parts=parts)
+        rounds, threads, shared = f"muon_rounds<{K}>", muon_threads(K), layer.muon_shared
+        sizes = dict(count=strips, Q_out=Q, scale=scale)
+        program.launch(rounds, 1, threads, shared, branch, parts=parts, **sizes)
+        ema = None if self.ema is None else self.ema[name]
+
+        def change():
+            changed = dict(w=self.params[name], ema=ema, X=X, Q=Q, scale=scale)
+            program.launch(f"muon_update<{R}, {K}>", -(-R // 64), 128, branch=branch, **changed)
+
+        return change
+
     def moment(self, number, name):
         """The part of the moments that belongs to a parameter."""
         start = 0
@@ -458,261 +596,6 @@ class Trainer(Network):
                 return self.moments[number][start : start + a.size]
             start += a.size
         raise KeyError(name)
-
-    def write(self, program, N):
-        """One step with N images, from the images to the update."""
-        settings, params = self.settings, self.params
-        batch, F, C = settings.batch_size, self.features, settings.channels[3]
-        augment = settings.augment > 0 or settings.elastic > 0
-        dw, start = {}, 0  # of each layer, kernel and bias in one piece
-        for name, a in params.items():
-            if name.endswith("weight"):
-                size = a.size + params[name.replace("weight", "bias")].size
-                dw[name] = self.gradient[start : start + size]
-            start += a.size
-
-        mask = None
-        if settings.dropout:
-            mask = program.empty(N, F)
-            J = len(self.bumps)
-            first = (
-                (round_up(6 * N, 8) + (2 * round_up(N * J, 8) if settings.elastic else 0))
-                if augment
-                else 0
-            )
-            rate, kept = float(settings.dropout), float(1 / (1 - settings.dropout))
-            program.launch(
-                "dropout_mask",
-                -(-N * F // 2048),
-                256,
-                mask,
-                N * F,
-                rate,
-                kept,
-                first,
-                self.keys,
-                self.next,
-                branch=1,
-            )
-        x = program.empty(28, 28, N)
-        program.launch(
-            f"read_images<{str(augment).lower()}>",
-            (N, 4),
-            256,
-            self.images,
-            self.order,
-            batch,
-            x,
-            N,
-            float(settings.augment),
-            float(settings.elastic),
-            self.bumps,
-            len(self.bumps),
-            self.keys,
-            self.next,
-            self.now,
-        )
-        inputs, outputs, inverse = self.forward(program, params, x, N)
-        program.join()
-        features, logits = program.empty(N, F), program.empty(N, 10)
-        losses, dlogits = program.empty(N), program.empty(N, 10)
-        program.launch(
-            f"head<{C}, {self.max}>",
-            N,
-            256,
-            outputs[8],
-            mask,
-            params["fc9.weight"],
-            params["fc9.bias"],
-            features,
-            logits,
-            self.labels,
-            self.order,
-            batch,
-            self.now,
-            float(settings.label_smoothing),
-            losses,
-            dlogits,
-            N,
-        )
-        program.launch(
-            "linear_gradient",
-            -(-(F + 1) // 32),
-            256,
-            features,
-            dlogits,
-            dw["fc9.weight"],
-            F,
-            N,
-            branch=1,
-        )
-
-        slopes = {
-            8: program.empty(14, 14, N, C)
-        }  # the gradient of each layer's output before its relu
-        program.launch(
-            f"head_gradient<{C}, {self.max}>",
-            -(-49 * N * C // 256),
-            256,
-            outputs[8],
-            mask,
-            params["fc9.weight"],
-            dlogits,
-            slopes[8],
-            N,
-        )
-        for layer in reversed(self.layers):
-            i = layer.i
-            change = self.learn(
-                program, layer, inputs[i], slopes[i], dw, N, inverse, branch=2 + i % 3
-            )
-            if not layer.back:
-                break
-            dx = program.empty(layer.side, layer.side, N, layer.C)
-            gate = None if i == 5 else inputs[i]  # what comes from pooling did not pass a relu
-            shortcut = slopes[i + 1] if i in (3, 7) else None
-            program.launch(
-                layer.back.name,
-                layer.back.grid(N),
-                layer.back.threads,
-                slopes[i],
-                params[f"conv{i}.weight"],
-                None,
-                shortcut,
-                gate,
-                dx,
-                False,
-                N,
-                inverse,
-                shared=layer.back.shared,
-            )
-            change()
-            slopes[i - 1] = dx
-            if i == 5:
-                slopes[4] = program.empty(28, 28, N, layer.C)
-                size, NC = dx.size, N * layer.C
-                program.launch(
-                    f"pool_gradient<28, {self.max}>",
-                    -(-dx.size // 256),
-                    256,
-                    outputs[4],
-                    dx,
-                    slopes[4],
-                    size,
-                    NC,
-                )
-        program.join()
-        optimizer = ("sgd", "adam", "muon").index(settings.optimizer)
-        beta1 = settings.momentum if settings.optimizer == "sgd" else BETA1[settings.optimizer]
-        ema = None if self.ema is None else self.ema_flat
-        program.launch(
-            f"update<{optimizer}>",
-            -(-self.flat.size // 256),
-            256,
-            self.flat,
-            self.gradient,
-            self.moments,
-            ema,
-            self.kinds,
-            self.flat.size,
-            float(beta1),
-            float(settings.beta2),
-            self.plan,
-            losses,
-            N,
-            self.losses,
-            self.now,
-            self.next,
-        )
-
-    def learn(self, program, layer, x, dy, dw, N, inverse, branch):
-        """The gradient of a layer's kernel and bias, beside the way back. Returns a function that
-        launches what changes the kernel: the way back has to have read it by then."""
-        gradient, name = layer.gradient, f"conv{layer.i}.weight"
-        a_block, blocks = gradient.split(N)
-        count = blocks * gradient.groups
-        parts = program.empty(count, gradient.size)
-        program.launch(
-            gradient.name,
-            (blocks, gradient.tiles),
-            gradient.threads,
-            x,
-            dy,
-            parts,
-            a_block,
-            N,
-            inverse,
-            shared=gradient.shared,
-            branch=branch,
-        )
-        columns = 8 if count > 64 else 32
-        program.launch(
-            add_parts_name(count),
-            -(-gradient.size // columns),
-            256,
-            parts,
-            dw[name],
-            gradient.size,
-            count,
-            branch=branch,
-        )
-        if self.settings.optimizer == "muon" and layer.i > 1:
-            return self.orthogonal_step(program, layer, dw[name], branch)
-        return lambda: None
-
-    def orthogonal_step(self, program, layer, dw, branch):
-        """Muon's step with the gradient of a layer's kernel."""
-        name, R, K = f"conv{layer.i}.weight", 9 * layer.C, layer.K
-        padded, strips = round_up(K, 16), -(-R // 32)
-        X, parts = program.empty(32 * strips, padded), program.empty(strips, padded, padded)
-        Q, scale = program.empty(padded, padded), program.empty(1)
-        program.launch(
-            f"muon_mean<{R}, {K}>",
-            strips,
-            256,
-            dw,
-            self.moment(0, name),
-            self.moment(1, name),
-            X,
-            parts,
-            float(BETA1["muon"]),
-            float(self.settings.beta2),
-            branch=branch,
-        )
-        each = next(
-            n
-            for n in range(1, 99)
-            if padded // 8 % n == 0 and padded // 16 * (padded // 8 // n) <= 32
-        )
-        program.launch(
-            f"muon_rounds<{K}>",
-            1,
-            padded // 16 * (padded // 8 // each) * 32,
-            parts,
-            strips,
-            Q,
-            scale,
-            shared=layer.muon_shared,
-            branch=branch,
-        )
-        ema = None if self.ema is None else self.ema[name]
-
-        def update():
-            program.launch(
-                f"muon_update<{R}, {K}>",
-                -(-R // 64),
-                128,
-                self.params[name],
-                ema,
-                X,
-                Q,
-                scale,
-                self.plan,
-                self.now,
-                branch=branch,
-            )
-
-        return update
 
 
 class FastPath:

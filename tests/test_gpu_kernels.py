@@ -5,7 +5,6 @@ Each test runs twice: on a CPU, where cuda_on_cpu.py compiles the kernels with t
 arrays start as NaN.
 """
 
-import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -184,11 +183,11 @@ def test_kernel_gradient(side, C, K, N, cuda, rng):
         inverse(N),
         shared=tile.shared,
     )
-    columns = int(re.search(r"\d+", gpu.add_parts_name(count))[0])
+    columns, name = gpu.add_parts(count)
     grid = -(-tile.size // columns), 1
     run(
         cuda,
-        gpu.add_parts_name(count),
+        name,
         grid,
         256,
         parts,
@@ -403,15 +402,12 @@ def test_predictions(pool, cuda, sample):
 
 def signatures():
     """Name of each kernel → for each of its parameters: "reads", "writes" or None (a number)."""
-    source, found = re.sub(r"//.*", "", gpu.SOURCE.read_text(encoding="utf-8")), {}
-    for text in source.split("__global__ void")[1:]:
-        head, _, parameters = text[: text.index("{")].rpartition("(")
-        parameters = parameters.rpartition(")")[0].split(",")
-        name = re.search(r"\w+$", head)[0]
-        found[name] = [
-            None if "*" not in p else "reads" if "const" in p else "writes" for p in parameters
+    return {
+        name: [
+            None if "*" not in kind else "reads" if "const" in kind else "writes" for kind, _ in p
         ]
-    return found
+        for name, p in gpu.signatures().items()
+    }
 
 
 def conflicts(program, kernels):
@@ -451,8 +447,7 @@ def conflicts(program, kernels):
 @pytest.mark.parametrize("given", STEPS)
 def test_kernels_that_run_side_by_side_leave_each_others_arrays_alone(given, cuda, sample):
     kernels, both = signatures(), Both(cuda, sample, **given)
-    program = gpu.Program(cuda)
-    both.trainer.write(program, 16)
+    program = both.trainer.program(16)
     assert len(kernels) == 16
     for _, name, _, _, arguments, _ in filter(None, program.entries):
         assert len(arguments) == len(kernels[name.split("<")[0]]), name
@@ -460,11 +455,8 @@ def test_kernels_that_run_side_by_side_leave_each_others_arrays_alone(given, cud
 
 
 def test_a_kernel_that_does_not_wait_is_found(cuda, sample):
-    kernels, both, program = signatures(), Both(cuda, sample, dropout=0.5), gpu.Program(cuda)
-    both.trainer.write(program, 16)
-    program.entries = [
-        entry for entry in program.entries if entry
-    ]  # nobody waits for what runs beside
+    kernels, program = signatures(), Both(cuda, sample, dropout=0.5).trainer.program(16)
+    program.entries = [entry for entry in program.entries if entry]  # nobody waits for the rest
     found = conflicts(program, kernels)
     assert any("dropout_mask" in one and "head" in other for one, other in found)
 
