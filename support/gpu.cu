@@ -153,7 +153,7 @@ __device__ void multiply(float (&acc)[MT][NT][4], const float* a, const float* b
 
 // ── Convolutions ────────────────────────────────────────────────────────────────────────────────
 
-// r / N, where inverse is 2³²/N rounded up: exact for all r and N here (r < 2²⁰, N < 2¹²).
+// r / N, where inverse is 2³²/N rounded up: exact where r N < 2³², so up to N = 2,340.
 __device__ int pixel_of(int r, unsigned inverse) { return inverse ? __umulhi(r, inverse) : r; }
 
 // How many of the nine taps of a kernel are multiplied at once: narrow layers fill a tile better

@@ -169,8 +169,8 @@ def unsupported(settings, limit):
     """Why the kernels cannot compute this network on a GPU with so much shared memory, or None."""
     if any(c % 4 or c > 128 for c in settings.channels):
         return "channels should be multiples of 4, at most 128"
-    if settings.batch_size > 4000:
-        return "batch_size should be at most 4000"
+    if settings.batch_size > 2048:  # inverse() is exact up to there
+        return "batch_size should be at most 2048"
     needed = []
     for layer in layers_of(settings.channels, limit):
         needed += [layer.forward.shared, layer.gradient.shared]

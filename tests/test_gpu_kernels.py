@@ -461,6 +461,13 @@ def test_a_kernel_that_does_not_wait_is_found(cuda, sample):
     assert any("dropout_mask" in one and "head" in other for one, other in found)
 
 
+@pytest.mark.parametrize("N", [1, 2, 3, 16, 37, 64, 1000, 1024, 2047, 2048])
+def test_rows_are_divided_exactly(N):
+    rows = np.arange(28 * 28 * N, dtype=np.uint64)
+    quotient = (rows * np.uint64(gpu.inverse(N))) >> np.uint64(32) if N > 1 else rows
+    assert np.array_equal(quotient, rows // np.uint64(N))
+
+
 def test_what_the_kernels_cannot_do_is_said():
     limit = 230_000
     assert gpu.unsupported(m.Settings(), limit) is None
@@ -469,7 +476,7 @@ def test_what_the_kernels_cannot_do_is_said():
         assert gpu.unsupported(m.Settings(**recipe), limit) is None
     assert "multiples of 4" in gpu.unsupported(m.Settings(channels=(4, 10, 8, 8)), limit)
     assert "at most 128" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 132)), limit)
-    assert "batch_size" in gpu.unsupported(m.Settings(batch_size=5000), limit)
+    assert "batch_size" in gpu.unsupported(m.Settings(batch_size=2049), limit)
     assert "shared memory" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 128)), 30_000)
 
 
