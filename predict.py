@@ -5,10 +5,11 @@
     python predict.py my_digit.png --tag TAG     with the weights of that run
     python predict.py --draw                     a window: draw with the mouse, and see what the network makes of it
 
-Photographs and drawings of any size and colours will do: dark on light, light on dark, transparent. Each digit is
-made into an image as MNIST's were: fitted into 20×20 pixels by its longer side, and moved so that its centre of mass is
-the centre of 28×28. What the network saw is shown beside its answer: if that is no digit, the answer is none either.
-Digits are found by support/pictures.py: on a sheet that lies on a table, in a shadow, on ruled or squared paper, too.
+Photographs and drawings of any size and colours will do: dark on light, light on dark, transparent.
+Each digit is made into an image as MNIST's were: fitted into 20×20 pixels by its longer side, and
+moved so that its centre of mass is the centre of 28×28. What the network saw is shown beside its
+answer: if that is no digit, the answer is none either. Digits are found by support/pictures.py: on
+a sheet that lies on a table, in a shadow, on ruled or squared paper, too.
 """
 
 import io
@@ -35,11 +36,12 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 WORKING_SIZE = 1000  # pixels of the longer side in which digits are looked for
 
 
-# ── Finding the digits ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Finding the digits ────────────────────────────────────────────────────────────────────────────
 
 
 def read_picture(path):
-    """The picture at path as (H, W, 3) float32, values 0…255, and its scale: its pixels for one of the file's.
+    """The picture at path as (H, W, 3) float32, values 0…255, and its scale: its pixels for one of
+    the file's.
 
     UserError names a file that is no picture, is damaged, or is too large.
     """
@@ -72,7 +74,8 @@ def read_picture(path):
 
 
 def open_picture(path):
-    """The file as Pillow opens it. UserError for a HEIC picture, as telephones take them, without its decoder."""
+    """The file as Pillow opens it. UserError for a HEIC picture, as telephones take them, without
+    its decoder."""
     try:
         return Image.open(path)
     except UnidentifiedImageError:
@@ -91,7 +94,8 @@ def open_picture(path):
 
 
 def in_rgb(picture):
-    """The picture in RGB and of working size. What is transparent becomes white, or black if the ink is bright."""
+    """The picture in RGB and of working size. What is transparent becomes white, or black if the
+    ink is bright."""
     if picture.mode[0] in "IF":  # 16 bits or more, where Pillow would cut off all above 255
         values = np.asarray(picture, np.float32)
         values = 255 * (values - values.min()) / (np.ptp(values) or 1)
@@ -109,7 +113,7 @@ def in_rgb(picture):
     return Image.alpha_composite(background, rgba).convert("RGB")
 
 
-# ── Predicting ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Predicting ────────────────────────────────────────────────────────────────────────────────────
 
 
 class Answer(NamedTuple):
@@ -125,7 +129,8 @@ class Answer(NamedTuple):
 
 
 def find_weights(save_dir, tag=None):
-    """The folder of the run whose weights serve: tag, else the reference run, else the newest that has a checkpoint.
+    """The folder of the run whose weights serve: tag, else the reference run, else the newest that
+    has a checkpoint.
 
     UserError if there is none.
     """
@@ -145,7 +150,8 @@ def find_weights(save_dir, tag=None):
 
 
 def is_resnet9(path):
-    """Whether a checkpoint is of this network, not of one of the evolution's first steps. A damaged one may be."""
+    """Whether a checkpoint is of this network, not of one of the evolution's first steps. A damaged
+    one may be."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return "conv8.weight" in arrays.files
@@ -156,10 +162,11 @@ def is_resnet9(path):
 class Reader:
     """The network of a run, and how it answers to digits.
 
-    Softmax always names a digit, so two other numbers tell whether there is one: the energy, which is how much of a
-    digit the network finds, and the likeness to the nearest of 4,000 real digits. Their sum, likeness weighted, is
-    measured on the sample's 1,000 other digits with the network in use, since each network has its own energies: what
-    is below all but a share of FOREIGN of those does not look like a digit.
+    Softmax always names a digit, so two other numbers tell whether there is one: the energy, which
+    is how much of a digit the network finds, and the likeness to the nearest of 4,000 real digits.
+    Their sum, likeness weighted, is measured on the sample's 1,000 other digits with the network in
+    use, since each network has its own energies: what is below all but a share of FOREIGN of those
+    does not look like a digit.
     """
 
     FOREIGN = 0.015
@@ -184,7 +191,8 @@ class Reader:
         return m.predict(self.params, np.asarray(images), self.settings)
 
     def likeness(self, images):
-        """The cosine of the angle between each image and the known digit that is nearest: (N,), 1 = the same."""
+        """The cosine of the angle between each image and the known digit that is nearest: (N,), 1 =
+        the same."""
         return (unit_rows(images) @ self.known.T).max(axis=1)
 
     def digitness(self, images, logits=None):
@@ -213,19 +221,22 @@ def unit_rows(images):
 
 
 def energy(logits):
-    """log Σ exp(logits) of each row. Softmax forgets it: it tells which digit, and this how much of a digit.
+    """log Σ exp(logits) of each row. Softmax forgets it: it tells which digit, and this how much of
+    a digit.
 
-    Liu et al. 2020, arXiv:2010.03759. It is high where some logit is, and low for what the network never saw.
+    Liu et al. 2020, arXiv:2010.03759. It is high where some logit is, and low for what the network
+    never saw.
     """
     top = logits.max(axis=1)
     return top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
 
 
-# ── Showing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Showing ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def in_terminal(image, answer, width=24):
-    """The image in characters (two rows of pixels a line), and beside it the probabilities as bars."""
+    """The image in characters (two rows of pixels a line), and beside it the probabilities as
+    bars."""
     try:
         shades, full = " ░▒▓█", "█"
         (shades + full).encode(sys.stdout.encoding or "ascii")
@@ -242,7 +253,8 @@ def in_terminal(image, answer, width=24):
 
 
 def draw(pictures, columns=3):
-    """A figure: each picture with its digits framed, and for each digit what the network saw and its probabilities."""
+    """A figure: each picture with its digits framed, and for each digit what the network saw and
+    its probabilities."""
     lines = [-(-len(digits) // columns) for _, _, digits, _ in pictures]
     heights = [height for n in lines for height in (2.0, *[1.4] * n)]  # inches
     fig = plt.figure(figsize=(4 * columns, 0.2 + sum(heights)), layout="constrained")

@@ -1,11 +1,13 @@
-"""Test accuracy against dropout rate: the reference experiment with dropout 0.5, 0.6, 0.7, 0.8, 0.9, 0.95 and 0.99.
+"""Test accuracy against dropout rate: the reference experiment with dropout 0.5, 0.6, 0.7, 0.8,
+0.9, 0.95 and 0.99.
 
     python benchmarks/dropout_study.py                  run or continue all, 5 epochs each; then draw docs/dropout.png
     python benchmarks/dropout_study.py --commands       only print the commands, for a job scheduler to spread
     python benchmarks/dropout_study.py --epochs 200     any number of epochs; a study of 5 goes on to 200
 
-Each run is an ordinary one, in save/dropout_<rate>/. Finished runs are not repeated, so after the commands have
-run elsewhere the first line only draws. Runs with fewer epochs than asked for are not drawn.
+Each run is an ordinary one, in save/dropout_<rate>/. Finished runs are not repeated, so after the
+commands have run elsewhere the first line only draws. Runs with fewer epochs than asked for are not
+drawn.
 """
 
 import argparse
@@ -16,14 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import matplotlib  # noqa: E402
+import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from plot_figs import BLUE, STYLE, scale_accuracy  # noqa: E402
-from support import UserError  # noqa: E402
-from support.run_folder import read_metrics  # noqa: E402
+from plot_figs import BLUE, STYLE, scale_accuracy
+from support import UserError
+from support.run_folder import read_metrics
 
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 

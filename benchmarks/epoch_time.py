@@ -2,10 +2,11 @@
 
     python benchmarks/epoch_time.py                      three runs a side, taking turns
 
-Each run is a process of its own that trains for one epoch on MNIST with augmentation: an evaluation before and after
-(10,000 training and 10,000 test images), 938 steps of 64 images, a log line, metrics, predictions and checkpoints. The
-PyTorch loop turns and shifts its images with affine_grid and grid_sample, and keeps the faster memory format. The time
-is that of the training; the imports, and reading the files, come before it.
+Each run is a process of its own that trains for one epoch on MNIST with augmentation: an evaluation
+before and after (10,000 training and 10,000 test images), 938 steps of 64 images, a log line,
+metrics, predictions and checkpoints. The PyTorch loop turns and shifts its images with affine_grid
+and grid_sample, and keeps the faster memory format. The time is that of the training; the imports,
+and reading the files, come before it.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from step_time import plain_network  # noqa: E402
+from step_time import plain_network
 
-import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
+import mnist_resnet9 as m
 
 SETTINGS = m.Settings(tag="epoch", epochs_max=1, augment=1.0, dropout=0.5, learning_rate=1e-3)
 

@@ -63,7 +63,8 @@ def our_step(m, data, settings, fast=False):
 
 
 def torch_step(m, data, settings, device, way="eager"):
-    """The same with PyTorch; way: eager, compile (the network), graph (the step as one CUDA graph)."""
+    """The same with PyTorch; way: eager, compile (the network), graph (the step as one CUDA
+    graph)."""
     import resnet9_torch as t
     import torch
     import torch.nn.functional as F

@@ -1,7 +1,9 @@
-"""Pictures of digits as people take them, made from real handwriting, for predict_accuracy.py and the tests.
+"""Pictures of digits as people take them, made from real handwriting, for predict_accuracy.py and
+the tests.
 
-The handwriting is MNIST's test digits, enlarged; every page is made from a random generator, so a seed makes the
-same pages on any machine. Each kind of page is a function of KINDS: rng, hand → (a PIL picture, the text on it).
+The handwriting is MNIST's test digits, enlarged; every page is made from a random generator, so a
+seed makes the same pages on any machine. Each kind of page is a function of KINDS: rng, hand → (a
+PIL picture, the text on it).
 """
 
 from typing import NamedTuple
@@ -63,7 +65,8 @@ class Page:
 def row(
     rng, hand, count=None, height=None, pen=None, gap=(0.25, 0.7), slope=0.0, margin=0.35, most=1500
 ):
-    """A page with a row of digits of about the same height, on a line that slopes by so many degrees."""
+    """A page with a row of digits of about the same height, on a line that slopes by so many
+    degrees."""
     count = count or int(rng.integers(1, 5))
     height = height or int(rng.integers(90, 220))
     height = min(height, int(most / (1.3 * count)))
@@ -122,7 +125,7 @@ def camera(rng, picture, noise=3.0, blur=0.6):
     return Image.fromarray(np.clip(picture + noise, 0, 255).astype(np.uint8))
 
 
-# ── The kinds of pages ────────────────────────────────────────────────────────────────────────────────────────────
+# ── The kinds of pages ────────────────────────────────────────────────────────────────────────────
 
 
 def plain(rng, hand):
@@ -161,7 +164,8 @@ def number(rng, hand):
 
 
 def sheet_on_table(rng, hand):
-    """A sheet that does not fill the picture: a table around it, bright or dark, plain or with a grain."""
+    """A sheet that does not fill the picture: a table around it, bright or dark, plain or with a
+    grain."""
     page = around(row(rng, hand), rng)
     paper, ink = paper_and_ink(rng)
     sheet = page.colour(paper, ink)
@@ -347,7 +351,8 @@ def all_at_once(rng, hand):
 
 
 def fine_lines(rng, hand):
-    """A page that is all fine lines: squares of a few pixels, or hatching; there is nothing to read."""
+    """A page that is all fine lines: squares of a few pixels, or hatching; there is nothing to
+    read."""
     H, W = rng.integers(700, 1001, 2)
     pitch = int(rng.integers(4, 9))
     picture = np.full((H, W, 3), 240.0)
@@ -394,7 +399,8 @@ TUNING, MEASURING = (
 
 
 def half(data, seed):
-    """The handwriting of a seed: each takes every second of MNIST's test digits, so no digit serves both."""
+    """The handwriting of a seed: each takes every second of MNIST's test digits, so no digit serves
+    both."""
     return Hand(data.test_images[seed % 2 :: 2], data.test_labels[seed % 2 :: 2])
 
 

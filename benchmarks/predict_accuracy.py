@@ -1,14 +1,16 @@
-"""How well predict.py reads: MNIST's test images on larger pages, pictures as people take them, and what is no digit.
+"""How well predict.py reads: MNIST's test images on larger pages, pictures as people take them, and
+what is no digit.
 
     python benchmarks/predict_accuracy.py --tag TAG
     python benchmarks/predict_accuracy.py --seed 1      the pages that predict.py was made with, not those of the table
 
-The pictures as people take them are those of pictures.py. With scikit-learn installed, its 1,797 digits are read, too:
-other people's handwriting, 8×8 pixels, enlarged. The first 400 were looked at when predict.py was made.
+The pictures as people take them are those of pictures.py. With scikit-learn installed, its 1,797
+digits are read, too: other people's handwriting, 8×8 pixels, enlarged. The first 400 were looked at
+when predict.py was made.
 
-The pages are of random sizes, the digit on them 28 to 120 pixels high, at a random place, dark on light or light on
-dark. What is no digit: letters and signs in the fonts that come with matplotlib (without those that look like digits:
-B, I, O, S, Z, …), random shapes, and noise.
+The pages are of random sizes, the digit on them 28 to 120 pixels high, at a random place, dark on
+light or light on dark. What is no digit: letters and signs in the fonts that come with matplotlib
+(without those that look like digits: B, I, O, S, Z, …), random shapes, and noise.
 """
 
 import argparse
@@ -24,10 +26,10 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import pictures  # noqa: E402
+import pictures
 
-import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
-import predict  # noqa: E402
+import mnist_resnet9 as m
+import predict
 
 try:
     from sklearn.datasets import load_digits
@@ -80,7 +82,8 @@ def find(picture, reader):
 
 
 def edits(said, text):
-    """How many digits are wrong, missing or too many: the least number of edits (Levenshtein) between the two."""
+    """How many digits are wrong, missing or too many: the least number of edits (Levenshtein)
+    between the two."""
     costs = list(range(len(said) + 1))
     for i, wanted in enumerate(text, start=1):
         before, costs[0] = costs[0], i
@@ -93,7 +96,8 @@ def edits(said, text):
 
 
 def read_pages(reader, data, seed, pages):
-    """A line for each kind of page: pages read without a mistake, digits right, digits called none, the slowest page."""
+    """A line for each kind of page: pages read without a mistake, digits right, digits called none,
+    the slowest page."""
     hand = pictures.half(data, seed)
     print(
         "kind of page                                 pages right    digits right    called no digit    slowest"

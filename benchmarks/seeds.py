@@ -1,4 +1,5 @@
-"""Test accuracy at the last epoch over several runs, mean ± standard deviation: what README's results are.
+"""Test accuracy at the last epoch over several runs, mean ± standard deviation: what README's
+results are.
 
 for s in 1 2 3 4 5; do python mnist_resnet9.py --recipe quick --seed $s --tag quick_$s; done
 python benchmarks/seeds.py quick_1 quick_2 quick_3 quick_4 quick_5
@@ -12,13 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist_resnet9 import NOT_THE_EXPERIMENT  # noqa: E402
-from plot_figs import find_runs, read_run  # noqa: E402  (it lies in the folder that was just added)
-from support import UserError  # noqa: E402
+from mnist_resnet9 import NOT_THE_EXPERIMENT
+from plot_figs import find_runs, read_run
+from support import UserError
 
 
 def summary(runs):
-    """UserError if the runs differ in more than seed, tag and where they were computed, or one is unfinished."""
+    """UserError if the runs differ in more than seed, tag and where they were computed, or one is
+    unfinished."""
     here = {"seed", "tag", *NOT_THE_EXPERIMENT} - {"epochs_max"}
     kinds = {tuple((k, v) for k, v in vars(run.settings).items() if k not in here) for run in runs}
     if len(kinds) > 1 or len({run.settings.seed for run in runs}) < len(runs):

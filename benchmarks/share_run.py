@@ -2,8 +2,9 @@
 
     python benchmarks/share_run.py record       save/record/checkpoint_last.npz then has only the weights that were evaluated
 
-Figures and predictions stay possible, and mnist_resnet9.py still says that the run is finished. What goes is what
-only further training would need: the optimizer's moments, and the weights themselves beside their running mean.
+Figures and predictions stay possible, and mnist_resnet9.py still says that the run is finished.
+What goes is what only further training would need: the optimizer's moments, and the weights
+themselves beside their running mean.
 """
 
 import sys
@@ -14,8 +15,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.checkpoints import checksums  # noqa: E402  (it lies in the folder that was just added)
-from support.storage import save_arrays  # noqa: E402
+from support.checkpoints import checksums
+from support.storage import save_arrays
 
 
 def keep_weights_only(path):

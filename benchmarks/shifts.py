@@ -1,4 +1,5 @@
-"""Test accuracy when each image is read several times, shifted by a pixel, and the probabilities are averaged.
+"""Test accuracy when each image is read several times, shifted by a pixel, and the probabilities
+are averaged.
 
     python benchmarks/shifts.py record        the weights of save/record/checkpoint_last.npz
 
@@ -13,9 +14,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
-from plot_figs import find_runs, read_run  # noqa: E402
-from support import UserError  # noqa: E402
+import mnist_resnet9 as m
+from plot_figs import find_runs, read_run
+from support import UserError
 
 SHIFTS = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]  # rows down, columns to the right
 

@@ -6,12 +6,14 @@
     python benchmarks/step_time.py --table                    several batches, one thread and all, two widths
     python benchmarks/step_time.py --memory                   resident memory over 1,000 steps
 
-Same network, batch, threads, images and Adam on both sides: forward, backward, update. Each side is a process of
-its own (with workers of its own, whose memory counts) and only one computes at a time: they take turns of a few steps
-until each has done --steps, so a machine that gets slower meanwhile does so for all. Figures are medians.
+Same network, batch, threads, images and Adam on both sides: forward, backward, update. Each side is
+a process of its own (with workers of its own, whose memory counts) and only one computes at a time:
+they take turns of a few steps until each has done --steps, so a machine that gets slower meanwhile
+does so for all. Figures are medians.
 
-The floor is the time that the multiplications alone would take, in the fewest that we know of (Winograd's, without its
-transforms), at the speed of a large matrix product on this machine, measured in the same run.
+The floor is the time that the multiplications alone would take, in the fewest that we know of
+(Winograd's, without its transforms), at the speed of a large matrix product on this machine,
+measured in the same run.
 """
 
 import argparse
@@ -29,8 +31,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
-from support import winograd  # noqa: E402
+import mnist_resnet9 as m
+from support import winograd
 
 SIDES = ("ours", "torch", "torch channels_last", "torch.compile")
 TURN, WARM_UP = 5, 5  # steps
@@ -180,7 +182,8 @@ def start_sides(o, names):
 
 
 def compare(o, names):
-    """{name: (median seconds, seconds, peak MiB)}; the sides take turns. And the floor in seconds."""
+    """{name: (median seconds, seconds, peak MiB)}; the sides take turns. And the floor in
+    seconds."""
     m.use_cores(
         o.threads
     )  # first: copies of this process that are made later would hold the sides' pipes open
@@ -206,12 +209,14 @@ def multiply(size, repeats):
 
 
 def gemm_peak(threads):
-    """Floating point operations a second of large float32 matrix products, on all of the threads together."""
+    """Floating point operations a second of large float32 matrix products, on all of the threads
+    together."""
     return sum(m.workers.map(functools.partial(multiply, 1024), [4] * threads))
 
 
 def multiplications(o):
-    """Of one step (or of one forward pass), with Winograd's algorithm in the 3×3 convolutions but the first."""
+    """Of one step (or of one forward pass), with Winograd's algorithm in the 3×3 convolutions but
+    the first."""
     c1, c2, c3, c4 = o.channels
     layers = [
         (28, c1, c2),
@@ -233,7 +238,8 @@ def multiplications(o):
 
 
 def table(o, names):
-    """One line a setting: milliseconds of each side, microseconds an image of ours, and the ratio."""
+    """One line a setting: milliseconds of each side, microseconds an image of ours, and the
+    ratio."""
     print(
         f"{'channels':>14s}  threads  batch  {'  '.join(f'{name:>20s}' for name in names)}  ours µs/image  ratio"
     )

@@ -1,12 +1,14 @@
-"""Kills, fills the disk of, and feeds rubbish to a small run; ends with exit status 0 when nothing was lost.
+"""Kills, fills the disk of, and feeds rubbish to a small run; ends with exit status 0 when nothing
+was lost.
 
     python benchmarks/torture.py                      100 kills, 10,000 mutated files, a write limit (some minutes)
     python benchmarks/torture.py --kills 5 --files 100
 
-Kills: SIGKILL at random moments, the same command again, until so many kills are done and the run has ended. It must
-end with the same bytes in checkpoint_last.npz, and the same metrics but for the times, as a run that nothing disturbed.
-Files: idx files (plain and gzipped) and checkpoints with random damage. Each must be read or refused with a UserError,
-within ten seconds and 2 GiB of address space beyond what the program has; a checkpoint that is read must be the right one.
+Kills: SIGKILL at random moments, the same command again, until so many kills are done and the run
+has ended. It must end with the same bytes in checkpoint_last.npz, and the same metrics but for the
+times, as a run that nothing disturbed. Files: idx files (plain and gzipped) and checkpoints with
+random damage. Each must be read or refused with a UserError, within ten seconds and 2 GiB of
+address space beyond what the program has; a checkpoint that is read must be the right one.
 """
 
 import argparse
@@ -25,8 +27,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
-from support import mnist  # noqa: E402
+import mnist_resnet9 as m
+from support import mnist
 
 FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "2", "--channels", "2,4,4,4",
          "--train-images", "256", "--batch-size", "32", "--augment", "1", "--ema", "0.9")  # fmt: skip
@@ -41,7 +43,8 @@ def train(save, epochs, **options):
 
 
 def result(save):
-    """What must not depend on kills: the bytes of the checkpoint, the metrics without times, the epochs in the log."""
+    """What must not depend on kills: the bytes of the checkpoint, the metrics without times, the
+    epochs in the log."""
     folder = save / "resnet9"
     rows = [line.split(",")[:6] for line in (folder / "metrics.csv").read_text().splitlines()]
     log = [line[:50] for line in (folder / "log.txt").read_text().splitlines() if line[:5].strip().isdigit()]
@@ -78,7 +81,8 @@ def kill(work, rng, kills, epochs):
 
 
 def fill(work, epochs):
-    """A limit on the size of files: smaller than a checkpoint, larger than the log. Then the limit is lifted."""
+    """A limit on the size of files: smaller than a checkpoint, larger than the log. Then the limit
+    is lifted."""
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 

@@ -1,10 +1,12 @@
-"""Where the time of a training step goes: per layer and per kind of work, and what more cores would make of it.
+"""Where the time of a training step goes: per layer and per kind of work, and what more cores would
+make of it.
 
     python benchmarks/where_time_goes.py                 batch 64, one core, then all
 
-The functions of mnist_resnet9.py are wrapped with a clock that counts each one's own time, without that of the
-functions it calls. A convolution's own time is its matrix products (with adding the bias); to_points and from_points
-are its transforms. What lies between the functions (copies, reshaping, the clock) is counted as "other".
+The functions of mnist_resnet9.py are wrapped with a clock that counts each one's own time, without
+that of the functions it calls. A convolution's own time is its matrix products (with adding the
+bias); to_points and from_points are its transforms. What lies between the functions (copies,
+reshaping, the clock) is counted as "other".
 """
 
 import argparse
@@ -18,8 +20,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import mnist_resnet9 as m  # noqa: E402  (it lies in the folder that was just added)
-from support import winograd  # noqa: E402
+import mnist_resnet9 as m
+from support import winograd
 
 KINDS = {
     "GEMM": ("winograd.conv2d", "winograd.conv2d_backward", "linear", "linear_backward"),
@@ -80,7 +82,8 @@ def timed(work, shards):
 
 
 def measure(threads, batch, steps, clock=None):
-    """Median seconds of a step, of its shards side by side, and of the shards one by one (as their cores computed)."""
+    """Median seconds of a step, of its shards side by side, and of the shards one by one (as their
+    cores computed)."""
     settings, data, network = m.Settings(), m.load_mnist(), clock.network if clock else m.RESNET9
     images, labels, state = (
         data.train_images[:batch],

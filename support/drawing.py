@@ -1,4 +1,5 @@
-"""A window to draw digits in with the mouse; beside it, live, what the network sees and its ten probabilities."""
+"""A window to draw digits in with the mouse; beside it, live, what the network sees and its ten
+probabilities."""
 
 import time
 
@@ -20,7 +21,8 @@ class NoWindow(Exception):
 
 
 class Pad:
-    """The window. answer: a picture (H, W, 3) → (image (28, 28), probabilities (10,), what to say), or None."""
+    """The window. answer: a picture (H, W, 3) → (image (28, 28), probabilities (10,), what to say),
+    or None."""
 
     def __init__(self, answer, colour, best_colour):
         self.answer, self.colour, self.best_colour = answer, colour, best_colour
@@ -51,7 +53,8 @@ class Pad:
             self.figure.canvas.mpl_connect(event, what)
 
     def show(self):
-        """Until it is closed. (Matplotlib holds its listeners weakly: the pad has to stay in use.)"""
+        """Until it is closed. (Matplotlib holds its listeners weakly: the pad has to stay in
+        use.)"""
         plt.show()
 
     def clear(self):

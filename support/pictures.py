@@ -1,12 +1,14 @@
-"""Digits in a picture: where they are, and each as an image like MNIST's. NumPy, SciPy and scikit-image do the work.
+"""Digits in a picture: where they are, and each as an image like MNIST's. NumPy, SciPy and
+scikit-image do the work.
 
 A page is looked at in two ways, because no single one serves all pages:
 
 - against one smooth sheet of light, which is right for bold digits that fill the picture;
 - against the page with all narrow strokes filled in, which follows the edge of a shadow but hollows out bold strokes.
 
-Before that, a sheet that lies on a table is cut out; in each look, long straight lines are taken away: those of ruled
-and squared paper. Which look is the better one only the network can tell, so find_digits() takes a judge.
+Before that, a sheet that lies on a table is cut out; in each look, long straight lines are taken
+away: those of ruled and squared paper. Which look is the better one only the network can tell, so
+find_digits() takes a judge.
 """
 
 from typing import Any, NamedTuple
@@ -36,9 +38,11 @@ class Digit(NamedTuple):
 
 
 def find_digits(picture, judge=lambda images: np.ones(len(images), bool)):
-    """The digits of a picture (H, W, 3), line by line, in a line from left to right. [] if it is blank.
+    """The digits of a picture (H, W, 3), line by line, in a line from left to right. [] if it is
+    blank.
 
-    judge: images (N, 28, 28) → (N,) bool, whether each looks like a digit. The look that finds most wins.
+    judge: images (N, 28, 28) → (N,) bool, whether each looks like a digit. The look that finds most
+    wins.
     """
     picture = np.asarray(picture, np.float32)
     sheet = sheet_of(picture)
@@ -77,7 +81,8 @@ def best_look(picture, paper, judge):
 
 
 def worth(digits, judge):
-    """How much of a text these are: the height of those that look like digits, times their share of the whole."""
+    """How much of a text these are: the height of those that look like digits, times their share of
+    the whole."""
     if not digits:
         return 0
     good = np.asarray(judge(np.stack([digit.image for digit in digits])))
@@ -110,11 +115,12 @@ def digits_of(ink, noise):
     return reading_order(digits)
 
 
-# ── Paper and ink ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Paper and ink ─────────────────────────────────────────────────────────────────────────────────
 
 
 def without_noise(picture):
-    """The picture, blurred a little if a camera's noise is in it, and the noise that is left (a standard deviation)."""
+    """The picture, blurred a little if a camera's noise is in it, and the noise that is left (a
+    standard deviation)."""
     noise = noise_of(picture)
     if noise < 2.5:
         return picture, noise
@@ -123,7 +129,8 @@ def without_noise(picture):
 
 
 def noise_of(picture):
-    """The standard deviation of the noise: the median of what a second difference in both directions leaves."""
+    """The standard deviation of the noise: the median of what a second difference in both
+    directions leaves."""
     if min(picture.shape[:2]) < 8:
         return 0.0
     second = np.diff(
@@ -135,7 +142,8 @@ def noise_of(picture):
 def smooth_light(picture, paper):
     """The page without its ink, (H, W, 3): a smooth surface, since light falls unevenly on a page.
 
-    It is quadratic in row and column, and fitted to the pixels along the border, then to all that are no ink.
+    It is quadratic in row and column, and fitted to the pixels along the border, then to all that
+    are no ink.
     """
     H, W, _ = picture.shape
     y, x = np.meshgrid(np.linspace(-1, 1, H), np.linspace(-1, 1, W), indexing="ij")
@@ -159,10 +167,12 @@ def smooth_light(picture, paper):
 
 
 def ink_in_any_light(picture, paper, bright=False):
-    """The ink (H, W) against what is left of the picture when all that is narrow and dark is filled in: a closing.
+    """The ink (H, W) against what is left of the picture when all that is narrow and dark is filled
+    in: a closing.
 
-    It follows the edge of a shadow to the pixel, as a smooth surface cannot. In the shade ink stands out less, so it
-    counts by its share of the light there. bright: what is narrow and bright is taken away, for chalk on a board.
+    It follows the edge of a shadow to the pixel, as a smooth surface cannot. In the shade ink
+    stands out less, so it counts by its share of the light there. bright: what is narrow and bright
+    is taken away, for chalk on a board.
     """
     H, W, _ = picture.shape
     size = max(5, round(min(0.25 * min(H, W), 0.12 * max(H, W))))
@@ -180,7 +190,8 @@ def ink_in_any_light(picture, paper, bright=False):
 
 
 def otsu(values):
-    """The value that splits these best into dark and bright: Otsu 1979, the most variance between the two."""
+    """The value that splits these best into dark and bright: Otsu 1979, the most variance between
+    the two."""
     return (
         filters.threshold_otsu(values)
         if values.size and np.ptp(values) > 0.01
@@ -189,7 +200,8 @@ def otsu(values):
 
 
 def spots_in(ink, noise, paper):
-    """The pieces of ink at the edge of the paper that are somewhere too wide for a stroke: shadows, the table, (H, W)."""
+    """The pieces of ink at the edge of the paper that are somewhere too wide for a stroke: shadows,
+    the table, (H, W)."""
     edge = paper & ~ndimage.binary_erosion(paper, EIGHT, iterations=2, border_value=0)
     labels, _ = ndimage.label(ink_mask(ink, least_ink(ink, noise)), EIGHT)
     spots = np.zeros(ink.shape, bool)
@@ -204,7 +216,8 @@ def spots_in(ink, noise, paper):
 def is_bold(spots, ink, narrow):
     """Whether what fills spots is the bold stroke of a digit, not a shadow that digits lie in.
 
-    narrow, the ink in any light, then shows the outline of the spot, which is no darker than the rest of it.
+    narrow, the ink in any light, then shows the outline of the spot, which is no darker than the
+    rest of it.
     """
     part = spots & (narrow > otsu(narrow))
     return part.sum() > 0.02 * spots.sum() and np.median(ink[part]) < 1.15 * np.percentile(
@@ -218,7 +231,8 @@ def least_ink(ink, noise):
 
 
 def ink_mask(ink, least):
-    """Which pixels are ink. A thin stroke is blurred a little, and its fainter pixels count too: else it breaks."""
+    """Which pixels are ink. A thin stroke is blurred a little, and its fainter pixels count too:
+    else it breaks."""
     mask = ink > cut_of(ink, least)
     if is_thin(mask):
         ink, least = ndimage.gaussian_filter(ink, 1), least / 3
@@ -238,7 +252,8 @@ def is_thin(mask):
 
 
 def cut_of(ink, least):
-    """The value that parts ink from paper. If there is too little ink for all pixels to tell, the inked ones do."""
+    """The value that parts ink from paper. If there is too little ink for all pixels to tell, the
+    inked ones do."""
     cut = otsu(ink)
     seen = ink[ink > least]
     if seen.size and (cut < least or (ink > cut).mean() < 0.002):
@@ -247,9 +262,11 @@ def cut_of(ink, least):
 
 
 def sheet_of(picture):
-    """The sheet of paper that lies on a table, as a mask (H, W), a little smaller than it is; None if there is none.
+    """The sheet of paper that lies on a table, as a mask (H, W), a little smaller than it is; None
+    if there is none.
 
-    A sheet is a large region, unlike what lies along the border, that is about a rectangle, solid but for its ink.
+    A sheet is a large region, unlike what lies along the border, that is about a rectangle, solid
+    but for its ink.
     """
     H, W, _ = picture.shape
     if min(H, W) < 60:
@@ -305,13 +322,15 @@ def least_rectangle(mask):
     return ((np.ptp(along, axis=0) + 1) * (np.ptp(across, axis=0) + 1)).min()
 
 
-# ── Lines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Lines ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def without_lines(ink, least):
-    """The ink without long straight lines, near level or upright, that run through most of the page.
+    """The ink without long straight lines, near level or upright, that run through most of the
+    page.
 
-    A Hough transform finds them. Of a line only what is no thicker than the line itself goes: strokes that cross stay.
+    A Hough transform finds them. Of a line only what is no thicker than the line itself goes:
+    strokes that cross stay.
     """
     H, W = ink.shape
     if min(H, W) < 100:
@@ -364,11 +383,12 @@ def without_lines(ink, least):
     return ink
 
 
-# ── Pieces of ink, and which make a digit ─────────────────────────────────────────────────────────────────────────
+# ── Pieces of ink, and which make a digit ─────────────────────────────────────────────────────────
 
 
 def group(labels):
-    """Which pieces make a digit each: lists of their numbers. Specks, and what fills the border, are left out."""
+    """Which pieces make a digit each: lists of their numbers. Specks, and what fills the border,
+    are left out."""
     H, W = labels.shape
     slices = ndimage.find_objects(labels)
     boxes = np.array(
@@ -427,8 +447,8 @@ def one_digit(boxes):
 def reading_order(digits):
     """Line by line, each from left to right, as a text is read that may slope.
 
-    The slope is the median of those from each digit to its next neighbour on the right. After that a digit is of the
-    line above if it begins above that line's middle.
+    The slope is the median of those from each digit to its next neighbour on the right. After that
+    a digit is of the line above if it begins above that line's middle.
     """
     if len(digits) < 2:
         return digits
@@ -453,11 +473,12 @@ def reading_order(digits):
     return [digits[i] for line in lines for i in sorted(line, key=lambda i: boxes[i, 0])]
 
 
-# ── As MNIST's images ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── As MNIST's images ─────────────────────────────────────────────────────────────────────────────
 
 
 def to_mnist(ink, own):
-    """The ink of one digit, and the pixels that are its own, both (h, w), as an MNIST image: (28, 28) uint8."""
+    """The ink of one digit, and the pixels that are its own, both (h, w), as an MNIST image: (28,
+    28) uint8."""
     ink = np.clip(
         ink / np.percentile(ink[own], 90), 0, 1
     )  # MNIST's ink is full white, its edges are grey

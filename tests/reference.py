@@ -1,4 +1,5 @@
-"""The operations once more, as their definitions read: slow loops, no cleverness, nothing shared with the program."""
+"""The operations once more, as their definitions read: slow loops, no cleverness, nothing shared
+with the program."""
 
 import math
 
@@ -14,7 +15,8 @@ def error(got, right, scale=None):
 
 
 def central_differences(f, x, h):
-    """The gradient of the number f() with respect to x: each element of x is moved up and down by h, in place."""
+    """The gradient of the number f() with respect to x: each element of x is moved up and down by
+    h, in place."""
     dx = np.zeros(x.shape)
     for i in np.ndindex(x.shape):
         before = x[i]
@@ -86,7 +88,8 @@ def max_pool2d_backward(dy, x, size):
 
 
 def bilinear(image, row, col):
-    """The image between its pixels: the mean of the four around (row, col), weighted by nearness; 0 outside."""
+    """The image between its pixels: the mean of the four around (row, col), weighted by nearness; 0
+    outside."""
     total = 0.0
     for r in (math.floor(row), math.floor(row) + 1):
         for c in (math.floor(col), math.floor(col) + 1):
@@ -96,7 +99,8 @@ def bilinear(image, row, col):
 
 
 def distort(image, turn, shear, wide, high, down, right):
-    """Looks up every pixel where it came from: turned about the centre, sheared, scaled, shifted, in this order."""
+    """Looks up every pixel where it came from: turned about the centre, sheared, scaled, shifted,
+    in this order."""
     turned = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     sheared = np.array([[1.0, 0.0], [shear, 1.0]])
     scaled = np.diag([1 / high, 1 / wide])
@@ -109,7 +113,8 @@ def distort(image, turn, shear, wide, high, down, right):
 
 
 def logits(params, images, pool=np.max, mask=1.0):
-    """The whole network: images (N, 28, 28), in the usual layout (N, H, W, C). mask multiplies the features."""
+    """The whole network: images (N, 28, 28), in the usual layout (N, H, W, C). mask multiplies the
+    features."""
 
     def conv(x, i):
         padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))

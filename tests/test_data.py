@@ -1,4 +1,5 @@
-"""Finding, checking and downloading the data. Nothing here reaches a network: the mirrors are replaced."""
+"""Finding, checking and downloading the data. Nothing here reaches a network: the mirrors are
+replaced."""
 
 import gzip
 import io
@@ -204,7 +205,8 @@ def test_two_programs_that_download_at_once_both_get_the_file(tmp_path, mirrors,
     read_idx, seen = mnist.read_verified, []
 
     def other_program_first(path, images):
-        """Another program downloads the same file, from start to end, while ours lies unchecked beside it."""
+        """Another program downloads the same file, from start to end, while ours lies unchecked
+        beside it."""
         monkeypatch.setattr(mnist, "read_verified", read_idx)
         monkeypatch.setattr(mnist.os, "getpid", lambda: 10**6)
         mnist.download(file, tmp_path)

@@ -1,4 +1,5 @@
-"""The whole network: its gradient, the fast path against the plain one, shards and cores, optimizers, schedule."""
+"""The whole network: its gradient, the fast path against the plain one, shards and cores,
+optimizers, schedule."""
 
 import math
 
@@ -12,7 +13,8 @@ SMALL = m.Settings(channels=(2, 3, 3, 4), dropout=0.5, threads=1)
 
 
 def noise(rng, N):
-    """Images without two equal pixels side by side, so that no two pixels tie in a pooling window."""
+    """Images without two equal pixels side by side, so that no two pixels tie in a pooling
+    window."""
     return rng.integers(0, 256, (N, 28, 28)).astype(np.uint8), rng.integers(0, 10, N)
 
 

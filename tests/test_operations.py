@@ -1,4 +1,5 @@
-"""Every operation against its definition (reference.py) and every gradient against central differences."""
+"""Every operation against its definition (reference.py) and every gradient against central
+differences."""
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ sides = st.integers(1, 7)
 
 
 def spread(rng, shape, dtype=float):
-    """Numbers of both signs, all different, at least 1/100 from each other and from 0: no step crosses a kink."""
+    """Numbers of both signs, all different, at least 1/100 from each other and from 0: no step
+    crosses a kink."""
     size = int(np.prod(shape))
     values = (np.arange(size) + 1) / 50 * rng.choice((-1, 1), size)
     return rng.permutation(values).reshape(shape).astype(dtype)
@@ -33,7 +35,8 @@ def no_bias(K, dtype=float):
 
 
 class Case:
-    """An operation with inputs for it: forward(*inputs) gives y, cache; gradients(dy, cache) one for each input."""
+    """An operation with inputs for it: forward(*inputs) gives y, cache; gradients(dy, cache) one
+    for each input."""
 
     def __init__(self, forward, backward, *inputs):
         self.forward, self.backward, self.inputs = forward, backward, inputs
@@ -76,7 +79,8 @@ def plain_conv2d(x, w, b):
 
 
 def residual(C, K):
-    """A residual block: with 3 and 2 channels its convolutions take the plain way, with 4 the fast one."""
+    """A residual block: with 3 and 2 channels its convolutions take the plain way, with 4 the fast
+    one."""
 
     def case(rng, dtype):
         shapes = (3, 3, C, K), K, (3, 3, K, C), C
@@ -165,7 +169,7 @@ CASES = {
 every_operation = pytest.mark.parametrize("name", CASES)
 
 
-# ── What holds for every operation ────────────────────────────────────────────────────────────────────────────────
+# ── What holds for every operation ────────────────────────────────────────────────────────────────
 
 
 @every_operation
@@ -230,7 +234,7 @@ def test_gradients_are_linear_in_the_upstream_gradient(name, rng):
         assert error(d, 2 * a - 3 * b) < 1e-12
 
 
-# ── relu, softmax, cross-entropy ──────────────────────────────────────────────────────────────────────────────────
+# ── relu, softmax, cross-entropy ──────────────────────────────────────────────────────────────────
 
 
 def test_relu_is_the_larger_of_x_and_0(rng):
@@ -323,7 +327,7 @@ def test_loss_of_equal_logits_is_the_logarithm_of_their_number():
     assert abs(m.cross_entropy_loss(np.full((4, 10), 2.5), np.arange(4))[0] - np.log(10)) < 1e-15
 
 
-# ── dropout ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── dropout ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("rate", (0.1, 0.5, 0.9))
@@ -366,7 +370,7 @@ def test_dropout_backward_uses_the_mask_of_forward(rng):
     assert error(m.dropout_backward(dy, cache), dy * (y / x)) < 1e-14
 
 
-# ── linear ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── linear ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @given(N=few, F=sides, K=few, seed=seeds)
@@ -379,7 +383,7 @@ def test_linear_equals_its_definition_and_its_gradients_central_differences(N, F
     case.check_gradients(rng, h=0.5, limit=1e-10)  # linear in each input, so a large step is exact
 
 
-# ── pooling ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pooling ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("pool, backward, of_window", (
@@ -431,7 +435,7 @@ def test_maxima_tie_up_to_rounding_and_no_further(dtype):
         ]
 
 
-# ── convolution ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── convolution ───────────────────────────────────────────────────────────────────────────────────
 
 
 @given(
@@ -558,7 +562,7 @@ def test_arrays_may_be_views_of_other_layouts(rng):
         assert error(y, y0) < 1e-13 and all(error(a, b) < 1e-13 for a, b in zip(d, d0))
 
 
-# ── blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── blocks ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("C", (3, 16))
@@ -599,11 +603,12 @@ def test_residual_block_with_a_silent_branch_is_relu(rng):
     assert np.array_equal(m.residual_block_backward(dy, cache)[0], dy * (x > 0))
 
 
-# ── augment ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── augment ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class Drawn:
-    """A generator that gives known numbers: r (±1) for turn, shear, width, height, down and right, for each image."""
+    """A generator that gives known numbers: r (±1) for turn, shear, width, height, down and right,
+    for each image."""
 
     def __init__(self, *r):
         self.r = np.reshape(np.array(r, float), (6, -1))
@@ -682,7 +687,8 @@ def test_augment_equals_a_loop_over_pixels(kind, rng):
 
 
 class Bent(Drawn):
-    """A generator that draws no turn or shift, but known weights for the bumps: rows first, then columns."""
+    """A generator that draws no turn or shift, but known weights for the bumps: rows first, then
+    columns."""
 
     def __init__(self, rows, cols):
         super().__init__(*np.zeros((6, len(rows))))

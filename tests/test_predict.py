@@ -1,6 +1,8 @@
-"""predict.py: digits as people make them, MNIST's own on larger pages, what is no digit, and bad files.
+"""predict.py: digits as people make them, MNIST's own on larger pages, what is no digit, and bad
+files.
 
-The network is a small one, trained on the sample in seconds: these tests are about finding digits and preparing them.
+The network is a small one, trained on the sample in seconds: these tests are about finding digits
+and preparing them.
 """
 
 import json
@@ -90,7 +92,7 @@ def error_of(capsys):
     return captured.err
 
 
-# ── Digits as people make them ────────────────────────────────────────────────────────────────────────────────────
+# ── Digits as people make them ────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("size", [16, 60, 300])
@@ -216,7 +218,7 @@ def test_specks_are_no_digits(tmp_path, rng):
     assert len(found(picture, tmp_path)) == 1
 
 
-# ── Pictures as people take them ──────────────────────────────────────────────────────────────────────────────────
+# ── Pictures as people take them ──────────────────────────────────────────────────────────────────
 
 # The small network of these tests reads with a mistake now and then, so most pages are asked only for the right count.
 KIND = {kind.make.__name__: number for number, kind in enumerate(pictures.KINDS)}
@@ -326,7 +328,7 @@ def test_a_heic_picture_is_read_with_its_decoder(tmp_path, reader):
         predict.read_picture(tmp_path / "cut.heic")
 
 
-# ── The window to draw in ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The window to draw in ─────────────────────────────────────────────────────────────────────────
 
 DRAW = """
 import sys
@@ -424,7 +426,7 @@ def test_without_a_screen_drawing_gets_one_line(environment, said, save):
     )
 
 
-# ── MNIST's own images ────────────────────────────────────────────────────────────────────────────────────────────
+# ── MNIST's own images ────────────────────────────────────────────────────────────────────────────
 
 
 def test_mnist_on_larger_pages_is_read_as_well_as_mnist_itself(sample, reader, rng, tmp_path):
@@ -447,7 +449,7 @@ def test_an_mnist_image_comes_back_as_it_was(sample, tmp_path):
     )  # where a faint tip is below the threshold, the digit is enlarged by a pixel
 
 
-# ── What is no digit ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── What is no digit ──────────────────────────────────────────────────────────────────────────────
 
 
 def test_most_real_digits_pass_and_no_noise_does(reader, sample, rng):
@@ -483,7 +485,7 @@ def test_energy_is_the_logarithm_of_the_sum(rng):
     assert np.isfinite(predict.energy(logits + 5000)).all()
 
 
-# ── The command ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The command ───────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_command_shows_image_probabilities_and_figure(save, tmp_path, capsys, sample):

@@ -1,4 +1,5 @@
-"""The run in git, save/record/: whole, of this machine or any other, and what plot_figs.py makes of it."""
+"""The run in git, save/record/: whole, of this machine or any other, and what plot_figs.py makes of
+it."""
 
 import json
 import re
@@ -45,7 +46,8 @@ def test_it_names_no_folder_of_the_machine_that_it_was_made_on():
 
 
 def test_it_reads_digits_that_it_was_trained_on(run, sample):
-    """The sample's images are training images of MNIST, so nearly all must be right, and surely so."""
+    """The sample's images are training images of MNIST, so nearly all must be right, and surely
+    so."""
     params = m.load_checkpoint(RECORD / "checkpoint_last.npz", run.settings).averaged()
     loss, accuracy, _ = m.evaluate(
         params, sample.train_images[:1000], sample.train_labels[:1000], run.settings

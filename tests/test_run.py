@@ -1,4 +1,5 @@
-"""The program as its user meets it: a run, its files, stopping and continuing, and what it says to bad input."""
+"""The program as its user meets it: a run, its files, stopping and continuing, and what it says to
+bad input."""
 
 import json
 import math
@@ -175,7 +176,8 @@ def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(whole, tmp_p
 
 
 def test_where_processes_cannot_be_copied_the_bits_are_the_same(whole, tmp_path):
-    """As on macOS and Windows: each worker reads the script anew, and arrays go through the pipe."""
+    """As on macOS and Windows: each worker reads the script anew, and arrays go through the
+    pipe."""
     shutil.copy(m.ROOT / "mnist_resnet9.py", tmp_path)
     shutil.copy(m.ROOT / "plot_figs.py", tmp_path)
     shutil.copytree(m.ROOT / "support", tmp_path / "support")
@@ -305,7 +307,8 @@ def clock(monkeypatch):
 
 
 def stop_when(monkeypatch, name, condition):
-    """Ctrl-C as soon as the function of this name in the script was called with what meets the condition."""
+    """Ctrl-C as soon as the function of this name in the script was called with what meets the
+    condition."""
     function, stopped = getattr(m, name), []
 
     def call_and_stop(*args):

@@ -1,4 +1,5 @@
-"""What must not cost a run: damaged checkpoints, a full disk, two programs at once, stops in the middle of a save."""
+"""What must not cost a run: damaged checkpoints, a full disk, two programs at once, stops in the
+middle of a save."""
 
 import http.server
 import json

@@ -1,4 +1,5 @@
-"""support/ knows nothing of the script: what learns stands in mnist_resnet9.py, and nowhere is it loaded twice."""
+"""support/ knows nothing of the script: what learns stands in mnist_resnet9.py, and nowhere is it
+loaded twice."""
 
 import ast
 import shutil
@@ -36,7 +37,8 @@ def test_each_part_of_support_can_be_imported_alone():
 
 
 def test_without_winograd_the_script_trains_the_same(tmp_path):
-    """The one use of the fast path deleted from a copy of the script: the same losses, but for rounding."""
+    """The one use of the fast path deleted from a copy of the script: the same losses, but for
+    rounding."""
     source = (ROOT / "mnist_resnet9.py").read_text(encoding="utf-8")
     use = "        return winograd.conv2d(x, w, b)\n"
     lines = source.splitlines(keepends=True)

@@ -1,4 +1,5 @@
-"""Worker processes: what they compute, and that they neither outlive the program nor take it down with them."""
+"""Worker processes: what they compute, and that they neither outlive the program nor take it down
+with them."""
 
 import functools
 import mmap
@@ -221,6 +222,7 @@ def blas_threads(_):
 
 
 def test_every_process_computes_with_one_thread(three):
-    """Whatever BLAS NumPy is built with: more threads than one in each process would fight for the cores."""
+    """Whatever BLAS NumPy is built with: more threads than one in each process would fight for the
+    cores."""
     for counts in three.map(blas_threads, [0, 1, 2]):
         assert counts and set(counts) == {1}
