@@ -1031,17 +1031,25 @@ def save_checkpoint(path, state, settings, previous=None):
         raise UserError(
             f"the parameters are no longer finite at step {state.step}; {path.name} stays as it was"
         )
-    left_out = ("tag", *NOT_THE_EXPERIMENT)
-    experiment = {name: v for name, v in asdict(settings).items() if name not in left_out}
+    experiment = experiment_of(settings)
     arrays = {name: to_host(a) for name, a in state.views().items()}
     write_checkpoint(path, arrays, state.step, state.history, experiment, previous)
 
 
-def load_checkpoint(path, settings, network=RESNET9):
-    """The State that save_checkpoint wrote. UserError if it is damaged or of another network."""
+def experiment_of(settings):
+    """The settings that say what is computed, by name."""
+    left_out = ("tag", *NOT_THE_EXPERIMENT)
+    return {name: value for name, value in asdict(settings).items() if name not in left_out}
+
+
+def load_checkpoint(path, settings, network=RESNET9, to_continue=False):
+    """The State that save_checkpoint wrote. UserError if it is damaged or of another network, or,
+    to continue it, of another experiment."""
     state = init_state(settings, network)
     views = state.views()
     same = {"pool": settings.pool, "optimizer": settings.optimizer}  # shapes show the others
+    if to_continue:
+        same = experiment_of(settings)
     arrays, state.step, state.history = read_checkpoint(path, views, same)
     if "moments" not in arrays:  # a finished run that was made small: its weights are their mean
         del views["moments"]
@@ -1089,7 +1097,9 @@ class Run:
             free.remove("epochs_max")  # the learning rate depends on it
         folder = ROOT / settings.save_dir / settings.tag
         self.folder = RunFolder(folder, config, free, asdict(Settings()), scripts)
-        state = self.folder.restore(lambda path: load_checkpoint(path, settings, network))
+        state = self.folder.restore(
+            lambda path: load_checkpoint(path, settings, network, to_continue=True)
+        )
         self.resumed = state is not None
         self.state = state or init_state(settings, network)
         lost = [math.nan] * (3 if held_out else 2)
@@ -1213,15 +1223,30 @@ class Run:
         folder.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
 
         folder.write(folder.path / "metrics.csv", lambda path: write_metrics(path, self.metrics))
+        self.save_predictions(probs)
+        if best:
+            folder.write(folder.best, self.save)
+        folder.write(folder.last, self.save)
+
+    def save_predictions(self, probs):
         predictions = {
             "labels": to_host(self.test_labels),
             "predictions": to_host(probs.argmax(axis=1)),
             "probabilities": to_host(probs),
         }
-        folder.write(folder.path / "predictions.npz", lambda path: save_arrays(path, **predictions))
-        if best:
-            folder.write(folder.best, self.save)
-        folder.write(folder.last, self.save)
+        path = self.folder.path / "predictions.npz"
+        self.folder.write(path, lambda path: save_arrays(path, **predictions))
+
+    def make_up_for_failed_saves(self):
+        """Writes what a finished run could not save after its last epoch, on a full disk, say."""
+        last = self.state.history[-1]
+        best = max(self.state.history, key=lambda row: row.test_accuracy)
+        if self.folder.predicted_accuracy() != last.test_accuracy:
+            print("*** predictions.npz is not that of the last epoch: it is written now.")
+            self.save_predictions(self.evaluate(self.test_images, self.test_labels)[2])
+        if best is last and not self.folder.best.exists():
+            print("*** checkpoint_best.npz is missing: it is written now.")
+            self.folder.write(self.folder.best, self.save)
 
     def save(self, path):
         previous = self.folder.previous if path == self.folder.last else None
@@ -1334,11 +1359,14 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     data = load_mnist(settings.data_dir)
     training = kind(settings, network, data, device, scripts)
     if len(training.state.history) > settings.epochs_max:
+        training.make_up_for_failed_saves()
         print(f"{settings.tag} is finished. {training.result()} To go further, raise --epochs-max.")
-        return 0
+        return 1 if training.folder.save_failed else 0
     cores = settings.threads or available_cores()
     training.log_start(data, device, cores)
-    stops = (signal.SIGINT, signal.SIGTERM)
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        stops.append(signal.SIGHUP)  # the terminal was closed; nohup has it ignored
     previous = {number: signal.signal(number, training.ask_to_stop) for number in stops}
     try:
         kind.use_cores(cores)

@@ -1,6 +1,7 @@
 """Checkpoints: arrays with checksums. No file is trusted before all of it has been checked."""
 
 import hashlib
+import io
 import json
 import zipfile
 from typing import NamedTuple
@@ -20,6 +21,10 @@ class Epoch(NamedTuple):
     train_accuracy: float
     test_loss: float
     test_accuracy: float
+
+
+class Unreadable(UserError):
+    """A checkpoint that the system does not hand over. It may be whole."""
 
 
 HISTORY = Epoch._fields
@@ -55,26 +60,38 @@ def write_checkpoint(path, arrays, step, history, settings, previous=None):
 def read_checkpoint(path, expected, settings):
     """What write_checkpoint wrote: {name: array}, step, history.
 
-    expected: arrays of the names, shapes and dtypes that there should be; settings: those that must
-    be the same, beyond what shapes show. UserError if anything is wrong with the file.
+    expected: arrays of the names, shapes and dtypes that there should be; settings: those that
+    must be the same in the file. Unreadable if the system does not hand the file over, another
+    UserError if anything is wrong with it.
     """
     try:
-        return check_checkpoint(path, expected, settings)
+        # A checkpoint is twice its largest arrays at most; anything may lie under its name.
+        bound = 2**26 + 2 * sum(a.nbytes for a in expected.values())
+        with open(path, "rb") as file:
+            content = file.read(bound + 1)
+    except OSError as error:
+        raise Unreadable(
+            f"{path} cannot be read ({error.strerror or error}); nothing was changed"
+        ) from None
+    try:
+        if len(content) > bound:
+            raise ValueError("it is larger than a checkpoint")
+        return check_checkpoint(io.BytesIO(content), bound, expected, settings)
     except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
         reason = str(error) or repr(error)
         raise UserError(f"{path} is damaged or of another network ({reason})") from None
 
 
-def check_checkpoint(path, expected, settings):
+def check_checkpoint(content, bound, expected, settings):
     """The substance of read_checkpoint(), with a ValueError or another one for what is wrong."""
     # A compressed or overlapping member could fill the memory.
-    with zipfile.ZipFile(path) as file:
+    with zipfile.ZipFile(content) as file:
         members = file.infolist()
     size = sum(member.file_size for member in members)
-    bound = 2**26 + 2 * sum(a.nbytes for a in expected.values())
     if size > bound or any(member.compress_type for member in members):
         raise ValueError("it is larger than a checkpoint")
-    with np.load(path, allow_pickle=False) as file:
+    content.seek(0)
+    with np.load(content, allow_pickle=False) as file:
         if "version" not in file or file["version"] != CHECKPOINT_VERSION:
             raise ValueError(f"it has not version {CHECKPOINT_VERSION}")
         arrays = {name: file[name] for name in file.files}
@@ -99,8 +116,8 @@ def check_checkpoint(path, expected, settings):
     if step < 0 or not columns_are_right or not np.array_equal(history[:, 0], range(len(history))):
         raise ValueError("its history is not that of a run")
     then = json.loads(str(arrays["settings"]))
-    for name, value in settings.items():
-        if then.get(name) != value:
-            raise ValueError(f"its {name} is {then.get(name)!r}, not {value!r}")
+    for name, value in json.loads(json.dumps(settings)).items():
+        if name in then and then[name] != value:  # an older run lacks the newest settings
+            raise ValueError(f"its {name} is {then[name]!r}, not {value!r}")
     epochs = [Epoch(int(epoch), *values) for epoch, *values in history.tolist()]
     return {name: arrays[name] for name in expected}, step, epochs

@@ -5,11 +5,12 @@ import json
 import os
 import sys
 
+import numpy as np
 from tqdm import tqdm
 
 from support import ROOT, UserError
-from support.checkpoints import HISTORY, Epoch
-from support.storage import lock_file, write_file
+from support.checkpoints import HISTORY, Epoch, Unreadable
+from support.storage import flush_folder, lock_file, write_file
 
 METRICS = (*HISTORY, "seconds", "images_per_second")
 VALIDATION = ("validation_accuracy",)  # one more column where images were held out
@@ -91,6 +92,7 @@ class RunFolder:
             if new and path.exists() and {file.name for file in path.iterdir()} - unfinished:
                 raise UserError(f"{path} holds something else than a run; choose another --tag")
             (path / "code").mkdir(parents=True, exist_ok=True)
+            flush_folder(path.parent)
             self.lock = lock_file(path / "lock")
             for part in path.rglob("*.part"):
                 if not part.name.endswith(".png.part"):  # plot_figs.py may be writing that one
@@ -117,6 +119,8 @@ class RunFolder:
             if path.exists():
                 try:
                     state = load(path)
+                except Unreadable:  # it may be whole, so nothing else takes its place
+                    raise
                 except UserError as error:
                     problem = problem or error
                     continue
@@ -134,7 +138,28 @@ class RunFolder:
             raise UserError(
                 f"{problem}; there is no other checkpoint to continue from: choose another --tag"
             )
+        self.begin_anew()
         return None
+
+    def begin_anew(self):
+        """Without a checkpoint the run starts from epoch 0, whatever else an earlier start left.
+
+        What contradicts that goes; a best checkpoint is kept under another name."""
+        left = []
+        for name in ("metrics.csv", "predictions.npz"):
+            if (self.path / name).exists():
+                (self.path / name).unlink()
+                left.append(name)
+        if self.best.exists():
+            kept = self.path / "checkpoint_best_before.npz"
+            os.replace(self.best, kept)
+            left.append(f"{self.best.name}, now {kept.name}")
+        if left:
+            print(
+                f"*** {self.path} has no checkpoint to continue from, only {', '.join(left)}: "
+                "the run starts from epoch 0.",
+                file=sys.stderr,
+            )
 
     def restore_metrics(self, history, lost):
         """The rows of metrics.csv: history, from the checkpoint, with the file's further columns.
@@ -152,6 +177,13 @@ class RunFolder:
             self.write(path, lambda path: write_metrics(path, rows))
         self.write(self.path / "log.txt", lambda path: restore_log(path, rows))
         return rows
+
+    def predicted_accuracy(self):
+        """The accuracy that predictions.npz shows; None if the file is missing or damaged."""
+        with contextlib.suppress(Exception):  # zip, zlib and NumPy raise many kinds
+            with np.load(self.path / "predictions.npz", allow_pickle=False) as arrays:
+                return float((arrays["labels"] == arrays["predictions"]).mean())
+        return None
 
     def write(self, path, save):
         """Calls save(path), which writes that file. Returns whether it could.
@@ -209,7 +241,7 @@ def check_same_experiment(folder, config, free, defaults):
         old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         then = defaults | old["settings"]
         hashes = old["data"]["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / 'config.json'} is damaged ({error!r}); choose another --tag"
         ) from None

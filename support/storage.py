@@ -36,10 +36,15 @@ def write_file(path, data, previous=None):
         with contextlib.suppress(OSError):
             part.unlink()  # half a file on a full disk is in the way of everything else
         raise
-    if fcntl:  # Windows has no way to flush a folder
-        folder = os.open(path.parent, os.O_RDONLY)
+    flush_folder(path.parent)
+
+
+def flush_folder(path):
+    """Makes the names in a folder survive a power cut. Windows has no way to do that."""
+    if fcntl:
+        folder = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(folder)  # only now do the new names survive a power cut
+            os.fsync(folder)
         finally:
             os.close(folder)
 

@@ -16,6 +16,7 @@ import pickle
 import platform
 import signal
 import sys
+import time
 import warnings
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
@@ -24,6 +25,7 @@ import numpy  # noqa: F401  (threadpoolctl finds only a BLAS that is already loa
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+PATIENCE = 30  # how many times longer than this process, and a second, a worker may take
 SHARED_BYTES = 2**26  # for the arrays of one message; only what a message fills takes memory
 # On other systems a copy of a running process is not safe to use.
 METHOD = "fork" if sys.platform == "linux" else "spawn"
@@ -93,6 +95,11 @@ def serve(connection, inbox, outbox):
     # Ctrl-C reaches every process; the main one decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # Even a stopped worker ends with the main process (PR_SET_PDEATHSIG, 1).
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
     warnings.simplefilter("ignore", RuntimeWarning)  # the main process checks the loss
     prepare_process()
     parent = multiprocessing.parent_process().sentinel
@@ -158,9 +165,12 @@ class Workers:
                 with contextlib.suppress(OSError):
                     worker.connection.send((packed, part))
             first, *others = parts
+            start = time.perf_counter()
             results = [function(first)]
+            # A worker that takes so much longer than this process is stopped, or swapped out.
+            deadline = time.perf_counter() + PATIENCE * (1 + time.perf_counter() - start)
             for worker, part in zip(asked, others):
-                results.append(self.answer(worker, function, part))
+                results.append(self.answer(worker, function, part, deadline))
             for part in others[len(asked) :]:  # more parts than processes
                 results.append(function(part))
             return results
@@ -168,17 +178,24 @@ class Workers:
             self.close()  # or its answer would be taken for that to the next question
             raise
 
-    def answer(self, worker, function, part):
+    def answer(self, worker, function, part, deadline):
+        what = "has ended"
         try:
-            return unpack(worker.connection.recv(), worker.outbox)
+            if worker.connection.poll(max(0, deadline - time.perf_counter())):
+                return unpack(worker.connection.recv(), worker.outbox)
+            what = "does not answer, and is ended"
+            worker.process.kill()
         except (EOFError, OSError):
-            self.workers.remove(worker)
-            tqdm.write("*** A worker process has ended; the others do its work.", file=sys.stderr)
-            return function(part)
+            pass
+        self.workers.remove(worker)
+        tqdm.write(f"*** A worker process {what}; the others do its work.", file=sys.stderr)
+        return function(part)
 
     def close(self):
         for worker in self.workers:
             worker.process.terminate()
+            worker.process.join(2)
+            worker.process.kill()  # one that is stopped does not hear the first request
             worker.process.join()
             worker.connection.close()
         self.workers = []
