@@ -1308,8 +1308,11 @@ class Run:
         return 128 + self.stop
 
     def finished(self):
-        figures = f"python {os.path.relpath(ROOT / 'plot_figs.py')} {self.settings.tag}"
-        self.folder.log(f"Finished. {self.result()} Figures: {figures}")
+        figures = ["python", os.path.relpath(ROOT / "plot_figs.py"), self.settings.tag]
+        runs = self.folder.path.parent
+        if runs != ROOT / Settings.save_dir:
+            figures += ["--save-dir", os.path.relpath(runs)]
+        self.folder.log(f"Finished. {self.result()} Figures: {shlex.join(figures)}")
         if self.folder.save_failed:
             print("*** Some files were not written: see above.", file=sys.stderr)
             return 1
