@@ -2,13 +2,14 @@
 # All that only a GPU can show, in one command, in about five minutes:
 #     pip install -r requirements-dev.txt -r requirements-torch.txt
 #     benchmarks/gpu.sh [FOLDER WITH MNIST [FOLDER FOR THE OUTPUT [STAGE …]]]
-# In stages, the quick and telling ones first. Each has a time limit, and its output in a file of its
-# own; a stage that fails is named at the end. Nothing is downloaded or installed.
+# In stages, the quick and telling ones first. Each has a time limit, and its output in a file of
+# its own; a stage that fails is named at the end. Nothing is downloaded or installed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-data}
 out=${2:-$(mktemp -d)}
 wanted=${*:3}
+mkdir -p "$out"
 save=$(mktemp -d)
 trap 'rm -rf "$save"' EXIT
 export PYTHONUNBUFFERED=1
@@ -34,7 +35,8 @@ limited() { # like timeout, for functions of this script too
   kill $watch 2> /dev/null
   return $status
 }
-train() { python mnist_resnet9.py --data-dir "$data" --save-dir "$save" --device gpu "$@"; }
+where=(--data-dir "$data" --save-dir "$save" --device gpu)
+train() { python mnist_resnet9.py "${where[@]}" "$@"; }
 seeds() {
   for seed in 21 22 23 24 25; do train --recipe "$1" --seed $seed --tag "$1_$seed" || return 1; done
   python benchmarks/seeds.py --save-dir "$save" "$1"_2{1,2,3,4,5}
@@ -45,7 +47,7 @@ record() { seeds record; }
 # An epoch of the reference experiment; PyTorch's; and the plain operations on the CPU.
 epochs() {
   train --epochs-max 5 --tag reference && tail -n 2 "$save/reference/log.txt"
-  python torch_version/resnet9_torch.py --data-dir "$data" --save-dir "$save" --device gpu --epochs-max 2 --tag reference
+  python torch_version/resnet9_torch.py "${where[@]}" --epochs-max 2 --tag reference
 }
 
 # A run that is stopped within an epoch and continued has the bits of one that was not.
@@ -53,14 +55,16 @@ continued() {
   local same=(--epochs-max 12 --recipe quick --seed 3)
   train "${same[@]}" --tag whole > /dev/null
   for wait in 6 6; do
-    timeout -s TERM $wait python mnist_resnet9.py --data-dir "$data" --save-dir "$save" --device gpu "${same[@]}" --tag parts
+    timeout -s TERM $wait python mnist_resnet9.py "${where[@]}" "${same[@]}" --tag parts
   done
   train "${same[@]}" --tag parts
   python - "$save" << 'PY'
 import sys, numpy as np
-whole, parts = (dict(np.load(f"{sys.argv[1]}/{tag}/checkpoint_last.npz")) for tag in ("whole", "parts"))
+files = (f"{sys.argv[1]}/{tag}/checkpoint_last.npz" for tag in ("whole", "parts"))
+whole, parts = (dict(np.load(file)) for file in files)
 log = open(f"{sys.argv[1]}/parts/log.txt").read()
-same = whole.keys() == parts.keys() and all(np.array_equal(whole[name], parts[name]) for name in whole)
+same = whole.keys() == parts.keys()
+same = same and all(np.array_equal(whole[name], parts[name]) for name in whole)
 print("stopped:", log.count("Stopped after step"), "times; the same bits:", same)
 sys.exit(not same)
 PY
@@ -79,7 +83,8 @@ nvidia-smi --query-gpu=name,driver_version --format=csv || true
 lscpu | grep 'Model name' || true
 parallel=()
 python -c "import xdist" 2> /dev/null && parallel=(-n 6)
-stage kernels 150 python -m pytest -q -rs "${parallel[@]}" tests/test_gpu.py tests/test_gpu_kernels.py -k "not CPU"
+tests=(tests/test_gpu.py tests/test_gpu_kernels.py)
+stage kernels 150 python -m pytest -q -rs "${parallel[@]}" "${tests[@]}" -k "not emulated"
 stage epochs 90 epochs
 stage continued 90 continued
 stage quick 90 quick

@@ -21,9 +21,9 @@ SMALL = (4, 8, 8, 12)
 CLOSE = 1e-5  # tensor cores: up to 6e-6 for sums of 864 products; plain products: 1e-6
 
 
-@pytest.fixture(scope="module", params=["CPU", "GPU"])
+@pytest.fixture(scope="module", params=["emulated", "GPU"])
 def cuda(request, tmp_path_factory):
-    if request.param == "CPU":
+    if request.param == "emulated":
         if COMPILER is None:
             pytest.skip("there is no C++ compiler")
         return CudaOnCpu(tmp_path_factory.mktemp("kernels"))
