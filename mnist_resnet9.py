@@ -58,7 +58,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support import ROOT, UserError, gpu, winograd
-from support.checkpoints import Epoch, read_checkpoint, write_checkpoint
+from support.checkpoints import Epoch, Unreadable, read_checkpoint, write_checkpoint
 from support.mnist import find_mnist
 from support.run_folder import RunFolder, duration, log_header, log_line, write_metrics
 from support.settings import Parser, check_settings, setting
@@ -1244,9 +1244,21 @@ class Run:
         if self.folder.predicted_accuracy() != last.test_accuracy:
             print("*** predictions.npz is not that of the last epoch: it is written now.")
             self.save_predictions(self.evaluate(self.test_images, self.test_labels)[2])
-        if best is last and not self.folder.best.exists():
-            print("*** checkpoint_best.npz is missing: it is written now.")
+        if best is last and self.saved_best() != best.epoch:
+            print("*** checkpoint_best.npz is not that of the best epoch: it is written now.")
             self.folder.write(self.folder.best, self.save)
+
+    def saved_best(self):
+        """The epoch of checkpoint_best.npz; None if the file is missing or damaged."""
+        if not self.folder.best.exists():
+            return None
+        try:
+            state = load_checkpoint(self.folder.best, self.settings, self.network)
+        except Unreadable:
+            raise
+        except UserError:
+            return None
+        return state.history[-1].epoch if state.history else None
 
     def save(self, path):
         previous = self.folder.previous if path == self.folder.last else None

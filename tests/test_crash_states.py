@@ -157,3 +157,27 @@ def test_a_stopped_worker_is_ended_and_its_part_is_computed_here(monkeypatch, ca
     finally:
         team.close()  # does not wait for the one that is stopped
     assert not team.workers
+
+
+def test_an_older_best_checkpoint_is_written_anew_by_the_repeat(tmp_path, capsys, monkeypatch):
+    """Its save failed in the last epoch, which was the best one."""
+    flags = [*FLAGS, "--seed", "0", "--learning-rate", "0.01", "--epochs-max", "3"]
+    assert m.main([*flags, "--save-dir", str(tmp_path / "whole")]) == 0
+    wanted = (tmp_path / "whole" / "resnet9" / "checkpoint_best.npz").read_bytes()
+    real = m.Run.save
+
+    def full(self, path):
+        if path == self.folder.best and len(self.state.history) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, path)
+
+    monkeypatch.setattr(m.Run, "save", full)
+    command = [*flags, "--save-dir", str(tmp_path / "again")]
+    best = tmp_path / "again" / "resnet9" / "checkpoint_best.npz"
+    assert m.main(command) == 1
+    assert best.exists() and best.read_bytes() != wanted
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert m.main(command) == 0
+    assert "checkpoint_best.npz is not that of the best epoch" in capsys.readouterr().out
+    assert best.read_bytes() == wanted
