@@ -42,33 +42,32 @@ in order, and then in reverse. What does not learn (files, processes, speed) is 
 
 import functools
 import math
-import os
 import platform
-import re
 import shlex
-import signal
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from support import ROOT, UserError, gpu, winograd
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
+
+from support import ROOT, UserError, gpu, terminal, winograd
 from support.checkpoints import Epoch, Unreadable, read_checkpoint, write_checkpoint
 from support.mnist import find_mnist
 from support.run_folder import RunFolder, duration, log_header, log_line, write_metrics
-from support.settings import Parser, check_settings, setting
+from support.settings import Parser, check_folder_name, check_settings, setting, settings_class
 from support.storage import save_arrays
 from support.workers import Workers, available_cores, prepare_process
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
+@settings_class
 class Settings:
     """What defines a run. Edit the defaults here, or give flags: epochs_max is --epochs-max."""
 
@@ -149,16 +148,15 @@ class Settings:
         "CPU cores to compute on, one process on each, without influence on the result; 0 = all",
         between=(0, 256),
     )
+    unsaved_epochs: int = setting(
+        3, "end the run when so many epochs in a row could not be saved", between=(1, 10**6)
+    )
 
     def __post_init__(self):
         check_settings(self)
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.tag):
-            raise UserError(
-                f"tag {self.tag!r} cannot name a folder: "
-                "use letters, digits, '.', '_' and '-', at most 100"
-            )
+        check_folder_name(self.tag)
         if len(self.channels) != 4 or not all(
-            isinstance(c, int) and 1 <= c <= 1024 for c in self.channels
+            type(c) is int and 1 <= c <= 1024 for c in self.channels
         ):
             raise UserError(
                 f"channels {self.channels} should be four whole numbers from 1 to 1024, "
@@ -192,10 +190,17 @@ RECIPES = {
 }
 
 # These say where and how a run is computed, not what: they may differ in a continued run.
-NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
+NOT_THE_EXPERIMENT = (
+    "device",
+    "data_dir",
+    "save_dir",
+    "epochs_max",
+    "threads",
+    "unsaved_epochs",
+)
 
 
-def parse_settings(arguments=None, kind=Settings, **preset):
+def parse_settings(arguments=(), kind=Settings, **preset):
     """The settings of a command line: defaults, then preset, then the recipe, then the flags."""
     parser = Parser(description="Train ResNet9 on MNIST.", allow_abbrev=False)
     parser.add_argument(
@@ -205,8 +210,15 @@ def parse_settings(arguments=None, kind=Settings, **preset):
         help="a tried set of settings; flags come on top",
     )
     given = parser.read_settings(kind, arguments)
-    recipe = RECIPES[given.pop("recipe")]
-    return kind(**{**preset, **recipe, **given})
+    name = given.pop("recipe")
+    chosen = {**preset, **RECIPES[name], **given}
+    known = [f.name for f in fields(kind)]
+    for name_in_recipe in chosen:
+        if name_in_recipe not in known:
+            raise UserError(
+                f"recipe {name} sets {name_in_recipe!r}; the settings are {', '.join(known)}"
+            )
+    return kind(**chosen)
 
 
 # ── Array module ──────────────────────────────────────────────────────────────────────────────────
@@ -232,12 +244,20 @@ def use_device(device):
         xp = cupy
         return f"GPU, {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
     except Exception as error:  # ImportError, or any of many ways for CUDA to be incomplete
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = root_cause(error)
         if device == "gpu":
             raise UserError(
                 f"device gpu cannot be used: {reason}; --device cpu works everywhere"
             ) from None
         return f"CPU (no GPU: {reason})"
+
+
+def root_cause(error):
+    """What an error says in one line. CuPy's begins with a banner, and has the cause below it."""
+    while error.__cause__:
+        error = error.__cause__
+    text = str(error).rpartition("Original error:")[2]
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def to_host(a):
@@ -997,7 +1017,7 @@ def logits_of_shards(params, images, settings, network, shards):
     ]
 
 
-def predict(params, images, settings=Settings(), network=RESNET9):  # noqa: B008  (it is frozen)
+def predict(params, images, settings, network=RESNET9):
     """Pixels 0…255 (N, 28, 28) → logits (N, 10), without dropout, in the dtype of params."""
     work = functools.partial(logits_of_shards, dict(params), images, settings, network)
     return xp.concatenate(over_cores(work, shards_of(len(images), PREDICT_SHARD_IMAGES)))
@@ -1081,6 +1101,7 @@ class Run:
         self.settings, self.network = settings, network
         self.on_gpu = xp is not np
         self.stop = 0  # the number of the signal that asked for an end, or 0
+        self.unsaved = 0  # epochs in a row that could not be saved
 
         config = {
             "settings": asdict(settings) | {"channels": list(settings.channels)},
@@ -1130,10 +1151,12 @@ class Run:
         if not state.history:
             self.end_epoch(0, time.perf_counter(), 0)
         self.first_step, self.first_time = state.step, time.perf_counter()
-        while len(state.history) <= settings.epochs_max and not self.stop:
+        while len(state.history) <= settings.epochs_max:
+            if self.stop:
+                return self.stopped()
+            if self.unsaved >= settings.unsaved_epochs:
+                return self.given_up()
             self.train_epoch(len(state.history))
-        if len(state.history) <= settings.epochs_max:
-            return self.stopped()
         return self.finished()
 
     def train_epoch(self, epoch):
@@ -1226,7 +1249,8 @@ class Run:
         self.save_predictions(probs)
         if best:
             folder.write(folder.best, self.save)
-        folder.write(folder.last, self.save)
+        saved = folder.write(folder.last, self.save)
+        self.unsaved = 0 if saved else self.unsaved + 1
 
     def save_predictions(self, probs):
         predictions = {
@@ -1310,21 +1334,32 @@ class Run:
 
     def ask_to_stop(self, number, _frame):
         self.stop = number
+        workers.hurry()
 
     def stopped(self):
         """Saves what there is after a stop signal. Returns the exit status."""
         saved = self.folder.write(self.folder.last, self.save)
         what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
-        again = shlex.join(["python", *sys.argv])
-        self.folder.log(f"Stopped after step {self.state.step:,}; {what}. To continue: {again}")
+        self.folder.log(
+            f"Stopped after step {self.state.step:,}; {what}. To continue: {terminal.this_command()}"
+        )
         return 128 + self.stop
 
+    def given_up(self):
+        """Ends a run whose epochs would be lost one after the other. Returns the exit status."""
+        self.folder.log(
+            f"*** The last {self.unsaved} epochs could not be saved, so the run ends here. "
+            f"Make room in {terminal.shown(self.folder.path)}; to continue from what is saved: "
+            f"{terminal.this_command()}"
+        )
+        return 1
+
     def finished(self):
-        figures = ["python", os.path.relpath(ROOT / "plot_figs.py"), self.settings.tag]
+        figures = f"python {terminal.shown(ROOT / 'plot_figs.py')} {self.settings.tag}"
         runs = self.folder.path.parent
         if runs != ROOT / Settings.save_dir:
-            figures += ["--save-dir", os.path.relpath(runs)]
-        self.folder.log(f"Finished. {self.result()} Figures: {shlex.join(figures)}")
+            figures += f" --save-dir {shlex.quote(terminal.shown(runs))}"
+        self.folder.log(f"Finished. {self.result()} Figures: {figures}")
         if self.folder.save_failed:
             print("*** Some files were not written: see above.", file=sys.stderr)
             return 1
@@ -1349,8 +1384,9 @@ class Run:
             where += f", {cores} core" if cores == 1 else f", {cores} cores"
         if self.why_plain:
             where += f" ({self.why_plain})"
-        path = os.path.relpath(folder.path)
-        folder.log(f"{self.state.params.flat.size:,} parameters; {where}; files in {path}")
+        folder.log(
+            f"{self.state.params.flat.size:,} parameters; {where}; files in {terminal.shown(folder.path)}"
+        )
         if self.resumed:
             total = self.steps * settings.epochs_max
             folder.log(f"Continuing after step {self.state.step:,} of {total:,}.")
@@ -1378,29 +1414,27 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
         print(f"{settings.tag} is finished. {training.result()} To go further, raise --epochs-max.")
         return 1 if training.folder.save_failed else 0
     cores = settings.threads or available_cores()
+    training.folder.keep_code()
     training.log_start(data, device, cores)
-    stops = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        stops.append(signal.SIGHUP)  # the terminal was closed; nohup has it ignored
-    previous = {number: signal.signal(number, training.ask_to_stop) for number in stops}
-    try:
-        kind.use_cores(cores)
-        return training.train()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        training.folder.close()
-        workers.close()
+    with terminal.signals_to(training.ask_to_stop, terminal.stop_signals()):
+        try:
+            kind.use_cores(cores)
+            return training.train()
+        finally:
+            training.folder.close()
+            workers.close()
 
 
 def start_run(arguments):
     return run(parse_settings(arguments))
 
 
-def main(arguments=None, start=start_run):
-    """Runs a command line: start(arguments). Returns the exit status.
+def main(arguments=(), start=start_run):
+    """Runs a command line, start(arguments), as `main(["--recipe", "quick"])` in a notebook does.
 
-    That is 0, 2 after a UserError (one line says it), or 128 + the number of a stop signal."""
+    Returns the exit status: 0, 1 if something could not be saved, 2 after an error that the user
+    can put right (one line says it), or 128 + the number of a stop signal."""
+    terminal.prepare()
     prepare_process()
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow shows in the loss, which is checked
     try:
@@ -1408,10 +1442,19 @@ def main(arguments=None, start=start_run):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Stopped before the first step; nothing to save.", file=sys.stderr)
+    except MemoryError as error:
+        reason = " ".join(str(error).split()) or "no more is there"
+        print(
+            f"Out of memory ({reason}). What was saved stays; a smaller --batch-size takes less.",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:  # before the training or after it: within, it saves what there is
+        print("Stopped; there is nothing to save.", file=sys.stderr)
         return 130
+    finally:
+        terminal.flush()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

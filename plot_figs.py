@@ -47,6 +47,8 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
+
 from mnist_resnet9 import (
     POOLS,
     RESNET9,
@@ -67,9 +69,9 @@ from mnist_resnet9 import (
     softmax,
     to_input,
 )
-from support import ROOT, UserError
+from support import ROOT, UserError, terminal
 from support.run_folder import METRICS, read_metrics
-from support.settings import Parser
+from support.settings import Parser, user_path
 from support.storage import write_file
 
 # Colours that colour-blind readers tell apart.
@@ -921,6 +923,7 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
 
 def main(arguments=()):
     """Runs a command line. Returns the exit status: 0, or 2 after an error, which is one line."""
+    terminal.prepare()
     parser = Parser(
         prog="plot_figs.py",
         description="Draw the figures of runs into save/<tag>/.",
@@ -933,8 +936,8 @@ def main(arguments=()):
     said = "draw again after each epoch, until the runs are finished"
     parser.add_argument("--watch", action="store_true", help=said)
 
-    def folder(text):  # a path on the command line starts where the user is
-        return Path(text).expanduser().absolute()
+    def folder(text):
+        return Path(user_path(text))
 
     said = f"folder that holds the runs (default: {Settings.save_dir})"
     where = ROOT / Settings.save_dir
@@ -949,6 +952,8 @@ def main(arguments=()):
         return 2
     except KeyboardInterrupt:  # the way to end --watch
         return 130
+    finally:
+        terminal.flush()
 
 
 if __name__ == "__main__":

@@ -21,10 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
+
 import mnist_resnet9 as m
 from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
 from support.drawing import NoWindow, open_pad
 from support.pictures import find_digits
+from support.settings import user_path
 from support.storage import write_file
 
 REFERENCE = "record"  # the run in git, whose weights are the default
@@ -388,7 +391,7 @@ def start(arguments):
     parser.add_argument(
         "--figure", type=Path, metavar="PNG", help="write the answers there as a figure, too"
     )
-    parser.add_argument("--save-dir", type=lambda text: Path(text).absolute(), default=m.ROOT / m.Settings.save_dir,
+    parser.add_argument("--save-dir", type=lambda text: Path(user_path(text)), default=m.ROOT / m.Settings.save_dir,
                         metavar="FOLDER", help=f"folder with the runs (default: {m.Settings.save_dir})")  # fmt: skip
     given = parser.parse_args(arguments)
     if given.draw:
@@ -404,9 +407,9 @@ def start(arguments):
     return 0
 
 
-def main(arguments=None):
+def main(arguments=()):
     return m.main(arguments, start)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

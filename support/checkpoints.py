@@ -77,6 +77,8 @@ def read_checkpoint(path, expected, settings):
         if len(content) > bound:
             raise ValueError("it is larger than a checkpoint")
         return check_checkpoint(io.BytesIO(content), bound, expected, settings)
+    except MemoryError:
+        raise  # it may be whole
     except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
         reason = str(error) or repr(error)
         raise UserError(f"{path} is damaged or of another network ({reason})") from None

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from support import ROOT, UserError
 from support.checkpoints import HISTORY, Epoch, Unreadable
-from support.storage import flush_folder, lock_file, write_file
+from support.storage import flush_folder, lock_file, read_file, write_file
 
 METRICS = (*HISTORY, "seconds", "images_per_second")
 VALIDATION = ("validation_accuracy",)  # one more column where images were held out
@@ -57,7 +58,7 @@ def read_metrics(path):
 
     UserError if the file is anything else."""
     try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        header, *lines = read_file(path).decode().splitlines()
         rows = [[float(value) for value in line.split(",")] for line in lines]
         columns = tuple(header.split(","))
         known = columns in (METRICS, METRICS + VALIDATION)
@@ -78,6 +79,7 @@ class RunFolder:
 
     def __init__(self, path, config, free, defaults, scripts):
         self.path = path
+        self.scripts = scripts
         self.save_failed = False
         self.last = path / "checkpoint_last.npz"
         self.previous = path / "checkpoint_previous.npz"
@@ -91,7 +93,7 @@ class RunFolder:
             }  # what a start that was cut off leaves
             if new and path.exists() and {file.name for file in path.iterdir()} - unfinished:
                 raise UserError(f"{path} holds something else than a run; choose another --tag")
-            (path / "code").mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             flush_folder(path.parent)
             self.lock = lock_file(path / "lock")
             for part in path.rglob("*.part"):
@@ -99,21 +101,54 @@ class RunFolder:
                     part.unlink()
             if not new:
                 check_same_experiment(path, config, free, defaults)
-            for script in scripts:
-                copy = path / "code" / script.relative_to(ROOT)
-                if not copy.exists():
-                    copy.parent.mkdir(exist_ok=True)
-                    write_file(copy, script.read_bytes())
             write_file(path / "config.json", json.dumps(config, indent=2).encode())
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be written ({error.strerror}); choose another --save-dir"
-            ) from None
+            raise cannot_be_written(path, error) from None
+
+    def keep_code(self):
+        """Keeps a copy of the scripts as they run, in code/.
+
+        Where they have been edited since an earlier start, that copy stays and a new one goes to
+        code_2/, code_3/ and so on. A line says so."""
+        there = [
+            path for path in self.path.glob("code*") if re.fullmatch(r"code(_\d+)?", path.name)
+        ]
+        number = max((int(path.name[5:] or 1) for path in there), default=1)
+        folder = self.path / ("code" if number == 1 else f"code_{number}")
+        copies = {folder / script.relative_to(ROOT): script for script in self.scripts}
+        try:
+            edited = [
+                script.name
+                for copy, script in copies.items()
+                if copy.exists() and copy.read_bytes() != script.read_bytes()
+            ]
+            if edited:
+                folder, before = self.path / f"code_{number + 1}", folder
+                self.log(
+                    f"*** {', '.join(edited)} changed since this run's last start: the scripts as "
+                    f"they were are in {before.name}/, as they are in {folder.name}/."
+                )
+            for script in self.scripts:
+                copy = folder / script.relative_to(ROOT)
+                if not copy.exists():
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    write_file(copy, script.read_bytes())
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from None
 
     def restore(self, load):
         """load(path) of the last checkpoint, or of the previous one where the last is damaged.
 
         None if there is neither."""
+        try:
+            return self.find_checkpoint(load)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.path}: {error.strerror or error}; "
+                "put that right and start again"
+            ) from None
+
+    def find_checkpoint(self, load):
         problem = None
         for path in (self.last, self.previous):
             if path.exists():
@@ -195,8 +230,8 @@ class RunFolder:
         except OSError as error:
             self.save_failed = True
             tqdm.write(
-                f"*** {path} was NOT written ({error.strerror or error}). Training goes on; "
-                "the file from before stays, and the next epoch tries again.",
+                f"*** {path} was NOT written ({error.strerror or error}). Training goes on, "
+                "and writes again after the next epoch.",
                 file=sys.stderr,
             )
             return False
@@ -212,8 +247,12 @@ class RunFolder:
         self.lock.close()
 
 
+def cannot_be_written(path, error):
+    return UserError(f"{path} cannot be written ({error.strerror}); choose another --save-dir")
+
+
 def append_line(path, line):
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", errors="replace") as file:
         file.write(f"{line}\n")
 
 
@@ -223,7 +262,7 @@ def restore_log(path, rows):
     Lines that are not about an epoch stay."""
     lines = []
     if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_file(path).decode(errors="replace").splitlines()
     missing = {row[0]: log_line(row, 0) for row in rows}
     kept = []
     for line in lines:
@@ -238,7 +277,7 @@ def restore_log(path, rows):
 def check_same_experiment(folder, config, free, defaults):
     """UserError if the run in the folder is another one than config describes."""
     try:
-        old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        old = json.loads(read_file(folder / "config.json"))
         then = defaults | old["settings"]
         hashes = old["data"]["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

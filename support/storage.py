@@ -17,6 +17,20 @@ except ImportError:  # Windows
     fcntl = None
 
 
+MAX_BYTES = 2**26  # of a file that is read whole: a log of a million epochs has as many
+
+
+def read_file(path):
+    """The bytes of a file. OSError if it is none, or has no end: a device or a pipe, say."""
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "is no file", str(path))
+    with open(path, "rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"is larger than {MAX_BYTES >> 20} MiB", str(path))
+    return data
+
+
 def write_file(path, data, previous=None):
     """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole.
 

@@ -25,7 +25,12 @@ import numpy  # noqa: F401  (threadpoolctl finds only a BLAS that is already loa
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-PATIENCE = 30  # how many times longer than this process, and a second, a worker may take
+from support.terminal import signals_to
+
+# How many times longer than this process, and a second, a worker may take. One that takes more is
+# stopped, or swapped out. Whoever asks the run to stop should not have to wait so long.
+PATIENCE = 30
+HURRY = 2
 SHARED_BYTES = 2**26  # for the arrays of one message; only what a message fills takes memory
 # On other systems a copy of a running process is not safe to use.
 METHOD = "fork" if sys.platform == "linux" else "spawn"
@@ -127,27 +132,30 @@ class Workers:
         context = multiprocessing.get_context(METHOD)
         self.inbox = b""
         self.workers = []
+        self.patience = PATIENCE
+        self.took = 0  # seconds, for this process's own part
+        self.ready = 0  # when it was done with it
         if not count:
             return
         prepare_process()
         self.inbox = shared_memory()
-        # A new process starts with what is set here.
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            for _ in range(count):
-                here, there = context.Pipe()
-                outbox = shared_memory()
-                arguments = (there, self.inbox, outbox)
-                process = context.Process(target=serve, args=arguments, daemon=True)
-                process.start()
-                there.close()
-                self.workers.append(Worker(process, here, outbox))
+            with signals_to(signal.SIG_IGN, [signal.SIGINT]):  # a new process starts with this
+                for _ in range(count):
+                    self.workers.append(self.start(context))
         except OSError as error:  # a limit on processes, files or memory
             started = f"{len(self.workers)} of {count} worker processes started"
             reason = error.strerror
             tqdm.write(f"*** Only {started} ({reason}); fewer cores go on.", file=sys.stderr)
-        finally:
-            signal.signal(signal.SIGINT, previous)
+
+    def start(self, context):
+        here, there = context.Pipe()
+        outbox = shared_memory()
+        arguments = (there, self.inbox, outbox)
+        process = context.Process(target=serve, args=arguments, daemon=True)
+        process.start()
+        there.close()
+        return Worker(process, here, outbox)
 
     def map(self, function, parts):
         """[function(part) for part in parts], the first by this process, the others by workers.
@@ -167,10 +175,10 @@ class Workers:
             first, *others = parts
             start = time.perf_counter()
             results = [function(first)]
-            # A worker that takes so much longer than this process is stopped, or swapped out.
-            deadline = time.perf_counter() + PATIENCE * (1 + time.perf_counter() - start)
+            self.ready = time.perf_counter()
+            self.took = self.ready - start
             for worker, part in zip(asked, others):
-                results.append(self.answer(worker, function, part, deadline))
+                results.append(self.answer(worker, function, part))
             for part in others[len(asked) :]:  # more parts than processes
                 results.append(function(part))
             return results
@@ -178,13 +186,20 @@ class Workers:
             self.close()  # or its answer would be taken for that to the next question
             raise
 
-    def answer(self, worker, function, part, deadline):
+    def hurry(self):
+        """Waits less long for answers from now on, the present one too. For a signal handler."""
+        self.patience = HURRY
+
+    def answer(self, worker, function, part):
         what = "has ended"
         try:
-            if worker.connection.poll(max(0, deadline - time.perf_counter())):
+            while not worker.connection.poll(0.2):  # in short turns, so that hurry() is noticed
+                if time.perf_counter() > self.ready + self.patience * (1 + self.took):
+                    what = "does not answer, and is ended"
+                    worker.process.kill()
+                    break
+            else:
                 return unpack(worker.connection.recv(), worker.outbox)
-            what = "does not answer, and is ended"
-            worker.process.kill()
         except (EOFError, OSError):
             pass
         self.workers.remove(worker)

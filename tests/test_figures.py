@@ -456,7 +456,7 @@ def test_the_digit_drawn_is_the_least_sure_one(sample):
     params = m.init_params(m.Settings())
     images, labels = sample.train_images[:30], sample.train_labels[:30]
     i = plot_figs.least_sure(params, images, labels, m.Settings())
-    probs = m.softmax(m.predict(params, images))[0]
+    probs = m.softmax(m.predict(params, images, m.Settings()))[0]
     assert all(probs[i, labels[i]] <= probs[n, labels[n]] for n in range(30))
 
 

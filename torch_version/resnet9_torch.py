@@ -16,9 +16,8 @@ calls of the forward pass are recorded, and loss.backward() walks the record bac
 calls its pairs in reverse.
 """
 
-import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +56,13 @@ from mnist_resnet9 import (
     to_input,
 )
 from support import ROOT, UserError
-from support.settings import setting
+from support.settings import setting, settings_class, user_path
 from support.workers import prepare_process
 
 EVALUATION_BATCH = 100  # images; larger ones leave the caches and are no faster
 
 
-@dataclass(frozen=True)
+@settings_class
 class TorchSettings(Settings):
     weights: str = setting(
         "", "checkpoint, of either version, whose weights a new run starts from; empty = none"
@@ -298,9 +297,9 @@ class TorchRun(Run):
 def start(arguments):
     settings = parse_settings(arguments, TorchSettings)
     settings = replace(settings, tag=f"torch_{settings.tag.removeprefix('torch_')}",
-                       weights=settings.weights and os.path.abspath(settings.weights))  # fmt: skip
+                       weights=settings.weights and user_path(settings.weights))  # fmt: skip
     return run(settings, scripts=(Path(__file__).resolve(), *SCRIPTS), kind=TorchRun)
 
 
 if __name__ == "__main__":
-    sys.exit(main(start=start))
+    sys.exit(main(sys.argv[1:], start))

@@ -1,0 +1,139 @@
+"""The places in which the program is started: without a terminal, in a thread, in a folder that is
+gone, with an encoding that has no letters but ASCII's."""
+
+import builtins
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import mnist_resnet9 as m
+from support import terminal
+
+SCRIPT = m.ROOT / "mnist_resnet9.py"
+FLAGS = ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "2"]
+FLAGS += ["--channels", "2,4,4,4", "--train-images", "64", "--batch-size", "32"]
+FLAGS += ["--epochs-max", "1"]
+
+
+def start(*flags, script=SCRIPT, python=(), **options):
+    command = [sys.executable, *python, str(script), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def no_traceback(result):
+    return "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)], ids=str)
+def test_a_run_without_output_is_a_run(closed, tmp_path):
+    def close():
+        for number in closed:
+            os.close(number)
+
+    result = start(*FLAGS, "--save-dir", tmp_path, preexec_fn=close)
+    assert result.returncode == 0 and no_traceback(result)
+    folder = tmp_path / "resnet9"
+    assert "Finished" in (folder / "log.txt").read_text()
+    assert m.load_checkpoint(folder / "checkpoint_last.npz", m.parse_settings(FLAGS)).step == 2
+
+
+@pytest.mark.parametrize(
+    "flags", [["--help"], ["--tag", "no tag"], FLAGS], ids=["help", "2", "run"]
+)
+def test_nobody_reads_the_output(flags, tmp_path):
+    """`python mnist_resnet9.py | head -0`: the pipe is closed before the first line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(SCRIPT), *flags, "--save-dir", str(tmp_path)]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert no_traceback(result) and result.returncode == (2 if "no tag" in flags else 0)
+
+
+ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+
+
+@pytest.mark.parametrize("script", ["mnist_resnet9.py", "plot_figs.py", "predict.py"])
+def test_help_under_an_ascii_encoding(script):
+    result = start("--help", script=m.ROOT / script, env={**os.environ, **ASCII})
+    assert result.returncode == 0 and result.stdout.startswith("usage:") and no_traceback(result)
+
+
+def test_a_path_that_ascii_does_not_have(tmp_path):
+    folder = tmp_path / "ünïcödé"
+    result = start(*FLAGS, "--save-dir", folder, env={**os.environ, **ASCII})
+    assert result.returncode == 0 and no_traceback(result)
+    assert "Finished" in (folder / "resnet9" / "log.txt").read_text(encoding="utf-8")
+    again = start(*FLAGS, "--save-dir", folder, env={**os.environ, **ASCII})
+    assert again.returncode == 0 and "is finished" in again.stdout
+    figures = start("resnet9", "--save-dir", folder, script=m.ROOT / "plot_figs.py",
+                    env={**os.environ, **ASCII})  # fmt: skip
+    assert figures.returncode == 0 and no_traceback(figures)
+    assert (folder / "resnet9" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("script", ["mnist_resnet9.py", "plot_figs.py", "predict.py"])
+@pytest.mark.parametrize("option", ["-I", "-P"])
+def test_an_isolated_python_finds_support_too(script, option):
+    """`python -I` and `python -P` (3.11) leave the script's folder out of the search."""
+    if option == "-P" and sys.version_info < (3, 11):
+        pytest.skip("-P came with Python 3.11")
+    assert start("--help", script=m.ROOT / script, python=[option]).returncode == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a folder in use cannot be deleted")
+def test_a_working_directory_that_is_gone(tmp_path):
+    gone = tmp_path / "gone"
+
+    def go():
+        gone.mkdir()
+        os.chdir(gone)
+        gone.rmdir()
+
+    result = start(*FLAGS, "--save-dir", tmp_path, preexec_fn=go)
+    assert result.returncode == 0 and no_traceback(result)
+    assert "Finished" in (tmp_path / "resnet9" / "log.txt").read_text()
+    for script in ("mnist_resnet9.py", "plot_figs.py", "predict.py"):
+        relative = start("--save-dir", "runs", script=m.ROOT / script, preexec_fn=go)
+        assert relative.returncode == 2 and relative.stderr.count("\n") == 1
+        assert script in relative.stderr
+
+
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME" if os.name == "posix" else "USERPROFILE", str(tmp_path))
+    settings = m.parse_settings(["--save-dir", "~/runs", "--data-dir", "~/mnist"])
+    assert Path(settings.save_dir) == tmp_path / "runs"
+    assert Path(settings.data_dir) == tmp_path / "mnist"
+
+
+def test_a_run_in_a_thread(tmp_path, capsys):
+    """Signals can be caught in the main thread alone; elsewhere a run goes on without."""
+    results = []
+    flags = [*FLAGS, "--save-dir", str(tmp_path)]
+    thread = threading.Thread(target=lambda: results.append(m.main(flags)))
+    thread.start()
+    thread.join(100)
+    assert results == [0] and "Finished" in capsys.readouterr().out
+
+
+def test_a_notebook_is_not_told_to_start_its_kernel(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["resnet9.py", "--tag", "my run"])
+    assert terminal.this_command() == "python resnet9.py --tag 'my run'"
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    assert "resnet9.py" not in terminal.this_command()
+
+
+def test_cupys_error_is_shown_by_its_cause():
+    banner = "=" * 80 + "\nFailed to import CuPy.\n" + "Please reinstall. " * 20
+    cause = "libcudart.so.12: cannot open shared object file"
+    text = f"{banner}\nOriginal error:\n  ImportError: {cause}\n"
+    assert m.root_cause(ImportError(text)) == f"ImportError: {cause}"
+    error = ImportError(banner)
+    error.__cause__ = OSError(cause)
+    assert m.root_cause(error) == cause
+    assert m.root_cause(RuntimeError()) == "RuntimeError"
