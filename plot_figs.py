@@ -72,7 +72,7 @@ from mnist_resnet9 import (
 from support import ROOT, UserError, terminal
 from support.run_folder import METRICS, read_metrics
 from support.settings import Parser, user_path
-from support.storage import write_file
+from support.storage import read_file, write_file
 
 # Colours that colour-blind readers tell apart.
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#707070"
@@ -138,14 +138,14 @@ def find_runs(save_dir, tags):
 def read_run(folder):
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_file(path))
         names = [f.name for f in fields(Settings) if f.name in config["settings"]]
         given = {name: config["settings"][name] for name in names}
         given["channels"] = tuple(config["settings"]["channels"])
         settings = Settings(**given)
         data = " ".join(config["data"]["name"].split())
         hashes = dict(config["data"]["sha256"])
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error!r})") from None
     return Run(folder, settings, data, hashes, read_history(folder / "metrics.csv"))
 

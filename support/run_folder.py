@@ -280,6 +280,10 @@ def check_same_experiment(folder, config, free, defaults):
         old = json.loads(read_file(folder / "config.json"))
         then = defaults | old["settings"]
         hashes = old["data"]["sha256"]
+    except OSError as error:
+        raise UserError(
+            f"{folder / 'config.json'} cannot be read ({error.strerror}); choose another --tag"
+        ) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / 'config.json'} is damaged ({error!r}); choose another --tag"

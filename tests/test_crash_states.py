@@ -181,3 +181,134 @@ def test_an_older_best_checkpoint_is_written_anew_by_the_repeat(tmp_path, capsys
     assert m.main(command) == 0
     assert "checkpoint_best.npz is not that of the best epoch" in capsys.readouterr().out
     assert best.read_bytes() == wanted
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoint_damaged.npz", "checkpoint_last.npz"])
+def test_a_disk_that_refuses_while_a_run_is_restored_is_one_line(name, whole, monkeypatch, capsys):
+    """Deleting, renaming and looking at a file can each fail, and each leaves all as it was."""
+    if name == "metrics.csv":  # of a run without a checkpoint
+        for path in whole.glob("checkpoint_*.npz"):
+            path.unlink()
+        monkeypatch.setattr(type(whole), "unlink", refuse("metrics.csv", type(whole).unlink))
+    elif name == "checkpoint_damaged.npz":
+        (whole / "checkpoint_last.npz").write_bytes(b"damaged")
+        monkeypatch.setattr(os, "replace", refuse("checkpoint_last.npz", os.replace))
+    else:
+        monkeypatch.setattr(type(whole), "exists", refuse(name, type(whole).exists))
+    before = {path.name: path.read_bytes() for path in whole.glob("*.npz")}
+    assert train(whole.parent) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and os.strerror(errno.EIO) in error
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in whole.glob("*.npz")} == before
+
+
+def refuse(name, real):
+    """The function, but with an error of the disk for the file of this name."""
+
+    def call(path, *rest, **named):
+        if str(path).endswith(name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *rest, **named)
+
+    return call
+
+
+def test_too_little_memory_is_one_line_and_no_checkpoint_is_called_damaged(
+    whole, monkeypatch, capsys
+):
+    files = {path.name: path.read_bytes() for path in whole.glob("*.npz")}
+    monkeypatch.setattr(checkpoints, "check_checkpoint", fails(MemoryError("Unable to allocate")))
+    assert train(whole.parent, epochs=3) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(m, "learn_from", fails(MemoryError("Unable to allocate 3 GiB")))
+    assert train(whole.parent, epochs=3) == 2
+    error = capsys.readouterr().err
+    assert error.count("Out of memory (Unable to allocate") == 2 and error.count("\n") == 2
+    assert {path.name: path.read_bytes() for path in whole.glob("*.npz")} == files
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_run_that_cannot_be_saved_ends_and_can_be_continued(epochs, tmp_path, capsys):
+    """It is computed for nothing. Here the folder was renamed while the run went on."""
+    folder, moved = tmp_path / "resnet9", tmp_path / "moved"
+    real = m.Run.train_epoch
+
+    def rename_first(self, epoch):
+        if epoch == 2:
+            folder.rename(moved)
+        real(self, epoch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m.Run, "train_epoch", rename_first)
+        flags = [*FLAGS, "--save-dir", str(tmp_path), "--epochs-max", "10"]
+        assert m.main([*flags, "--unsaved-epochs", str(epochs)]) == 1
+    output = capsys.readouterr()
+    assert f"The last {epochs} epochs could not be saved" in output.out
+    assert f"    {1 + epochs}  " in output.out and f"    {2 + epochs}  " not in output.out
+    assert "from before stays" not in output.err  # none is there
+    moved.rename(folder)
+    assert m.main(flags) == 0
+    assert m.main([*FLAGS, "--save-dir", str(tmp_path / "whole"), "--epochs-max", "10"]) == 0
+    assert same_end(folder, tmp_path / "whole" / "resnet9")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="there is no file without an end here")
+@pytest.mark.parametrize("name", ["log.txt", "metrics.csv", "config.json"])
+def test_a_file_without_an_end_is_not_read_for_ever(name, whole, capsys):
+    (whole / name).unlink()
+    (whole / name).symlink_to("/dev/zero")
+    assert train(whole.parent, epochs=3) == (
+        0 if name == "metrics.csv" else 1 if name == "log.txt" else 2
+    )
+    error = capsys.readouterr().err
+    assert name == "metrics.csv" or f"{name}" in error and "is no file" in error
+
+
+@pytest.mark.skipif(workers.METHOD != "fork", reason="processes are stopped by a signal")
+def test_a_stopped_worker_does_not_hold_up_a_stop(tmp_path):
+    """With patience of half a minute and more, Ctrl-C still ends the run within seconds."""
+    script = """
+import os, signal, sys, threading, time
+import mnist_resnet9 as m
+
+def stop_worker_then_run():
+    os.kill(m.workers.workers[0].process.pid, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+real = m.Run.train_epoch
+def train_epoch(self, epoch):
+    if epoch == 2:
+        stop_worker_then_run()
+    real(self, epoch)
+m.Run.train_epoch = train_epoch
+sys.exit(m.main(sys.argv[1:]))
+"""
+    flags = [*FLAGS, "--threads", "2", "--save-dir", str(tmp_path), "--epochs-max", "1000"]
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", script, *flags], cwd=m.ROOT, timeout=120,
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 130 and "everything is saved" in result.stdout
+    assert "does not answer" in result.stderr and time.monotonic() - started < workers.PATIENCE
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ctrl_c_outside_the_training_says_nothing_false(when, whole, monkeypatch, capsys):
+    before = (whole / "checkpoint_last.npz").read_bytes()
+    where, name = (m, "load_mnist") if when == "before" else (m.Workers, "close")
+    real = getattr(where, name)
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if when == "before" or len(calls) == 2:  # the workers of the training, not those before
+            real(*arguments)
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(where, name, interrupted)
+    assert train(whole.parent, epochs=2 if when == "before" else 3) == 130
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1] == "Stopped; there is nothing to save."
+    monkeypatch.undo()
+    assert (before == (whole / "checkpoint_last.npz").read_bytes()) == (when == "before")

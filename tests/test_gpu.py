@@ -6,6 +6,7 @@ own cases are skipped.
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -531,12 +532,15 @@ def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
     }
 
 
-def test_the_gpu_command_needs_a_gpu_and_says_so_in_a_line():
+def test_the_gpu_command_needs_a_gpu_and_says_so_in_a_line(tmp_path):
     cupy = pytest.importorskip("cupy")
     if cupy.is_available():
         pytest.skip("there is a GPU")
-    result = subprocess.run(
-        ["bash", m.ROOT / "benchmarks" / "gpu.sh"], capture_output=True, text=True, timeout=120
-    )
+    python = tmp_path / "python"  # there need be no `python` on the path where the tests run
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", m.ROOT / "benchmarks" / "gpu.sh"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and not result.stdout
     assert "device gpu cannot be used: " in result.stderr and result.stderr.count("\n") == 1
