@@ -1,4 +1,5 @@
-"""ResNet9 on MNIST, every forward and backward pass written by hand on NumPy or CuPy.
+"""ResNet9, a residual network of nine layers, on MNIST. Every forward and backward pass is written
+by hand on NumPy, or on CuPy, which is NumPy on an NVIDIA GPU.
 
     python mnist_resnet9.py                  train; the same command again continues a stopped run
     python mnist_resnet9.py --recipe quick   three epochs: 99.64 % test accuracy, mean of ten seeds
@@ -8,18 +9,20 @@
 
 A network is a function with many adjustable numbers, its parameters. It turns an image into ten
 scores (logits), one for each digit; the highest one is its answer. The loss measures how wrong the
-scores are for a batch, a few images at a time. Training repeats four things:
+scores are for a batch, a few images at a time. Training does three things, batch after batch:
 
-    forward    compute the scores and the loss of a batch
+    forward    compute the scores and the loss of the batch
     backward   compute the gradient: how the loss would change with each parameter
-    update     change each parameter a little, against its gradient; the learning rate says how far
-    repeat     with the next batch; one pass over all training images is an epoch
+    update     change each parameter a little, against its gradient
+
+These three are a step. How far the update goes is the learning rate; by which rule, the optimizer.
+One pass over all training images is an epoch.
 
 The network has nine layers with weights. Letters, here and throughout: H, W rows and columns of the
 image, N images, C channels coming in, K channels (or classes) going out, F features of one image.
 A channel is one of several numbers that each pixel has, as the red, green and blue of a photograph.
 
-    layer          what it does                                  output (H, W, N, K)   parameters
+    layer          what it does                                  output                parameters
     conv1          3×3 convolution, relu (below 0 becomes 0)     28, 28, N,  4                 40
     conv2          3×3 convolution, relu                         28, 28, N, 16                592
     conv3, conv4   residual block: relu(x + conv4(relu(conv3(x))))
@@ -31,6 +34,10 @@ A channel is one of several numbers that each pixel has, as the red, green and b
     pool           the largest (or the mean) of each 2×2 window   7,  7, N, 64
     dropout        switches a random share of the features off    N, 3136
     fc9            linear: the ten logits                         N, 10                     31,370
+
+The outputs are (H, W, N, K); at the end (N, F), with F = 7·7·64 = 3136, and (N, K). Rows and
+columns come first, so that shifts, windows and borders are slices of the first two axes. A
+convolution has 9·C·K weights and K biases: conv2 has 9·4·16 + 16 = 592 parameters.
 
 How to read it. Every operation is a pair of functions: `y, cache = op(x, …)`, and directly below it
 `op_backward(dy, cache)`. dy is the gradient of the loss with respect to y and has y's shape; the
@@ -84,7 +91,7 @@ class Settings:
     )
     save_dir: str = setting("save", "folder that holds one folder for each run")
     train_images: int = setting(
-        0, "train on only the first this many images; 0 = all", between=(0, 10**9)
+        0, "use only the first so many training images; 0 = all", between=(0, 10**9)
     )
     validation_images: int = setting(
         0, "of these, hold out the last this many, to choose settings by", between=(0, 10**9)
@@ -94,32 +101,32 @@ class Settings:
     epochs_max: int = setting(200, "passes over the training images", between=(1, 10**6))
     batch_size: int = setting(
         64,
-        "images in a step: fewer give more updates, more give faster products",
+        "images in a step: fewer give more updates, more give faster matrix products",
         between=(1, 10**6),
     )
     learning_rate: float = setting(
-        1e-4, "step size of the optimizer; the peak of one_cycle", between=(0, 1000)
+        1e-4, "how far an update goes; with one_cycle, at its peak", between=(0, 1000)
     )
     optimizer: str = setting(
         "adam",
-        "sgd: down the gradient; adam: evened out; muon: by whole directions",
+        "the rule that makes an update of a gradient: see sgd(), adam() and muon() below",
         choices=("sgd", "adam", "muon"),
     )
-    momentum: float = setting(0.9, "how much of its last step sgd keeps", between=(0, 0.9999))
+    momentum: float = setting(0.9, "share of its last update that sgd keeps", between=(0, 0.9999))
     beta2: float = setting(
         0.999,
-        "how much of its mean squared gradient adam or muon keeps in a step",
+        "share of its mean squared gradient that adam or muon keeps in a step",
         between=(0, 0.999999),
     )
     weight_decay: float = setting(
-        0.0, "share taken off each weight in a step, times the learning rate", between=(0, 1000)
+        0.0, "a step takes this share, times the learning rate, off each weight", between=(0, 1000)
     )
     schedule: str = setting(
-        "constant", "one_cycle warms up, then cools down to 0", choices=("constant", "one_cycle")
+        "constant",
+        "one_cycle: the learning rate rises, then falls to 0",
+        choices=("constant", "one_cycle"),
     )
-    warm_up: float = setting(
-        0.3, "share of all steps in which one_cycle warms up", between=(0, 0.9)
-    )
+    warm_up: float = setting(0.3, "share of all steps in which one_cycle rises", between=(0, 0.9))
 
     # the network, and how it is kept from learning by heart
     dropout: float = setting(
@@ -128,7 +135,7 @@ class Settings:
     pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
     channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
     label_smoothing: float = setting(
-        0.0, "share of each label that goes to all ten classes alike", between=(0, 0.99)
+        0.0, "share of each label that is spread evenly over all ten classes", between=(0, 0.99)
     )
     augment: float = setting(
         0.0, "random turn, scale, shear and shift: 1 = ±12°, ±2 pixels; 0 = off", between=(0, 10)
@@ -140,7 +147,8 @@ class Settings:
     # evaluation, and the machine
     ema: float = setting(
         0.0,
-        "share kept in a step by the mean of the weights to evaluate with; 0 = off",
+        "evaluate with a running mean of the weights, which keeps this share of itself in a step; "
+        "0 = off",
         between=(0, 0.999999),
     )
     threads: int = setting(
@@ -320,7 +328,7 @@ def to_input(images, dtype):
 def relu(x, out=None):
     """y = max(x, 0), element by element.
 
-    out is where to write y: x itself, where nobody needs x any more. That saves 2 % of a step."""
+    out is where to write y: x itself, where nobody needs x any more. That saves 2 % of the time."""
     mask = x > 0
     y = xp.multiply(x, mask, out=out)
     return y, mask  # cache: where x > 0; the slope depends on nothing else
@@ -329,6 +337,10 @@ def relu(x, out=None):
 def relu_backward(dy, mask):
     """dx = dy where x > 0, and 0 elsewhere: the slope is 1 or 0."""
     return dy * mask
+
+
+# softmax and cross_entropy show the two parts of the loss one by one. Training uses both in one,
+# cross_entropy_loss, which is more exact.
 
 
 def softmax(x):
@@ -340,7 +352,10 @@ def softmax(x):
 
 
 def softmax_backward(dprobs, probs):
-    """From ∂probs_i/∂x_j = probs_i (1[i=j] − probs_j): dx = probs · (dprobs − Σ dprobs · probs)."""
+    """dx = probs · (dprobs − Σ dprobs · probs), with the sum over the row.
+
+    Each probability depends on every x: ∂probs_i/∂x_j = probs_i ([i = j] − probs_j), where [i = j]
+    is 1 if i = j and 0 otherwise. So dx_j = Σ_i dprobs_i probs_i ([i = j] − probs_j)."""
     return probs * (dprobs - (dprobs * probs).sum(axis=1, keepdims=True))
 
 
@@ -374,6 +389,7 @@ def cross_entropy_loss(logits, labels, smoothing=0):
     log_probs = shifted - log_sum[:, None]
     loss = (log_sum - shifted[xp.arange(len(labels)), labels]).mean()
     if smoothing:
+        # The label gets 1 − smoothing, and every class smoothing / K; mean() divides by N and K.
         loss = (1 - smoothing) * loss - smoothing * log_probs.mean()
     return loss, (log_probs, labels, smoothing)  # cache: exp(log_probs) are the probabilities
 
@@ -410,7 +426,7 @@ def dropout_backward(dy, mask):
 
 def linear(x, w, b):
     """y = x @ w + b: (N, F) @ (F, K) + (K,)."""
-    return x @ w + b, (x, w)  # cache: each factor is the other one's slope
+    return x @ w + b, (x, w)  # cache: the slope of x @ w is w for x, and x for w
 
 
 def linear_backward(dy, cache):
@@ -433,7 +449,7 @@ def windows(x, size):
 
 
 def windows_backward(dv, shape):
-    """From dv, the gradient of the windows, that of x; what no window covers gets 0."""
+    """Turns dv, the gradient of the windows, into dx. Pixels in no window get 0."""
     h, size, w, _, N, C = dv.shape
     covered = dv.reshape(h * size, w * size, N, C)
     if covered.shape == shape:
@@ -459,13 +475,13 @@ def avg_pool2d_backward(dy, cache):
 def max_pool2d(x, size=2):
     """y = maximum of each size×size window: (H, W, N, C) → (H/size, W/size, N, C).
 
-    The cache is a mask of every position that equals the maximum: where two or more do, all of
-    them count."""
+    The cache is a mask of every position that equals the maximum. Where two or more do, each gets
+    the whole dy in the backward pass: none of them is more the maximum than another."""
     v = windows(x, size)
     positions = [v[:, i, :, j] for i in range(size) for j in range(size)]
     y = functools.reduce(xp.maximum, positions)
-    # Pixels with equal surroundings (background) tie, but their values were summed in different
-    # orders, so they can differ by rounding. Equal means equal up to that.
+    # Pixels with equal surroundings (background) should tie. But their sums were taken in different
+    # orders, which rounds differently, so equal means equal up to rounding.
     rounding = 1e-5 if x.dtype == xp.float32 else 1e-12
     lowest = y - rounding * (1 + abs(y))
     mask = v >= lowest[:, None, :, None]
@@ -482,7 +498,7 @@ def max_pool2d_backward(dy, cache):
 # weighted sum of the k×k pixels around its place, over all their channels. Beyond the border there
 # are zeros, so y has as many rows and columns as x:
 #
-#     y[h, w] = b + Σ x[h + i − r, w + j − r] @ weights[i, j]
+#     y[row, col] = b + Σ x[row + i − r, col + j − r] @ w[i, j]
 #
 # The sum is over i, j = 0 … k − 1, and r = (k − 1) / 2. x is (H, W, N, C), the weights w are
 # (k, k, C, K) with k odd, y is (H, W, N, K).
@@ -491,37 +507,38 @@ def max_pool2d_backward(dy, cache):
 def surroundings(x, k):
     """The k×k pixels around each pixel, a column for each: (H, W, N, C) → (k·k·C, H·W·N).
 
-    An array's strides are how many bytes of memory lie between neighbours along each axis. Here a
-    step i, j within the kernel goes as far as a step h, w over the image, which makes
+    An array's strides are how many bytes of memory lie between neighbours along each axis. One more
+    in i is a row further down, as is one more in row, so both get the same stride; likewise j and
+    col. That makes
 
-        view[i, j, c, h, w, n] = padded[h + i, w + j, n, c]
+        view[i, j, c, row, col, n] = padded[row + i, col + j, n, c]
 
     without a copy. The reshape then copies everything at once."""
     H, W, N, C = x.shape
     r = k // 2
     padded = xp.zeros((H + 2 * r, W + 2 * r, N, C), x.dtype)
     padded[r : r + H, r : r + W] = x
-    down, right, image, channel = padded.strides
-    strides = (down, right, channel, down, right, image)
+    down, right, next_image, next_channel = padded.strides
+    strides = (down, right, next_channel, down, right, next_image)
     view = xp.lib.stride_tricks.as_strided(padded, (k, k, C, H, W, N), strides)
     return view.reshape(k * k * C, H * W * N)
 
 
 def conv2d(x, w, b):
     """y = convolution of x with w, + b: (H, W, N, C) → (H, W, N, K), as one matrix product."""
-    if winograd.is_faster(w):  # the same result, sooner: support/winograd.py
+    if winograd.is_faster(w):  # on a CPU: the same but for rounding, sooner (support/winograd.py)
         return winograd.conv2d(x, w, b)
     H, W, N, C = x.shape
     k, _, _, K = w.shape
     cols = surroundings(x, k)  # (k·k·C, H·W·N)
     y = cols.T @ w.reshape(k * k * C, K) + b  # (H·W·N, K)
-    return y.reshape(H, W, N, K), (cols, w)  # cache: as in linear, each is the other one's slope
+    return y.reshape(H, W, N, K), (cols, w)  # cache: as in linear
 
 
 def conv2d_backward(dy, cache, need_dx=True):
     """dw = cols @ dy, db = Σ dy, and dx is a convolution too: of dy, with the kernel turned round.
 
-    The pixel x[h, w] enters y[h − i + r, w − j + r] with the weights w[i, j]. So it collects dy
+    x[row, col] enters y[row − i + r, col − j + r] with the weights w[i, j]. So a pixel collects dy
     from all around itself, with the kernel turned by 180° and its channels swapped. The first layer
     of a network does without dx, since images are not learnt."""
     if isinstance(cache, winograd.Cache):
@@ -557,9 +574,10 @@ def conv_block_backward(dy, cache, need_dx=True):
 
 
 def residual_block(x, w1, b1, w2, b2):
-    """relu(x + conv(relu(conv(x)))): two convolutions learn what to add to x.
+    """relu(x + conv(relu(conv(x)))): two convolutions learn only what to add to x, the residual.
 
-    He et al. 2015, arXiv:1512.03385."""
+    The gradient also goes straight past them, through the sum. So it reaches the layers before
+    undiminished. He et al. 2015, arXiv:1512.03385."""
     h, block = conv_block(x, w1, b1)
     h, conv = conv2d(h, w2, b2)
     h += x
@@ -597,12 +615,15 @@ class Parameters(dict):
 
 
 def init_params(settings, dtype=np.float32):
-    """Random weights with variance 2 / (inputs of one output): relu keeps the signal's size.
+    """Random weights with variance 2 / (numbers that an output is summed from), and small biases.
 
-    That is He's initialisation, arXiv:1502.01852. A residual block adds its branch to its input, so
-    the branch starts small: its second convolution at half size. fc9 starts small too, so the first
-    probabilities are near 1/10 and the first loss near −ln(1/10). The convolutions' biases start a
-    little above 0: where the background makes all inputs of a relu 0, its slope is then 1."""
+    Without the 2, an output would vary as much as what it is summed from. relu sets half of it to
+    0, which halves the mean square; the 2 makes up for that. So the numbers neither grow nor shrink
+    from layer to layer: He's initialisation, arXiv:1502.01852. A residual block adds its branch to
+    its input, so the branch starts small: its second convolution at half size. fc9 starts small
+    too, so the first probabilities are near 1/10 and the first loss near −ln(1/10) = 2.3. The
+    convolutions' biases start a little above 0: where all pixels under a kernel are 0, relu gets
+    the bias alone, and its slope is then 1."""
     rng = random_stream(settings.seed, INIT)
     c1, c2, c3, c4 = settings.channels
     shapes = [(1, c1), (c1, c2), (c2, c2), (c2, c2), (c2, c3), (c3, c4), (c4, c4), (c4, c4)]
@@ -690,8 +711,9 @@ RESNET9 = Network(init_params, forward, backward)
 def learn_from(params, images, labels, settings, rng, network, share=1.0):
     """The loss of these images, and its gradient for every parameter.
 
-    share is how much they count, where they are only a part of a batch. Without rng, there is no
-    dropout and the images stay as they are."""
+    Where they are only a part of a batch, share is how large a part. The batch's loss is the sum of
+    share · loss over its parts, so share is its gradient for the loss of this one. Without rng,
+    there is no dropout and the images stay as they are."""
     if rng is not None and (settings.augment or settings.elastic):
         images = augment(images, settings.augment, rng, settings.elastic)
     x = to_input(images, dtype_of(params))
@@ -711,13 +733,13 @@ class State:
     """All that training changes: what a checkpoint holds."""
 
     params: Parameters
-    moments: Any  # (1 or 2, parameters): what the optimizer remembers
+    moments: Any  # (1, parameters), a running sum of dw (sgd), or (2, …), means of dw and dw²
     ema: Any  # running mean of the parameters, or None
     step: int = 0  # steps done
     history: list = field(default_factory=list)  # an Epoch for each epoch, from epoch 0 on
 
     def views(self):
-        """name → array of all that a checkpoint holds in numbers of the parameters' kind."""
+        """name → array: all that a checkpoint holds in the parameters' dtype."""
         ema = {f"ema.{name}": a for name, a in (self.ema or {}).items()}
         return {**self.params, **ema, "moments": self.moments}
 
@@ -738,7 +760,7 @@ def init_state(settings, network=RESNET9):
 
 
 def update(state, gradients, settings, rate):
-    """One step of the optimizer, in place. gradients are Parameters, rate is the step size."""
+    """The update, in place. gradients are Parameters, rate is this step's learning rate."""
     w, dw = state.params.flat, gradients.flat
     decay_weights(state.params, settings, rate)
     if settings.optimizer == "adam":
@@ -748,12 +770,16 @@ def update(state, gradients, settings, rate):
     else:
         sgd(w, dw, state.moments, rate, settings.momentum)
     if state.ema is not None:
+        # An exponential moving average: it evens out the zigzag of the last steps.
         state.ema.flat += (1 - ema_keeps(settings, state.step)) * (w - state.ema.flat)
     state.step += 1
 
 
 def learning_rate(step, steps, settings):
-    """The rate of step 0, 1, … steps − 1. one_cycle rises linearly, then falls to 0."""
+    """The rate of step 0, 1, … steps − 1.
+
+    one_cycle rises in a straight line, since long steps do harm while the weights are random, and
+    falls along half a cosine wave to 0, since short steps settle what was learnt."""
     if settings.schedule == "constant":
         return settings.learning_rate
     rise = settings.warm_up * steps
@@ -765,8 +791,9 @@ def learning_rate(step, steps, settings):
 def decay_weights(params, settings, rate):
     """Shrinks the weights, not the biases, a little, so that none grows without a reason.
 
-    This is done apart from the gradient, which the optimizer would even out together with it:
-    decoupled weight decay, Loshchilov and Hutter 2019, arXiv:1711.05101."""
+    This is done apart from the gradient. Added to dw, it would be divided by the usual size of dw
+    in adam, and weights with large gradients would hardly shrink. Decoupled weight decay:
+    Loshchilov and Hutter 2019, arXiv:1711.05101."""
     if settings.weight_decay:
         for name, weight in params.items():
             if name.endswith("weight"):
@@ -776,16 +803,17 @@ def decay_weights(params, settings, rate):
 def ema_keeps(settings, step):
     """The share that the running mean of the weights keeps in this step.
 
-    The first weights are soon worth little. So at first the mean reaches back over about a ninth of
-    the steps done so far, and further later."""
+    A mean that keeps the share s reaches back over about 1 / (1 − s) steps. The first weights are
+    soon worth little, so at first that is (10 + step) / 9, about a ninth of the steps done."""
     return min(settings.ema, (1 + step) / (10 + step))
 
 
 def sgd(w, dw, moments, rate, momentum):
     """moment ← momentum · moment + dw,  w ← w − rate · moment.
 
-    Stochastic gradient descent. The moment carries on in the direction of the last steps, as a
-    rolling ball does: what changes from batch to batch cancels, what stays adds up."""
+    Stochastic gradient descent: each gradient is that of a random batch. The moment carries on in
+    the direction of the last steps, as a rolling ball does: what changes from batch to batch
+    cancels, what stays adds up."""
     moments[0] *= momentum
     moments[0] += dw
     w -= rate * moments[0]
@@ -794,10 +822,11 @@ def sgd(w, dw, moments, rate, momentum):
 def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
     """w ← w − rate · mean / (√square + eps): running means of dw and of dw².
 
-    A running mean keeps the share beta of itself in each step, and takes the rest from what is new.
-    Dividing by the usual size of a gradient gives all parameters steps of about the same size.
-    Both means start at 0; dividing by 1 − beta^t makes up for that. Kingma and Ba 2015,
-    arXiv:1412.6980."""
+    In each step mean keeps the share beta1 of itself and takes the rest from dw; square does so
+    with beta2 and dw². Dividing by √square, the usual size of a gradient, gives all parameters
+    steps of about the same size. Both start at 0, so after t steps the shares of all gradients add
+    up to only 1 − beta^t, and dividing by that makes up for it. eps keeps the divisor from being 0.
+    Kingma and Ba 2015, arXiv:1412.6980."""
     mean, square = moments
     mean += (1 - beta1) * (dw - mean)
     square += (1 - beta2) * (dw * dw - square)
@@ -806,22 +835,27 @@ def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
 
 
 def takes_muon(name, w):
-    """Whether muon updates this parameter its own way: a convolution between two hidden layers."""
+    """Whether muon updates this parameter its own way: the weights of every convolution but conv1,
+    which has the image itself for its input."""
     return w.ndim == 4 and name != "conv1.weight"
 
 
 def muon(params, gradients, moments, rate, step, beta2, beta1=0.95):
-    """Adam; but between hidden layers w ← w − 0.2 rate √(longer side) orthogonal(mean of dw).
+    """Adam for the biases, conv1 and fc9; for the weights of the other convolutions
 
-    A gradient, taken as a matrix, is mostly a few strong directions. Adam evens out single numbers,
-    this evens out whole directions, so that weak ones are learnt too. The factor makes a step about
-    as long as Adam's: Liu and others 2025, arXiv:2502.16982."""
-    before = Parameters(params)
+        w ← w − rate · 0.2 √(longer side of the matrix) · orthogonal(mean of dw)
+
+    A gradient, taken as a matrix, is large in a few directions and small in the rest: see
+    orthogonal(). Adam makes the steps of single numbers alike, this makes those of whole directions
+    alike, so that weak ones are learnt too. The factor makes a step about as long as Adam's: Liu
+    and others 2025, arXiv:2502.16982."""
+    before = Parameters(params)  # Adam moves all of them; those that are not its own start again
     means = Parameters(params, moments[0])  # the running means of dw, by name; Adam updates them
     adam(params.flat, gradients.flat, moments, rate, step, beta2, beta1)
     for name, w in params.items():
         if takes_muon(name, w):
-            # The mean as it will be if the gradient stays: Nesterov's way to look a step ahead.
+            # What the mean would be after another such gradient: Nesterov's look ahead. How large
+            # it is does not matter here, so it needs no 1 − beta^t.
             mean = (1 - beta1) * gradients[name] + beta1 * means[name]
             matrix = mean.reshape(-1, w.shape[3])  # (3, 3, C, K) → (9C, K)
             length = 0.2 * math.sqrt(max(matrix.shape))
@@ -831,14 +865,16 @@ def muon(params, gradients, moments, rate, step, beta2, beta1=0.95):
 def orthogonal(x):
     """About U Vᵀ, where U S Vᵀ is the singular value decomposition of the matrix x.
 
-    The singular values S are how long x is in each of its directions; in U Vᵀ they are all 1. No
+    Every matrix turns what it is multiplied with (Vᵀ), stretches it along each axis (by S, the
+    singular values) and turns it again (U). U Vᵀ turns in the same way and stretches nothing. No
     decomposition is needed: each round takes every singular value s to
-    3.4445 s − 4.775 s³ + 2.0315 s⁵, and five rounds bring what lies between 0.01 and 1 to between
-    0.68 and 1.14. Jordan and others 2024, kellerjordan.github.io/posts/muon."""
+    3.4445 s − 4.775 s³ + 2.0315 s⁵ and leaves U and V alone. Five rounds bring what lies between
+    0.01 and 1 to between 0.68 and 1.14. Jordan and others 2024,
+    kellerjordan.github.io/posts/muon."""
     x = x / ((x * x).sum() ** 0.5 + 1e-7)  # so no singular value is above 1
     for _ in range(5):
-        square = x.T @ x  # (K, K)
-        x = 3.4445 * x + x @ (-4.775 * square + 2.0315 * (square @ square))
+        gram = x.T @ x  # (K, K) = V S² Vᵀ; so x @ gram = U S³ Vᵀ, and x @ gram @ gram = U S⁵ Vᵀ
+        x = 3.4445 * x + x @ (-4.775 * gram + 2.0315 * (gram @ gram))
     return x
 
 
@@ -848,7 +884,7 @@ def orthogonal(x):
 
 
 def augment(images, strength, rng, elastic=0):
-    """Every image changed at random: (N, 28, 28) → the same in float32, pixels 0…255.
+    """Changes every image at random: (N, 28, 28) → the same shape in float32, pixels 0…255.
 
     Each pixel of the result looks up where in the image it came from:
     source = matrix @ (pixel − centre) + centre + shift + bend."""
@@ -866,7 +902,15 @@ def augment(images, strength, rng, elastic=0):
 
 
 def random_matrices(N, strength, rng):
-    """2×2 matrices that turn, scale and shear, as four numbers each, (4, N), and shifts (2, N)."""
+    """2×2 matrices that turn, scale and shear, as four numbers each, (4, N), and shifts (2, N).
+
+    A matrix, for (row, column), is
+
+        [1/high     0  ]   [  1    0]   [ cos  sin]
+        [   0    1/wide] @ [shear  1] @ [−sin  cos]
+
+    It divides because it says where a pixel came from: in a digit twice as high, two pixels down
+    are one in the image."""
     r = strength * (2 * rng.random((6, N), dtype=xp.float32) - 1)  # uniform in ±strength
     turn = math.radians(12) * r[0]
     shear = 0.15 * r[1]
@@ -881,25 +925,26 @@ BEND_PIXELS = 4  # over about this distance neighbouring pixels move together
 
 
 @functools.lru_cache(maxsize=None)
-def bumps(H, W, xp):
-    """(J, H·W): J round bumps on a grid, such that every pixel's sum of squares is 1.
+def bumps(H, W, xp):  # xp is an argument so that each array module gets a result of its own
+    """(J, H·W): J smooth round bumps, each an image, with their centres on a grid.
 
-    Their sums with random weights are smooth; with normal ones every pixel has variance 1."""
+    Their sum with J random weights is a smooth random image. At each pixel the squares of the bumps
+    add up to 1. So if the weights are independent, with mean 0 and variance 1, so is the pixel."""
     bells = []
     for L in (H, W):
-        count = round(L / (BEND_PIXELS * math.sqrt(2))) + 1
+        count = round(L / (BEND_PIXELS * math.sqrt(2))) + 1  # so close that no gaps show
         centres = np.linspace(0, L - 1, count)[:, None]
         bells.append(np.exp(-((np.arange(L) - centres) ** 2) / (2 * BEND_PIXELS**2)))  # (count, L)
-    both = np.kron(*bells)  # each bell down times each bell across
+    both = np.kron(*bells)  # (J, H·W): each bell down times each bell across
     return xp.asarray(both / np.sqrt((both**2).sum(axis=0)), np.float32)
 
 
-def random_bend(N, H, W, pixels, rng):
-    """How far each pixel moves along one axis: smooth, normal, `pixels` its standard deviation.
+def random_bend(N, H, W, size, rng):
+    """How far each pixel moves along one axis, (N, H·W): smoothly, with standard deviation `size`.
 
     Like ink on rubber, strokes stay connected. Simard, Steinkraus and Platt 2003."""
     smooth = bumps(H, W, xp)  # (J, H·W)
-    return pixels * (rng.standard_normal((N, len(smooth)), dtype=xp.float32) @ smooth)
+    return size * (rng.standard_normal((N, len(smooth)), dtype=xp.float32) @ smooth)
 
 
 def pixels_at(images, row, col):
@@ -909,13 +954,15 @@ def pixels_at(images, row, col):
     interpolation). Outside the image all is 0."""
     N, H, W = images.shape
     row, col = xp.clip(row, -1, H), xp.clip(col, -1, W)  # all that lies outside meets the border
-    padded = xp.zeros((N, H + 3, W + 3), xp.float32)  # a border of zeros: 1 before, 2 after
+    # A border of zeros: 1 pixel before, for row −1, and 2 after, for row H and the one below it.
+    padded = xp.zeros((N, H + 3, W + 3), xp.float32)
     padded[:, 1 : H + 1, 1 : W + 1] = images
     top, left = xp.floor(row), xp.floor(col)
-    down, right = row - top, col - left  # how far below and to the right of that pixel
-    image = xp.arange(N)[:, None] * ((H + 3) * (W + 3))  # where each image starts in memory
-    at = (top.astype(xp.int32) + 1) * (W + 3) + left.astype(xp.int32) + 1 + image
+    down, right = row - top, col - left  # how far below and to the right of pixel (top, left)
     pixels = padded.ravel()
+    image = xp.arange(N)[:, None] * ((H + 3) * (W + 3))  # where each image starts in pixels
+    line = image + (top.astype(xp.int32) + 1) * (W + 3)  # and the line of the pixel above
+    at = line + left.astype(xp.int32) + 1  # and the upper left one of the four pixels
     upper = pixels[at] * (1 - right) + pixels[at + 1] * right
     lower = pixels[at + W + 3] * (1 - right) + pixels[at + W + 4] * right
     return (upper * (1 - down) + lower * down).reshape(N, H, W)
@@ -927,7 +974,8 @@ def pixels_at(images, row, col):
 # of the shards. A shard's size is fixed, so the result has the same bits on one core or sixteen.
 # support/workers.py has the processes that compute beside this one.
 
-SHARD_IMAGES = 16  # few enough for the cache, many enough that a NumPy call is worth its overhead
+# Of 16, a shard would cost 7 % less; but a batch of 64 has only four of them, for four cores.
+SHARD_IMAGES = 8
 PREDICT_SHARD_IMAGES = 32  # without a backward pass less is kept, so more fits
 
 workers = Workers(0)  # none, until use_cores() starts some
@@ -1340,9 +1388,8 @@ class Run:
         """Saves what there is after a stop signal. Returns the exit status."""
         saved = self.folder.write(self.folder.last, self.save)
         what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
-        self.folder.log(
-            f"Stopped after step {self.state.step:,}; {what}. To continue: {terminal.this_command()}"
-        )
+        again = terminal.this_command()
+        self.folder.log(f"Stopped after step {self.state.step:,}; {what}. To continue: {again}")
         return 128 + self.stop
 
     def given_up(self):
@@ -1384,9 +1431,8 @@ class Run:
             where += f", {cores} core" if cores == 1 else f", {cores} cores"
         if self.why_plain:
             where += f" ({self.why_plain})"
-        folder.log(
-            f"{self.state.params.flat.size:,} parameters; {where}; files in {terminal.shown(folder.path)}"
-        )
+        path = terminal.shown(folder.path)
+        folder.log(f"{self.state.params.flat.size:,} parameters; {where}; files in {path}")
         if self.resumed:
             total = self.steps * settings.epochs_max
             folder.log(f"Continuing after step {self.state.step:,} of {total:,}.")
