@@ -1,0 +1,64 @@
+"""A short form of benchmarks/powercut.py, and whether it would notice what it looks for."""
+
+import os
+import random
+import sys
+
+import pytest
+
+import mnist_resnet9 as m
+from support import storage
+
+sys.path.insert(0, str(m.ROOT / "benchmarks"))
+
+import powercut
+from faults import Operation
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for file names")
+
+
+@pytest.mark.parametrize("scenario", powercut.SCENARIOS)
+def test_every_state_after_a_power_cut_continues(scenario, tmp_path):
+    kinds, problems = powercut.run(scenario, tmp_path, 8, random.Random(0))
+    assert sum(kinds.values()) == 8 and not problems
+
+
+def test_states_that_lose_a_run_are_found_where_nothing_is_flushed(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "flush_folder", lambda folder: None)
+    monkeypatch.setattr(storage.os, "fsync", lambda number: None)
+    _, problems = powercut.run("continued", tmp_path, 40, random.Random(0))
+    assert any(
+        "it went back to step" in problem or "exit status" in problem for problem in problems
+    )
+
+
+def test_what_is_on_the_disk_after_a_cut(tmp_path):
+    """By hand: one file, written under another name and renamed over the old one."""
+    path, part = tmp_path / "file", tmp_path / "file.part"
+    path.write_bytes(b"old")
+    disk = powercut.Disk(tmp_path)
+    for operation in (
+        Operation("open", part, new=True),
+        Operation("write", part, data=b"new!"),
+        Operation("rename", part, target=path),
+    ):
+        disk.do(operation)
+    states = {powercut.freeze(state, tmp_path) for _, state in disk.states()}
+    contents = {dict(state).get("file") for state in states}
+    assert contents == {b"old", b"new!", b"", b"ne", bytes(4)}
+    disk.do(Operation("fsync", path))
+    states = {powercut.freeze(state, tmp_path) for _, state in disk.states()}
+    assert {dict(state).get("file") for state in states} == {b"old", b"new!"}
+    disk.do(Operation("fsync", tmp_path))
+    (state,) = {powercut.freeze(state, tmp_path) for _, state in disk.states()}
+    assert state == (("file", b"new!"),)
+
+
+def test_a_folder_whose_name_was_not_flushed_may_be_missing(tmp_path):
+    disk = powercut.Disk(tmp_path)
+    disk.do(Operation("mkdir", tmp_path / "run"))
+    disk.do(Operation("open", tmp_path / "run" / "log", new=True))
+    disk.do(Operation("fsync", tmp_path / "run"))
+    states = [dict(powercut.freeze(state, tmp_path)) for _, state in disk.states()]
+    assert {} in states and {"run": None, "log": b""} not in states
+    assert {"run": None, os.path.join("run", "log"): b""} in states
