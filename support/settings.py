@@ -1,6 +1,7 @@
 """A setting with its help and its range, and the command line on which every setting is a flag."""
 
 import argparse
+import os
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -54,8 +55,9 @@ class Parser(argparse.ArgumentParser):
             )
         given = vars(self.parse_args(arguments))
         for name in given.keys() & {"data_dir", "save_dir"}:
-            # a path on the command line starts where the user is, not where the program is
-            given[name] = str(Path(given[name]).absolute())
+            # A path on the command line starts where the user is, not where the program is. Shells
+            # leave the ~ in --data-dir=~/mnist.
+            given[name] = str(Path(os.path.expanduser(given[name])).absolute())
         return given
 
     def error(self, message):
