@@ -81,7 +81,7 @@ class Settings:
         "auto", "auto takes the GPU if CuPy can use one", choices=("auto", "cpu", "gpu")
     )
     data_dir: str = setting(
-        "data", "folder with the four MNIST idx files; they are downloaded there if missing"
+        "data", "folder with MNIST, in any form of data/README.md; downloaded there if missing"
     )
     save_dir: str = setting("save", "folder that holds one folder for each run")
     train_images: int = setting(
