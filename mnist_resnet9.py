@@ -87,7 +87,7 @@ class Settings:
         "auto", "auto takes the GPU if CuPy can use one", choices=("auto", "cpu", "gpu")
     )
     data_dir: str = setting(
-        "data", "folder with the four MNIST idx files; they are downloaded there if missing"
+        "data", "folder with MNIST, in any form of data/README.md; downloaded there if missing"
     )
     save_dir: str = setting("save", "folder that holds one folder for each run")
     train_images: int = setting(
@@ -1164,7 +1164,7 @@ class Run:
         free = set(NOT_THE_EXPERIMENT)
         if settings.schedule != "constant":
             free.remove("epochs_max")  # the learning rate depends on it
-        folder = ROOT / settings.save_dir / settings.tag
+        folder = ROOT / Path(settings.save_dir).expanduser() / settings.tag
         self.folder = RunFolder(folder, config, free, asdict(Settings()), scripts)
         state = self.folder.restore(
             lambda path: load_checkpoint(path, settings, network, to_continue=True)

@@ -863,7 +863,7 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
     read_data = functools.cache(load_mnist)
 
     def load_data(run):
-        folder = data_dir or ROOT / run.settings.data_dir
+        folder = data_dir or ROOT / os.path.expanduser(run.settings.data_dir)
         if not folder.is_dir():  # the run comes from another machine
             folder = ROOT / Settings.data_dir
         data = read_data(folder)
