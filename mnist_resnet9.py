@@ -64,11 +64,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
 
 from support import ROOT, UserError, gpu, terminal, winograd
-from support.checkpoints import Epoch, Unreadable, read_checkpoint, write_checkpoint
+from support.checkpoints import Epoch, Unreadable, pack_checkpoint, read_checkpoint
 from support.mnist import find_mnist
 from support.run_folder import RunFolder, duration, log_header, log_line, write_metrics
 from support.settings import Parser, check_folder_name, check_settings, setting, settings_class
-from support.storage import save_arrays
+from support.storage import pack_arrays, write_file
 from support.workers import Workers, available_cores, prepare_process
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
@@ -1093,15 +1093,16 @@ def scores(logits, labels):
     return float(loss), float(right.mean()), probs
 
 
-def save_checkpoint(path, state, settings, previous=None):
-    """Writes the State; the old file keeps the name `previous`. UserError if not finite."""
+def checkpoint_of(state, settings):
+    """The State as the bytes of a checkpoint. UserError if it is not finite."""
     if not state.is_finite():
         raise UserError(
-            f"the parameters are no longer finite at step {state.step}; {path.name} stays as it was"
+            f"the parameters are no longer finite at step {state.step}; the checkpoints stay as "
+            "they were"
         )
     experiment = experiment_of(settings)
     arrays = {name: to_host(a) for name, a in state.views().items()}
-    write_checkpoint(path, arrays, state.step, state.history, experiment, previous)
+    return pack_checkpoint(arrays, state.step, state.history, experiment)
 
 
 def experiment_of(settings):
@@ -1111,7 +1112,7 @@ def experiment_of(settings):
 
 
 def load_checkpoint(path, settings, network=RESNET9, to_continue=False):
-    """The State that save_checkpoint wrote. UserError if it is damaged or of another network, or,
+    """The State that checkpoint_of() packed. UserError if it is damaged or of another network, or,
     to continue it, of another experiment."""
     state = init_state(settings, network)
     views = state.views()
@@ -1296,8 +1297,9 @@ class Run:
         folder.write(folder.path / "metrics.csv", lambda path: write_metrics(path, self.metrics))
         self.save_predictions(probs)
         if best:
-            folder.write(folder.best, self.save)
-        saved = folder.write(folder.last, self.save)
+            self.save(folder.best)
+        folder.write_unsaved(folder.best)
+        saved = self.save(folder.last)
         self.unsaved = 0 if saved else self.unsaved + 1
 
     def save_predictions(self, probs):
@@ -1306,8 +1308,10 @@ class Run:
             "predictions": to_host(probs.argmax(axis=1)),
             "probabilities": to_host(probs),
         }
-        path = self.folder.path / "predictions.npz"
-        self.folder.write(path, lambda path: save_arrays(path, **predictions))
+        packed = pack_arrays(**predictions)
+        self.folder.write(
+            self.folder.path / "predictions.npz", lambda path: write_file(path, packed)
+        )
 
     def make_up_for_failed_saves(self):
         """Writes what a finished run could not save after its last epoch, on a full disk, say."""
@@ -1318,7 +1322,7 @@ class Run:
             self.save_predictions(self.evaluate(self.test_images, self.test_labels)[2])
         if best is last and self.saved_best() != best.epoch:
             print("*** checkpoint_best.npz is not that of the best epoch: it is written now.")
-            self.folder.write(self.folder.best, self.save)
+            self.save(self.folder.best)
 
     def saved_best(self):
         """The epoch of checkpoint_best.npz; None if the file is missing or damaged."""
@@ -1333,8 +1337,10 @@ class Run:
         return state.history[-1].epoch if state.history else None
 
     def save(self, path):
+        """Writes a checkpoint. Returns whether it could."""
+        checkpoint = checkpoint_of(self.state, self.settings)
         previous = self.folder.previous if path == self.folder.last else None
-        save_checkpoint(path, self.state, self.settings, previous)
+        return self.folder.write(path, lambda path: write_file(path, checkpoint, previous))
 
     def progress(self, epoch, done):
         """The numbers of the steps to do, with a progress bar."""
@@ -1386,7 +1392,7 @@ class Run:
 
     def stopped(self):
         """Saves what there is after a stop signal. Returns the exit status."""
-        saved = self.folder.write(self.folder.last, self.save)
+        saved = self.save(self.folder.last)
         what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
         again = terminal.this_command()
         self.folder.log(f"Stopped after step {self.state.step:,}; {what}. To continue: {again}")
@@ -1407,7 +1413,7 @@ class Run:
         if runs != ROOT / Settings.save_dir:
             figures += f" --save-dir {shlex.quote(terminal.shown(runs))}"
         self.folder.log(f"Finished. {self.result()} Figures: {figures}")
-        if self.folder.save_failed:
+        if not self.folder.write_unsaved():
             print("*** Some files were not written: see above.", file=sys.stderr)
             return 1
         return 0
@@ -1458,7 +1464,7 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     if len(training.state.history) > settings.epochs_max:
         training.make_up_for_failed_saves()
         print(f"{settings.tag} is finished. {training.result()} To go further, raise --epochs-max.")
-        return 1 if training.folder.save_failed else 0
+        return 0 if training.folder.write_unsaved() else 1
     cores = settings.threads or available_cores()
     training.folder.keep_code()
     training.log_start(data, device, cores)

@@ -40,13 +40,13 @@ import mnist_resnet9 as m
 
 FLAGS = ("--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "1",
          "--channels", "2,4,4,4", "--train-images", "64", "--batch-size", "32", "--ema", "0.5",
-         "--epochs-max", "3")  # fmt: skip
+         "--epochs-max", "4")  # fmt: skip
 TAG = m.Settings.tag
 STEPS = 2  # an epoch
 CONTENTS = ("there", "lacking", "half", "zeros")
 
 
-def train(save, epochs=3):
+def train(save, epochs=4):
     """(exit status, what was said, the step that it continued from) of the run in save/."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -145,15 +145,20 @@ class Disk:
             names = dict(self.flushed)
             for i in subset:
                 self.apply(names, self.pending[i][1])
-            for kind in CONTENTS:
-                yield (
-                    order,
-                    {
-                        path: None if what is None else what.after_a_cut(kind)
-                        for path, what in names.items()
-                        if self.is_there(path, names)
-                    },
-                )
+            names = {path: what for path, what in names.items() if self.is_there(path, names)}
+            for state in self.contents(names, most):
+                yield order, state
+
+    @staticmethod
+    def contents(names, most):
+        """{path: bytes; None for a folder} with each kind of contents for each unflushed file."""
+        unsure = [what for what in names.values() if what and what.now != what.flushed]
+        for kinds in itertools.islice(itertools.product(CONTENTS, repeat=len(unsure)), most):
+            kind = dict(zip(map(id, unsure), kinds))
+            yield {
+                path: what and what.after_a_cut(kind.get(id(what), "there"))
+                for path, what in names.items()
+            }
 
     def is_there(self, path, names):
         """Whether all folders between save/ and the path are there."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support import UserError
-from support.storage import save_arrays
+from support.storage import pack_arrays
 
 
 class Epoch(NamedTuple):
@@ -43,22 +43,22 @@ def checksums(arrays):
     return np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32)
 
 
-def write_checkpoint(path, arrays, step, history, settings, previous=None):
-    """Writes a checkpoint.
+def pack_checkpoint(arrays, step, history, settings):
+    """The bytes of a checkpoint.
 
     arrays: {name: array} of all that the training changes; settings: a dict of all that defines the
-    experiment; previous: the name that the old file keeps."""
+    experiment."""
     arrays = arrays | {
         "step": np.int64(step),
         "version": np.int64(CHECKPOINT_VERSION),
         "history": np.array(history, float).reshape(-1, len(HISTORY)),
         "settings": np.array(json.dumps(settings)),
     }
-    save_arrays(path, previous, **arrays, sha256=checksums(arrays))
+    return pack_arrays(**arrays, sha256=checksums(arrays))
 
 
 def read_checkpoint(path, expected, settings):
-    """What write_checkpoint wrote: {name: array}, step, history.
+    """What pack_checkpoint packed: {name: array}, step, history.
 
     expected: arrays of the names, shapes and dtypes that there should be; settings: those that
     must be the same in the file. Unreadable if the system does not hand the file over, another

@@ -80,7 +80,8 @@ class RunFolder:
     def __init__(self, path, config, free, defaults, scripts):
         self.path = path
         self.scripts = scripts
-        self.save_failed = False
+        self.unsaved = {}  # path → save, of what could not be written
+        self.unlogged = []  # lines that log.txt lacks
         self.last = path / "checkpoint_last.npz"
         self.previous = path / "checkpoint_previous.npz"
         self.best = path / "checkpoint_best.npz"
@@ -223,25 +224,42 @@ class RunFolder:
     def write(self, path, save):
         """Calls save(path), which writes that file. Returns whether it could.
 
-        Training goes on without it."""
+        Training goes on without it, and write_unsaved() tries again. So save must write then what
+        it would write now."""
         try:
             save(path)
+            self.unsaved.pop(path, None)
             return True
         except OSError as error:
-            self.save_failed = True
+            self.unsaved[path] = save
             tqdm.write(
-                f"*** {path} was NOT written ({error.strerror or error}). Training goes on, "
-                "and writes again after the next epoch.",
+                f"*** {path} was NOT written ({error.strerror or error}). Training goes on; "
+                "the next epoch tries again.",
                 file=sys.stderr,
             )
             return False
+
+    def write_unsaved(self, *paths):
+        """Writes what could not be written before: all, or these files.
+
+        Returns whether all there is to save is saved."""
+        for path in paths or list(self.unsaved):
+            if path in self.unsaved:
+                self.write(path, self.unsaved[path])
+        return not (self.unsaved or self.unlogged)
 
     def log(self, line):
         """Says a line on the terminal, above the progress bar if there is one, and in log.txt."""
         with contextlib.suppress(OSError):  # the terminal may be gone: the run goes on
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-        self.write(self.path / "log.txt", lambda path: append_line(path, line))
+        self.unlogged.append(line)
+        try:
+            append_lines(self.path / "log.txt", self.unlogged)
+            self.unlogged = []
+        except OSError as error:
+            reason = error.strerror or error
+            tqdm.write(f"*** log.txt was NOT written ({reason}).", file=sys.stderr)
 
     def close(self):
         self.lock.close()
@@ -251,9 +269,9 @@ def cannot_be_written(path, error):
     return UserError(f"{path} cannot be written ({error.strerror}); choose another --save-dir")
 
 
-def append_line(path, line):
+def append_lines(path, lines):
     with open(path, "a", encoding="utf-8", errors="replace") as file:
-        file.write(f"{line}\n")
+        file.write("".join(f"{line}\n" for line in lines))
 
 
 def restore_log(path, rows):

@@ -63,17 +63,15 @@ def flush_folder(path):
             os.close(folder)
 
 
-def save_arrays(path, previous=None, **arrays):
+def pack_arrays(**arrays):
+    """The bytes of an npz file."""
     stream = io.BytesIO()
     np.savez(stream, **arrays)
-    write_file(path, stream.getvalue(), previous)
+    return stream.getvalue()
 
 
-def save_png(path, figure, **options):
-    """Saves a Matplotlib figure; the options are those of its savefig()."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", **options)
-    write_file(path, stream.getvalue())
+def save_arrays(path, **arrays):
+    write_file(path, pack_arrays(**arrays))
 
 
 def lock_file(path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mnist_resnet9 as m
-from support import checkpoints, workers
+from support import checkpoints, storage, workers
 
 FLAGS = ["--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"]
 FLAGS += ["--train-images", "64", "--batch-size", "32"]
@@ -67,7 +67,7 @@ def test_what_the_last_epoch_could_not_save_is_written_by_the_repeat(
     if damage == "missing":
         path.unlink()
     elif damage == "older":
-        m.save_arrays(path, **older)
+        storage.save_arrays(path, **older)
     else:
         path.write_bytes(wanted[:1000])
     assert train(whole.parent) == 0
@@ -77,7 +77,7 @@ def test_what_the_last_epoch_could_not_save_is_written_by_the_repeat(
     assert "***" not in capsys.readouterr().out.replace("*** The files", "")
 
     path.unlink()
-    monkeypatch.setattr(m, "save_arrays", fails(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(m, "write_file", fails(OSError(errno.ENOSPC, "No space left on device")))
     assert train(whole.parent) == 1
     assert "was NOT written (No space left" in capsys.readouterr().err
 
@@ -165,14 +165,15 @@ def test_an_older_best_checkpoint_is_written_anew_by_the_repeat(tmp_path, capsys
     flags += ["--epochs-max", "3"]  # so each of them is far better than the one before
     assert m.main([*flags, "--save-dir", str(tmp_path / "whole")]) == 0
     wanted = (tmp_path / "whole" / "resnet9" / "checkpoint_best.npz").read_bytes()
-    real = m.Run.save
+    real = m.write_file
 
-    def full(self, path):
-        if path == self.folder.best and len(self.state.history) == 4:
+    def full(path, *rest):
+        last = path.with_name("metrics.csv").read_text().count("\n") == 5
+        if path.name == "checkpoint_best.npz" and last:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, path)
+        real(path, *rest)
 
-    monkeypatch.setattr(m.Run, "save", full)
+    monkeypatch.setattr(m, "write_file", full)
     command = [*flags, "--save-dir", str(tmp_path / "again")]
     best = tmp_path / "again" / "resnet9" / "checkpoint_best.npz"
     assert m.main(command) == 1
@@ -313,3 +314,60 @@ def test_ctrl_c_outside_the_training_says_nothing_false(when, whole, monkeypatch
     assert error.splitlines()[-1] == "Stopped; there is nothing to save."
     monkeypatch.undo()
     assert (before == (whole / "checkpoint_last.npz").read_bytes()) == (when == "before")
+
+
+@pytest.mark.parametrize("failing", ["checkpoint_best.npz", "predictions.npz", "metrics.csv"])
+def test_what_one_epoch_could_not_save_a_later_one_does(failing, tmp_path, monkeypatch, capsys):
+    """The disk is full while epoch 1 is saved, whose checkpoint is the best but for the last."""
+    flags = [*FLAGS, "--train-images", "512", "--dropout", "0", "--learning-rate", "0.01"]
+    flags += ["--epochs-max", "2", "--save-dir"]
+    with pytest.MonkeyPatch.context() as patch:
+        # epoch 2 is no better: what epoch 1 failed to save must be kept for it
+        patch.setattr(m, "update", once_an_epoch(m.update, 16))
+        assert m.main([*flags, str(tmp_path / "whole")]) == 0
+    path, real, failed = tmp_path / "again" / "resnet9" / failing, storage.os.replace, []
+
+    def full(source, target):
+        if target == path:
+            log = path.with_name("log.txt").read_text()
+            if "\n    1  " in log and "\n    2  " not in log:
+                failed.append(target)
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(storage.os, "replace", full)
+    monkeypatch.setattr(m, "update", once_an_epoch(m.update, 16))
+    assert m.main([*flags, str(tmp_path / "again")]) == 0  # all there is to save was saved
+    assert failed and f"{failing} was NOT written" in capsys.readouterr().err
+    assert same_end(tmp_path / "again" / "resnet9", tmp_path / "whole" / "resnet9")
+    assert len(path.with_name("metrics.csv").read_text().splitlines()) == 4
+
+
+def once_an_epoch(update, steps):
+    """An update that learns in the first epoch alone, so that no later one is better."""
+
+    def call(state, *rest):
+        if state.step < steps:
+            update(state, *rest)
+        else:
+            state.step += 1
+
+    return call
+
+
+def test_lines_that_the_log_lacks_come_with_the_next_one(tmp_path, monkeypatch, capsys):
+    real, calls = builtins.open, []
+
+    def full(path, *rest, **named):
+        if str(path).endswith("log.txt") and rest[:1] == ("a",):
+            calls.append(path)
+            if len(calls) in (3, 4):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(builtins, "open", full)
+    assert train(tmp_path) == 0
+    output = capsys.readouterr()
+    assert output.err.count("log.txt was NOT written") == 2
+    said = [line for line in output.out.splitlines() if line]
+    assert (tmp_path / "resnet9" / "log.txt").read_text().splitlines() == said

@@ -342,7 +342,7 @@ def test_the_time_left_is_right_after_a_stop_near_the_end_of_an_epoch(
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_stop_after_the_last_step_leaves_a_finished_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(m.ROOT)
-    stop_when(monkeypatch, "save_checkpoint", lambda path, state, *_: state.step == 20)
+    stop_when(monkeypatch, "checkpoint_of", lambda state, settings: state.step == 20)
     assert (
         m.main([*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "1"]) == 0
     )
@@ -366,17 +366,17 @@ def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
         "0.9",
     ]
     monkeypatch.chdir(m.ROOT)
-    save = m.save_checkpoint
+    save = m.Run.save
 
-    def die_instead_of_saving(path, state, settings, previous=None):
-        if state.step == 40 and path.name == "checkpoint_last.npz":
+    def die_instead_of_saving(self, path):
+        if self.state.step == 40 and path.name == "checkpoint_last.npz":
             raise SystemExit("killed after log and metrics, before the checkpoint")
-        save(path, state, settings, previous)
+        return save(self, path)
 
-    monkeypatch.setattr(m, "save_checkpoint", die_instead_of_saving)
+    monkeypatch.setattr(m.Run, "save", die_instead_of_saving)
     with pytest.raises(SystemExit):
         m.main(flags)
-    monkeypatch.setattr(m, "save_checkpoint", save)
+    monkeypatch.setattr(m.Run, "save", save)
     assert m.main(flags) == 0
     assert_same_run(folder, tmp_path / "resnet9")
     epochs = [

@@ -49,9 +49,12 @@ def rewrite(path, change):
 
 
 def test_a_checkpoint_has_the_same_bytes_at_any_time(state, tmp_path, monkeypatch):
-    m.save_checkpoint(tmp_path / "a.npz", state, SETTINGS)
+    storage.write_file(tmp_path / "a.npz", m.checkpoint_of(state, SETTINGS))
     monkeypatch.setattr(time, "time", lambda: 2e9)
-    m.save_checkpoint(tmp_path / "b.npz", state, replace(SETTINGS, threads=3, save_dir="elsewhere"))
+    storage.write_file(
+        tmp_path / "b.npz",
+        m.checkpoint_of(state, replace(SETTINGS, threads=3, save_dir="elsewhere")),
+    )
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     again = m.load_checkpoint(tmp_path / "a.npz", SETTINGS)
     assert np.array_equal(again.moments, state.moments) and (again.step, again.history) == (
@@ -84,7 +87,7 @@ CHANGES = {
 def test_a_checkpoint_with_wrong_contents_is_refused(kind, state, tmp_path):
     change, said = CHANGES[kind]
     path = tmp_path / "c.npz"
-    m.save_checkpoint(path, state, SETTINGS)
+    storage.write_file(path, m.checkpoint_of(state, SETTINGS))
     rewrite(path, lambda arrays: None)
     m.load_checkpoint(path, SETTINGS)
     rewrite(path, change)
@@ -94,7 +97,7 @@ def test_a_checkpoint_with_wrong_contents_is_refused(kind, state, tmp_path):
 
 def test_one_changed_number_is_found_by_its_checksum(state, tmp_path):
     path = tmp_path / "c.npz"
-    m.save_checkpoint(path, state, SETTINGS)
+    storage.write_file(path, m.checkpoint_of(state, SETTINGS))
     with np.load(path) as file:
         arrays = dict(file)
     arrays["conv1.bias"][0] += 1
@@ -105,7 +108,7 @@ def test_one_changed_number_is_found_by_its_checksum(state, tmp_path):
 
 def test_a_pickle_and_a_zip_bomb_are_refused(state, tmp_path):
     path = tmp_path / "c.npz"
-    m.save_checkpoint(path, state, SETTINGS)
+    storage.write_file(path, m.checkpoint_of(state, SETTINGS))
     with np.load(path) as file:
         arrays = dict(file)
     np.savez(path, **arrays | {"history": np.array([{}], object)})
@@ -119,11 +122,11 @@ def test_a_pickle_and_a_zip_bomb_are_refused(state, tmp_path):
 
 def test_what_is_not_finite_is_not_saved(state, tmp_path):
     path = tmp_path / "c.npz"
-    m.save_checkpoint(path, state, SETTINGS)
+    storage.write_file(path, m.checkpoint_of(state, SETTINGS))
     before = path.read_bytes()
     state.moments[1, 5] = np.inf
     with pytest.raises(m.UserError, match="step 7"):
-        m.save_checkpoint(path, state, SETTINGS)
+        storage.write_file(path, m.checkpoint_of(state, SETTINGS))
     assert path.read_bytes() == before
 
 
@@ -133,7 +136,7 @@ def test_a_save_that_ends_at_any_of_its_calls_leaves_a_whole_checkpoint(
 ):
     last, previous = tmp_path / "checkpoint_last.npz", tmp_path / "checkpoint_previous.npz"
     for state.step in (1, 2):
-        m.save_checkpoint(last, state, SETTINGS, previous)
+        storage.write_file(last, m.checkpoint_of(state, SETTINGS), previous)
     state.step, calls = 3, []
 
     class Killed(BaseException):
@@ -150,7 +153,7 @@ def test_a_save_that_ends_at_any_of_its_calls_leaves_a_whole_checkpoint(
 
         monkeypatch.setattr(os, name, die)
     with pytest.raises(Killed):
-        m.save_checkpoint(last, state, SETTINGS, previous)
+        storage.write_file(last, m.checkpoint_of(state, SETTINGS), previous)
     path = last if last.exists() else previous
     assert m.load_checkpoint(path, SETTINGS).step == (3 if call == 3 else 2)
 

@@ -220,7 +220,7 @@ class TorchRun(Run):
     def save(self, path):
         for here, there in self.copies:
             here.copy_(there)
-        super().save(path)
+        return super().save(path)
 
     def to_input(self, images):
         """(N, 28, 28) pixels 0…255 → (N, 1, 28, 28). In memory channels come last: that is
