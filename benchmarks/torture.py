@@ -1,22 +1,28 @@
 """Kills, fills the disk of, and feeds rubbish to a small run; ends with exit status 0 when nothing
 was lost.
 
-    python benchmarks/torture.py                      100 kills, 10,000 mutated files, a write limit (some minutes)
-    python benchmarks/torture.py --kills 5 --files 100
+    python benchmarks/torture.py                  everything (some ten minutes)
+    python benchmarks/torture.py --kills 5 --files 100 --operations 10
 
-Kills: SIGKILL at random moments, the same command again, until so many kills are done and the run
-has ended. It must end with the same bytes in checkpoint_last.npz, and the same metrics but for the
-times, as a run that nothing disturbed. Files: idx files (plain and gzipped) and checkpoints with
-random damage. Each must be read or refused with a UserError, within ten seconds and 2 GiB of
-address space beyond what the program has; a checkpoint that is read must be the right one.
+- **Kills.** SIGKILL at random moments, and before each operation on a file. The same command again
+  must end with the same bits, and the same metrics but for the times, as an undisturbed run.
+- **Errors.** Each operation on a file fails once, or from there on, as on a broken or full disk or
+  with too many open files. No traceback; the repeat ends with the same bits.
+- **Full disks.** A limit on the size of files, and a real file system that is too small (needs
+  root). A failed save is reported, costs no earlier checkpoint and is made up for.
+- **Files.** Idx files (plain and gzipped) and checkpoints with random damage. Each must be read or
+  refused with a UserError, within ten seconds and 2 GiB of address space beyond what the program
+  has; a checkpoint that is read must be the right one.
 """
 
 import argparse
 import collections
+import errno
 import gzip
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,21 +31,35 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / "benchmarks")]
+
+import powercut
+from faults import watching
 
 import mnist_resnet9 as m
 from support import mnist
 
 FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "2", "--channels", "2,4,4,4",
-         "--train-images", "256", "--batch-size", "32", "--augment", "1", "--ema", "0.9")  # fmt: skip
+         "--train-images", "256", "--batch-size", "32", "--augment", "1", "--ema", "0.9",
+         )  # fmt: skip
 
 
 def command(save, epochs):
-    return [sys.executable, "mnist_resnet9.py", *FLAGS, "--save-dir", str(save), "--epochs-max", str(epochs)]
+    return [
+        sys.executable,
+        "mnist_resnet9.py",
+        *FLAGS,
+        "--save-dir",
+        str(save),
+        "--epochs-max",
+        str(epochs),
+    ]
 
 
 def train(save, epochs, **options):
-    return subprocess.run(command(save, epochs), cwd=HERE, capture_output=True, text=True, timeout=600, **options)
+    return subprocess.run(
+        command(save, epochs), cwd=HERE, capture_output=True, text=True, timeout=600, **options
+    )
 
 
 def result(save):
@@ -47,7 +67,11 @@ def result(save):
     epochs in the log."""
     folder = save / "resnet9"
     rows = [line.split(",")[:6] for line in (folder / "metrics.csv").read_text().splitlines()]
-    log = [line[:50] for line in (folder / "log.txt").read_text().splitlines() if line[:5].strip().isdigit()]
+    log = [
+        line[:50]
+        for line in (folder / "log.txt").read_text().splitlines()
+        if line[:5].strip().isdigit()
+    ]
     return (folder / "checkpoint_last.npz").read_bytes(), rows, log
 
 
@@ -65,7 +89,9 @@ def kill(work, rng, kills, epochs):
             process = subprocess.Popen(command(save, epochs), cwd=HERE, stdout=subprocess.DEVNULL,
                                        stderr=subprocess.PIPE)  # fmt: skip
             try:
-                error = process.communicate(timeout=rng.uniform(0.3, longest) if done < kills else None)[1]
+                error = process.communicate(
+                    timeout=rng.uniform(0.3, longest) if done < kills else None
+                )[1]
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
@@ -77,12 +103,16 @@ def kill(work, rng, kills, epochs):
             assert process.returncode == 0 and not error, error.decode()
             break
         assert result(save) == expected, f"round {rounds} ended with other bits"
-    print(f"kills: {done} in {rounds} runs of {epochs} epochs {dict(where)}; all ended with the same bits", flush=True)
+    print(
+        f"kills: {done} in {rounds} runs of {epochs} epochs {dict(where)}; all ended with the same bits",
+        flush=True,
+    )
 
 
 def fill(work, epochs):
     """A limit on the size of files: smaller than a checkpoint, larger than the log. Then the limit
     is lifted."""
+
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
 
@@ -101,11 +131,138 @@ def fill(work, epochs):
           "untouched; continued without the limit to the same bits", flush=True)  # fmt: skip
 
 
+# ── At each operation on a file ───────────────────────────────────────────────────────────────────
+
+
+def operations(scenario, save):
+    """The operations of a small run, in order."""
+    powercut.prepare(scenario, save)
+    done = []
+    with watching(save, done.append):
+        assert powercut.train(save)[0] == 0
+    return done
+
+
+def disturb(work, scenario, disturbed, limit):
+    """Calls disturbed(save, n) for each operation n of the run, and then repeats its command.
+
+    Returns what the calls returned, counted."""
+    whole, ready, save = work / "whole_small", work / f"ready_{scenario}", work / "save"
+    if not whole.exists():
+        assert powercut.train(whole)[0] == 0
+    expected = powercut.result(whole / powercut.TAG)
+    ready.mkdir()
+    powercut.prepare(scenario, ready)
+    shutil.copytree(ready, save)
+    count = len(operations(scenario, save))
+    counts = collections.Counter()
+    for n in range(count)[: limit or None]:
+        shutil.rmtree(save)
+        shutil.copytree(ready, save)
+        counts[disturbed(save, n)] += 1
+        status, text, _ = powercut.train(save)
+        assert status == 0, f"{scenario}, operation {n}: {text}"
+        same = powercut.result(save / powercut.TAG) == expected
+        assert same, f"{scenario}, operation {n}: the repeat ended with other bits"
+    shutil.rmtree(save)
+    return counts
+
+
+def kill_at(save, n):
+    """Runs it in a process that ends before operation n."""
+    child = os.fork()
+    if child == 0:
+        left = iter(range(n))
+
+        def watch(_):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with watching(save, watch):
+            powercut.train(save)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return "killed" if os.WIFSIGNALED(status) else "ended before"
+
+
+def fail_at(number, for_ever):
+    """A function that runs it with the error of this number in operation n, or from n on."""
+
+    def run(save, n):
+        seen = []
+
+        def watch(operation):
+            seen.append(operation)
+            if len(seen) - 1 == n or (for_ever and len(seen) > n):
+                raise OSError(number, os.strerror(number), str(operation.path))
+
+        with watching(save, watch):
+            status, text, _ = powercut.train(save)
+        assert status in (0, 1, 2) and "Traceback" not in text, text
+        return f"exit status {status}"
+
+    return run
+
+
+def at_each_operation(work, limit):
+    for scenario in powercut.SCENARIOS:
+        counts = disturb(work, scenario, kill_at, limit)
+        shutil.rmtree(work / f"ready_{scenario}")
+        print(f"kill before each operation, {scenario}: {dict(counts)}; all continued", flush=True)
+    for number in (errno.EIO, errno.ENOSPC, errno.EMFILE):
+        for for_ever in (False, True):
+            counts = collections.Counter()
+            for scenario in powercut.SCENARIOS:
+                counts += disturb(work, scenario, fail_at(number, for_ever), limit)
+                shutil.rmtree(work / f"ready_{scenario}")
+            when = "from each operation on" if for_ever else "in each operation once"
+            counts = dict(sorted(counts.items()))
+            print(f"{errno.errorcode[number]} {when}: {counts}; all continued", flush=True)
+
+
+def small_file_system(work):
+    """A run on a file system with room for all but its checkpoints, which is then made larger."""
+    place, unlimited = work / "mounted", work / "unlimited"
+    assert train(unlimited, 6).returncode == 0
+    pages = sum(-(-path.stat().st_size // 4096) + 1 for path in unlimited.rglob("*"))
+    checkpoint = (unlimited / "resnet9" / "checkpoint_last.npz").stat().st_size
+    size = 4 * pages - 3 * checkpoint // 1024  # KiB
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        print("small file system: skipped, it needs root and the right to mount", flush=True)
+        return
+    try:
+        command_ = command(place, 6)
+        first = subprocess.run(command_, cwd=HERE, capture_output=True, text=True, timeout=600)
+        assert first.returncode in (1, 2) and "Traceback" not in first.stderr, first.stderr
+        failures = first.stderr.count("NOT written")
+        for larger in (size + checkpoint // 1024, 2**16):
+            resize = ["mount", "-o", f"remount,size={larger}k", str(place)]
+            subprocess.run(resize, check=True, capture_output=True)
+            again = subprocess.run(command_, cwd=HERE, capture_output=True, text=True, timeout=600)
+            assert "Traceback" not in again.stderr, again.stderr
+        assert again.returncode == 0, again.stderr
+        assert result(place) == result(unlimited)
+        print(
+            f"small file system: exit status {first.returncode}, {failures} failed saves reported; "
+            "made larger, it was continued to the same bits",
+            flush=True,
+        )
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+# ── Damaged files ─────────────────────────────────────────────────────────────────────────────────
+
+
 def mutate(content, rng):
     data = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         kind, at = rng.randrange(6), rng.randrange(len(data) + 1)
-        near = min(at, rng.choice((at, 64, 1024)))  # headers are worth more than their share of the bytes
+        near = min(
+            at, rng.choice((at, 64, 1024))
+        )  # headers are worth more than their share of the bytes
         if kind == 0 and data:
             data[min(near, len(data) - 1)] = rng.randrange(256)
         elif kind == 1:
@@ -115,7 +272,9 @@ def mutate(content, rng):
         elif kind == 3:
             del data[near : near + rng.randint(1, 64)]
         elif kind == 4:
-            data[near : near + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, b"\x7f\xff\xff\xff\xff\xff\xff\xff"))
+            data[near : near + 8] = rng.choice(
+                (b"\xff" * 8, b"\0" * 8, b"\x7f\xff\xff\xff\xff\xff\xff\xff")
+            )
         else:
             data[max(0, len(data) - rng.randint(1, 200)) :] = rng.randbytes(rng.randint(0, 200))
     return bytes(data)
@@ -152,7 +311,9 @@ def fuzz(work, rng, count):
             path.write_bytes(mutate(content, rng))
             try:
                 mnist.read_verified(path, images)
-                counts["idx read"] += 1  # a changed pixel is still an idx file; the SHA-256 of the set finds it
+                counts["idx read"] += (
+                    1  # a changed pixel is still an idx file; the SHA-256 of the set finds it
+                )
             except m.UserError:
                 counts["idx refused"] += 1
         else:
@@ -160,22 +321,32 @@ def fuzz(work, rng, count):
             path.write_bytes(mutate(checkpoint, rng))
             try:
                 state = m.load_checkpoint(path, settings)
-                assert (state.params.flat == right.params.flat).all() and (state.moments == right.moments).all()
+                assert (state.params.flat == right.params.flat).all() and (
+                    state.moments == right.moments
+                ).all()
                 assert (state.ema.flat == right.ema.flat).all() and state.step == right.step
                 assert state.history == right.history
-                counts["checkpoints read, all right"] += 1  # the damage was in bytes that mean nothing
+                counts["checkpoints read, all right"] += (
+                    1  # the damage was in bytes that mean nothing
+                )
             except m.UserError as error:
                 assert "hang" not in str(error)
                 counts["checkpoints refused"] += 1
         signal.alarm(0)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"files: {count} mutated, {dict(counts)}; no other error, no hang, peak memory {grown:.0f} MiB", flush=True)
+    print(
+        f"files: {count} mutated, {dict(counts)}; no other error, no hang, peak memory {grown:.0f} MiB",
+        flush=True,
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--operations", type=int, default=0, help="0 = each of a run's")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -184,6 +355,8 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         kill(Path(work), rng, args.kills, args.epochs)
         fill(Path(work), args.epochs)
+        at_each_operation(Path(work), args.operations)
+        small_file_system(Path(work))
         fuzz(Path(work), rng, args.files)
 
 
