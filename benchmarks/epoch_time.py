@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from step_time import plain_network
+from peers import plain_network
 
 import mnist_resnet9 as m
 

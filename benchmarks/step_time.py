@@ -1,12 +1,13 @@
-"""Our training step against PyTorch's, in one run.
+"""Our training step against that of PyTorch, TensorFlow and JAX, in one run.
 
     pip install -r requirements-torch.txt --extra-index-url https://download.pytorch.org/whl/cpu
+    pip install tensorflow-cpu jax                            as you like: what is there is compared
     python benchmarks/step_time.py                            batch 64, every core, 40 steps a side
     python benchmarks/step_time.py --evaluate --batch 500     forward only
     python benchmarks/step_time.py --table                    several batches, one thread and all, two widths
     python benchmarks/step_time.py --memory                   resident memory over 1,000 steps
 
-Same network, batch, threads, images and Adam on both sides: forward, backward, update. Each side is
+Same network, batch, threads, images and Adam on all sides: forward, backward, update. Each side is
 a process of its own (with workers of its own, whose memory counts) and only one computes at a time:
 they take turns of a few steps until each has done --steps, so a machine that gets slower meanwhile
 does so for all. Figures are medians.
@@ -29,12 +30,16 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import peers
 
 import mnist_resnet9 as m
 from support import winograd
 
-SIDES = ("ours", "torch", "torch channels_last", "torch.compile")
+SIDES = ("ours", *peers.PEERS)
+LESS_PRECISE = ("torch bfloat16",)  # shown, and left out of the ratio
 TURN, WARM_UP = 5, 5  # steps
 WIDE = [16, 32, 64, 64]
 
@@ -55,75 +60,9 @@ def our_step(o):
     return (lambda: m.predict(state.params, images, settings)) if o.evaluate else train
 
 
-def plain_network(channels):
-    """The network as one would write it with PyTorch."""
-    import torch
-    import torch.nn.functional as F
-
-    c1, c2, c3, c4 = channels
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            widths = [(1, c1), (c1, c2), (c2, c2), (c2, c2), (c2, c3), (c3, c4), (c4, c4), (c4, c4)]
-            self.conv = torch.nn.ModuleList(torch.nn.Conv2d(c, k, 3, padding=1) for c, k in widths)
-            self.fc9 = torch.nn.Linear(49 * c4, 10)
-
-        def forward(self, x):
-            conv1, conv2, conv3, conv4, conv5, conv6, conv7, conv8 = self.conv
-            h = F.relu(conv2(F.relu(conv1(x))))
-            h = F.relu(h + conv4(F.relu(conv3(h))))
-            h = F.max_pool2d(h, 2)
-            h = F.relu(conv6(F.relu(conv5(h))))
-            h = F.relu(h + conv8(F.relu(conv7(h))))
-            h = F.max_pool2d(h, 2)
-            return self.fc9(F.dropout(h.flatten(1), 0.9, self.training))
-
-    return Net()
-
-
-def torch_step(o, memory_format, compiled):
-    import torch
-    import torch.nn.functional as F
-
-    torch.set_num_threads(o.threads)
-    data = m.load_mnist()
-    pixels = torch.from_numpy(data.train_images[: o.batch].copy())
-    labels = torch.from_numpy(data.train_labels[: o.batch].astype("int64"))
-    net = plain_network(o.channels).to(memory_format=memory_format)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
-    model = torch.compile(net) if compiled else net
-
-    def batch():
-        x = ((pixels.float() / 255 - m.PIXEL_MEAN) / m.PIXEL_STD)[:, None]
-        return x.contiguous(memory_format=memory_format)
-
-    def train():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(batch()), labels)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    def evaluate():
-        net.eval()
-        with torch.inference_mode():
-            return model(batch())
-
-    return evaluate if o.evaluate else train
-
-
 def serve(o):
     """A side: for every line on stdin does one turn and answers with the seconds of its steps."""
-    if o.side == "ours":
-        step = our_step(o)
-    else:
-        import torch
-
-        memory_format = (
-            torch.channels_last if "channels_last" in o.side else torch.contiguous_format
-        )
-        step = torch_step(o, memory_format, compiled="compile" in o.side)
+    step = our_step(o) if o.side == "ours" else peers.step(o, o.side)
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -200,6 +139,12 @@ def compare(o, names):
     }, floor
 
 
+def fastest_peer(result):
+    """(median seconds, name) of the fastest side that computes as precisely as ours."""
+    others = set(result) - {"ours", *LESS_PRECISE}
+    return min((result[name][0], name) for name in others)
+
+
 def multiply(size, repeats):
     a = np.ones((size, size), np.float32)
     start = time.perf_counter()
@@ -251,7 +196,7 @@ def table(o, names):
             one.steps = o.steps if batch <= 64 else 10
             result, _ = compare(one, names)
             medians = {name: median for name, (median, *_) in result.items()}
-            fastest = min(median for name, median in medians.items() if name != "ours")
+            fastest, _ = fastest_peer(result)
             times = "  ".join(f"{1000 * medians[name]:17.2f} ms" for name in names)
             print(f"{','.join(map(str, channels)):>14s}  {threads:7d}  {batch:5d}  {times}  "
                   f"{1e6 * medians['ours'] / batch:13.0f}  {medians['ours'] / fastest:5.2f}", flush=True)  # fmt: skip
@@ -285,6 +230,7 @@ def parser():
     )
     p.add_argument("--table", action="store_true")
     p.add_argument("--memory", action="store_true")
+    p.add_argument("--sides", nargs="*", choices=SIDES[1:], help="only these, beside ours")
     p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return p
 
@@ -293,7 +239,14 @@ def main():
     o = parser().parse_args()
     if o.side:
         return serve(o)
-    names = SIDES[:-1] if o.skip_compile else SIDES
+    names = ["ours", *peers.installed()]
+    for name in SIDES:
+        if name not in names:
+            print(f"{name}: left out, {peers.PEERS[name]} is not installed")
+    if o.skip_compile and "torch.compile" in names:
+        names.remove("torch.compile")
+    if o.sides:
+        names = ["ours", *(name for name in names if name in o.sides)]
     if o.table or o.memory:
         return (table if o.table else memory)(o, names)
     result, floor = compare(o, names)
@@ -307,8 +260,8 @@ def main():
             f"{name:20s}  {1000 * median:10.1f}  {1000 * min(seconds):12.1f}  {median / floor:17.1f}  {peak:10.0f}"
         )
     print(f"floor                 {1000 * floor:10.1f}")
-    fastest = min((median, name) for name, (median, *_) in result.items() if name != "ours")
-    print(f"ours / fastest of PyTorch ({fastest[1]}): {result['ours'][0] / fastest[0]:.2f}")
+    median, name = fastest_peer(result)
+    print(f"ours / fastest of the others in float32 ({name}): {result['ours'][0] / median:.2f}")
 
 
 if __name__ == "__main__":
