@@ -1,0 +1,49 @@
+"""benchmarks/compare_settings.py holds out what it says, and never looks at the test images."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import mnist_resnet9 as m
+
+sys.path.insert(0, str(m.ROOT / "benchmarks"))
+
+import compare_settings
+
+
+def test_folds_are_disjoint_and_cover_the_training_images(monkeypatch, sample):
+    monkeypatch.setattr(compare_settings, "HELD_OUT", 1000)
+    images = sample.train_images.reshape(4000, -1)
+    held = []
+    for fold in range(4):
+        part = compare_settings.hold_out(sample, fold)
+        assert len(part.train_images) == len(part.train_labels) == 3000
+        both = np.concatenate([part.train_images, part.test_images]).reshape(4000, -1)
+        assert sorted(map(bytes, both)) == sorted(map(bytes, images))
+        held.append(part.test_labels)
+        assert np.array_equal(part.test_images, sample.train_images[3000 - 1000 * fold :][:1000])
+    assert np.array_equal(np.concatenate(held[::-1]), sample.train_labels)
+
+
+def test_the_loss_is_that_of_the_best_temperature(rng):
+    logits = rng.standard_normal((500, 10))
+    probs, _ = m.softmax(logits)
+    labels = np.array([rng.choice(10, p=p) for p in probs])  # so the best temperature is 1
+    softer, _ = m.softmax(logits / 2)
+    expected, _ = m.cross_entropy_loss(logits, labels)
+    assert compare_settings.best_loss(softer, labels) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_row_for_each_set_of_flags(monkeypatch, sample, capsys):
+    monkeypatch.setattr(compare_settings, "HELD_OUT", 200)
+    monkeypatch.setattr(m, "load_mnist", lambda folder: sample)
+    flags = "--device cpu --threads 1 --channels 2,4,4,4 --epochs-max 1"
+    assert m.main(["--folds", "2", flags, f"{flags} --dropout 0"], compare_settings.compare) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("| flags | held-out errors") and len(rows) == 2
+    for row in rows:
+        _, _, errors, loss, *_ = row.split("|")
+        first, second = errors.split(":")[0].split(",")
+        assert 0 < int(first) < 200 and 0 < int(second) < 200 and 0 < float(loss) < 3
+    assert m.main(["--folds", "7", flags], compare_settings.compare) == 2
