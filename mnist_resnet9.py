@@ -109,7 +109,7 @@ class Settings:
     )
     optimizer: str = setting(
         "adam",
-        "the rule that makes an update of a gradient: see sgd(), adam() and muon() below",
+        "the rule that makes an update of a gradient: the functions of these names say how",
         choices=("sgd", "adam", "muon"),
     )
     momentum: float = setting(0.9, "share of its last update that sgd keeps", between=(0, 0.9999))
