@@ -3,9 +3,9 @@
     python benchmarks/compare_settings.py "--recipe quick" "--recipe quick --dropout 0.3"
     python benchmarks/compare_settings.py --folds 5 "--recipe record --epochs-max 20"
 
-Each argument is one set of flags of mnist_resnet9.py. For each fold the last 10,000 training images,
-the 10,000 before them, and so on, are held out, and the others trained on, with a seed (100, 101, …)
-that no result uses. Shown are the held-out errors of each fold; the mean held-out loss, at the best
+Each argument is one set of flags of mnist_resnet9.py. For each fold the last 10,000 training
+images, the 10,000 before them, and so on, are held out, and the others trained on, with a seed
+(100, 101, …) that no result uses. Shown are the held-out errors of each fold; the mean held-out loss, at the best
 of eight temperatures, since label smoothing changes the scale of the logits; the errors in 10,000
 of the images trained on; and the seconds of an epoch. 10,000 images decide a few errors by chance.
 """

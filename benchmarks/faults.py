@@ -1,8 +1,9 @@
 """What a run writes, operation by operation: to record it, to stop it there, or to make it fail.
 
 A run writes in few ways (support/storage.py, support/run_folder.py): it opens a file, writes, calls
-fsync on the file or its folder, renames, deletes, makes a folder. watching() calls a function before
-each of these. powercut.py records them, torture.py ends the process or raises an error at one.
+fsync on the file or its folder, renames, deletes, makes a folder. watching() calls a function
+before each of these. powercut.py records them, torture.py ends the process or raises an error at
+one.
 """
 
 import builtins

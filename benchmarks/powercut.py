@@ -60,7 +60,7 @@ def train(save, epochs=4):
 
 
 def result(folder):
-    """What must not depend on power cuts: the files' bytes, and the metrics and log but for times."""
+    """What must not depend on power cuts: the files' bytes, the metrics and log but for times."""
     files = ("checkpoint_last.npz", "checkpoint_best.npz", "predictions.npz")
     rows = [line.split(",")[:6] for line in (folder / "metrics.csv").read_text().splitlines()]
     log = [line[:50] for line in (folder / "log.txt").read_text(errors="replace").splitlines()]
@@ -135,7 +135,7 @@ class Disk:
             self.pending = [(folder, names) for folder, names in self.pending if folder != path]
 
     def states(self, most=64):
-        """Every state after a cut now: (how the names came out, {path: bytes; None for a folder})."""
+        """Every state after a cut now: how the names came out, {path: bytes; None for a folder}."""
         count = len(self.pending)
         chosen = {tuple(range(n)): "in order" for n in range(count + 1)}
         subsets = (c for n in range(count + 1) for c in itertools.combinations(range(count), n))
