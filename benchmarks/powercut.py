@@ -134,6 +134,10 @@ class Disk:
                     self.apply(self.flushed, names)
             self.pending = [(folder, names) for folder, names in self.pending if folder != path]
 
+    def as_seen(self):
+        """{path: bytes; None for a folder} as the program sees them."""
+        return {path: what and what.now for path, what in self.seen.items()}
+
     def states(self, most=64):
         """Every state after a cut now: how the names came out, {path: bytes; None for a folder}."""
         count = len(self.pending)
@@ -199,12 +203,18 @@ def record(scenario, save):
 
     def add():
         for order, state in disk.states():
-            states.setdefault(freeze(state, save), (order, safe))
+            state = freeze(state, save)
+            # The same state can come of an earlier cut and of a later one: the later one, after
+            # which more had been saved, says what the repeat owes.
+            first, owed = states.get(state, (order, safe))
+            states[state] = first, max(owed, safe)
 
     with watching(save, watch):
         status, text, _ = train(save)
     assert status == 0, text
     add()
+    # Else something was written in a way that watching() does not see, and no state shows it.
+    assert disk.as_seen() == Disk(save).as_seen(), "the record lacks an operation"
     return states
 
 
@@ -231,7 +241,10 @@ def restore(state, save):
 def check(state, safe, save, expected):
     """What is wrong with how the run goes on from this state; None if nothing is."""
     restore(state, save)
-    status, text, step = train(save)
+    try:
+        status, text, step = train(save)
+    except Exception as error:  # a user would see a traceback; the other states are still tried
+        return f"{type(error).__name__}: {error}"
     if status:
         return f"exit status {status}: {text.strip().splitlines()[-1]}"
     if step < safe:
