@@ -3,11 +3,11 @@
 import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 
 import mnist_resnet9 as m
-from support import storage
 
 sys.path.insert(0, str(m.ROOT / "benchmarks"))
 
@@ -23,13 +23,56 @@ def test_every_state_after_a_power_cut_continues(scenario, tmp_path):
     assert sum(kinds.values()) == 8 and not problems
 
 
-def test_states_that_lose_a_run_are_found_where_nothing_is_flushed(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "flush_folder", lambda folder: None)
-    monkeypatch.setattr(storage.os, "fsync", lambda number: None)
+def without_fsync(monkeypatch, unflushed):
+    """Recorded runs then lack each fsync of a path for which unflushed(path).
+
+    To make os.fsync itself do nothing would not do: watching() would still record its call."""
+    watching = powercut.watching
+
+    def less(folder, watch):
+        def watch_less(operation):
+            if not (operation.kind == "fsync" and unflushed(operation.path)):
+                watch(operation)
+
+        return watching(folder, watch_less)
+
+    monkeypatch.setattr(powercut, "watching", less)
+
+
+@pytest.mark.parametrize("unflushed", [Path.is_file, Path.is_dir], ids=["files", "folders"])
+def test_states_that_lose_a_run_are_found_where_nothing_is_flushed(
+    unflushed, tmp_path, monkeypatch
+):
+    without_fsync(monkeypatch, unflushed)
     _, problems = powercut.run("continued", tmp_path, 40, random.Random(0))
     assert any(
         "it went back to step" in problem or "exit status" in problem for problem in problems
     )
+
+
+def test_a_state_owes_what_had_been_saved_before_the_latest_cut_that_leads_to_it(
+    tmp_path, monkeypatch
+):
+    """Where no folder is flushed, the disk may look at the end as it did at the start."""
+    safe = powercut.prepare("continued", tmp_path)
+    start = powercut.freeze(powercut.Disk(tmp_path).as_seen(), tmp_path)
+    monkeypatch.setattr(powercut, "prepare", lambda *_: safe)
+    without_fsync(monkeypatch, Path.is_dir)
+    _, owed = powercut.record("continued", tmp_path)[start]
+    assert (safe, owed) == (2 * powercut.STEPS, 4 * powercut.STEPS)
+
+
+def test_a_write_that_is_not_recorded_is_noticed(tmp_path, monkeypatch):
+    """Path.write_bytes does not go through the open() that is watched."""
+    save_predictions = m.Run.save_predictions
+
+    def unwatched(self, probs):
+        save_predictions(self, probs)
+        (self.folder.path / "unseen").write_bytes(b"")
+
+    monkeypatch.setattr(m.Run, "save_predictions", unwatched)
+    with pytest.raises(AssertionError, match="the record lacks an operation"):
+        powercut.record("fresh", tmp_path)
 
 
 def test_what_is_on_the_disk_after_a_cut(tmp_path):
