@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from support import ROOT, UserError
 from support.checkpoints import HISTORY, Epoch, Unreadable
-from support.storage import flush_folder, lock_file, read_file, write_file
+from support.storage import lock_file, make_folder, read_file, write_file
 
 METRICS = (*HISTORY, "seconds", "images_per_second")
 VALIDATION = ("validation_accuracy",)  # one more column where images were held out
@@ -94,8 +94,7 @@ class RunFolder:
             }  # what a start that was cut off leaves
             if new and path.exists() and {file.name for file in path.iterdir()} - unfinished:
                 raise UserError(f"{path} holds something else than a run; choose another --tag")
-            path.mkdir(parents=True, exist_ok=True)
-            flush_folder(path.parent)
+            make_folder(path)
             self.lock = lock_file(path / "lock")
             for part in path.rglob("*.part"):
                 if not part.name.endswith(".png.part"):  # plot_figs.py may be writing that one
@@ -270,8 +269,15 @@ def cannot_be_written(path, error):
 
 
 def append_lines(path, lines):
-    with open(path, "a", encoding="utf-8", errors="replace") as file:
-        file.write("".join(f"{line}\n" for line in lines))
+    """Adds lines to a file: all of them or, with an OSError, none, so that they can come later."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8", errors="replace") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)  # a disk that is nearly full takes half a line
+        raise
 
 
 def restore_log(path, rows):

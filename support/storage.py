@@ -63,6 +63,14 @@ def flush_folder(path):
             os.close(folder)
 
 
+def make_folder(path):
+    """Makes the folder, and those above it that are missing; each new name survives a power cut."""
+    if not path.parent.exists():
+        make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    flush_folder(path.parent)  # also of one that was there: its start may have been cut off here
+
+
 def pack_arrays(**arrays):
     """The bytes of an npz file."""
     stream = io.BytesIO()

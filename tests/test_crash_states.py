@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mnist_resnet9 as m
-from support import checkpoints, storage, workers
+from support import checkpoints, run_folder, storage, workers
 
 FLAGS = ["--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"]
 FLAGS += ["--train-images", "64", "--batch-size", "32"]
@@ -371,3 +371,30 @@ def test_lines_that_the_log_lacks_come_with_the_next_one(tmp_path, monkeypatch, 
     assert output.err.count("log.txt was NOT written") == 2
     said = [line for line in output.out.splitlines() if line]
     assert (tmp_path / "resnet9" / "log.txt").read_text().splitlines() == said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of a file")
+def test_half_a_line_of_the_log_does_not_stay(tmp_path, monkeypatch):
+    """A disk that is nearly full takes the first bytes of a line, and then no more."""
+    import resource
+
+    path = tmp_path / "log.txt"
+    run_folder.append_lines(path, ["first"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(OSError):
+            run_folder.append_lines(path, ["second", "third"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "first\n"
+    run_folder.append_lines(path, ["second", "third"])
+    assert path.read_text() == "first\nsecond\nthird\n"
+
+
+def test_a_new_save_dir_survives_a_power_cut(tmp_path, monkeypatch):
+    """Every folder whose name is new has that name flushed in the folder above."""
+    flushed, real = [], storage.flush_folder
+    monkeypatch.setattr(storage, "flush_folder", lambda path: (flushed.append(path), real(path)))
+    assert train(tmp_path / "new" / "runs", epochs=1) == 0
+    assert {tmp_path, tmp_path / "new", tmp_path / "new" / "runs"} <= set(flushed)
