@@ -26,6 +26,17 @@ def test_folds_are_disjoint_and_cover_the_training_images(monkeypatch, sample):
     assert np.array_equal(np.concatenate(held[::-1]), sample.train_labels)
 
 
+def test_halves_are_disjoint_and_mixed(sample):
+    first, second = (compare_settings.hold_out(sample, fold, halves=True) for fold in (0, 1))
+    assert np.array_equal(first.train_images, second.test_images)
+    assert np.array_equal(first.test_labels, second.train_labels)
+    both = np.concatenate([first.train_images, first.test_images]).reshape(4000, -1)
+    images = sample.train_images.reshape(4000, -1)
+    assert sorted(map(bytes, both)) == sorted(map(bytes, images))
+    for half in (sample.train_images[:2000], sample.train_images[2000:]):
+        assert not np.array_equal(first.train_images, half)
+
+
 def test_the_loss_is_that_of_the_best_temperature(rng):
     logits = rng.standard_normal((500, 10))
     probs, _ = m.softmax(logits)
@@ -47,3 +58,7 @@ def test_a_row_for_each_set_of_flags(monkeypatch, sample, capsys):
         first, second = errors.split(":")[0].split(",")
         assert 0 < int(first) < 200 and 0 < int(second) < 200 and 0 < float(loss) < 3
     assert m.main(["--folds", "7", flags], compare_settings.compare) == 2
+    assert m.main(["--folds", "3", "--halves", flags], compare_settings.compare) == 2
+    assert m.main(["--folds", "1", "--halves", flags], compare_settings.compare) == 0
+    *_, row = capsys.readouterr().out.splitlines()
+    assert 0 < int(row.split("|")[2].split(":")[0]) < 2000
