@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from machine import machine
 from peers import plain_network
 
 import mnist_resnet9 as m
@@ -127,6 +128,7 @@ def main():
             seconds = SIDES[o.side](replace(SETTINGS, save_dir=folder))
         print(f"\n{seconds}")
         return
+    print(machine())
     seconds = {side: [] for side in SIDES}
     for _ in range(o.runs):
         for side in SIDES:

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import peers
+from machine import machine
 
 import mnist_resnet9 as m
 from support import winograd
@@ -239,6 +240,7 @@ def main():
     o = parser().parse_args()
     if o.side:
         return serve(o)
+    print(machine())
     names = ["ours", *peers.installed()]
     for name in SIDES:
         if name not in names:

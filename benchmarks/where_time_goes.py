@@ -20,6 +20,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from machine import machine
+
 import mnist_resnet9 as m
 from support import winograd
 
@@ -133,6 +135,7 @@ def main():
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--steps", type=int, default=40)
     o = p.parse_args()
+    print(machine())
     cores, shards = m.available_cores(), -(-o.batch // m.SHARD_IMAGES)
     results = {threads: measure(threads, o.batch, o.steps) for threads in sorted({1, cores})}
     print("  cores   step ms   serial   shards   computing   waiting (of all cores)")
