@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -126,7 +127,9 @@ def test_a_config_of_many_brackets_is_damaged(whole, capsys):
 def test_a_closed_terminal_stops_a_run_as_ctrl_c_does(tmp_path):
     command = [sys.executable, "mnist_resnet9.py", *FLAGS, "--save-dir", str(tmp_path)]
     log = tmp_path / "resnet9" / "log.txt"
-    process = subprocess.Popen([*command, "--epochs-max", "10000"], cwd=m.ROOT)
+    # Under nohup a run goes on. Should the tests themselves be under it, this run is not.
+    heard = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    process = subprocess.Popen([*command, "--epochs-max", "10000"], cwd=m.ROOT, preexec_fn=heard)
     for _ in range(600):
         if log.exists() and "    2  " in log.read_text():
             break
