@@ -30,13 +30,13 @@ along x, and that is our convolution. Transposing the right-hand side gives y = 
 (Lavin and Gray 2016, arXiv:1509.09308; the matrices are Cook and Toom's.)
 
 **In this file.** A row is cut into tiles of 7 outputs; each needs 9 pixels, so neighbouring tiles
-share 2. Two tiles together form a strip, and P and Q are B and A for a strip, so one matrix product
-transforms many pixels at once. An image is transformed from both sides, as every matrix is that has
-rows and columns: P x Pᵀ, G w Gᵀ and Q (…) Qᵀ. All of this is linear in x and in w, so the backward
-pass is the same with the matrices transposed.
+share 2. An image is transformed from both sides, as every matrix is that has rows and columns:
+B x Bᵀ, G w Gᵀ and A (…) Aᵀ. The values of all tiles at one pair of points then stand together, so
+that the multiplications are 81 large matrix products. All of this is linear in x and in w, so the
+backward pass is the same with the matrices transposed.
 
 Letters, as in mnist_resnet9.py: H W rows and columns, N images, C channels in, K channels out; T
-and S are the tiles of a strip down and across.
+and S are the numbers of tiles down and across.
 """
 
 import functools
@@ -50,7 +50,6 @@ POINTS = (1, -1, 1 / 4, -1 / 4, 2 / 3, -2 / 3, 2, -2)
 VALUES = len(POINTS) + 1  # 9 values a tile, from 9 pixels; the ninth point is infinity
 OUTPUTS = VALUES - 2  # 7 outputs a tile: 28 and 14, the sizes of our images, are multiples of it
 
-STRIP_TILES = 2  # with more, P would be mostly zeros: a tile has nothing to do with distant pixels
 MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multiplications that they save
 
 
@@ -64,7 +63,7 @@ def is_faster(w):
 # ── Matrices ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class Tile(NamedTuple):
+class Matrices(NamedTuple):
     """The matrices of one tile, in float64."""
 
     A: Any  # (OUTPUTS, VALUES)
@@ -72,7 +71,7 @@ class Tile(NamedTuple):
     G: Any  # (VALUES, 3)
 
 
-def tile_matrices():
+def matrices():
     points = np.array(POINTS)
     A = np.zeros((OUTPUTS, VALUES))
     B = np.zeros((VALUES, VALUES))
@@ -85,56 +84,45 @@ def tile_matrices():
     A[OUTPUTS - 1, VALUES - 1] = 1  # the value at infinity is the highest coefficient
     G[VALUES - 1, 2] = 1
     B[VALUES - 1] = np.poly(points)[::-1]
-    return Tile(A, B, G)
+    return Matrices(A, B, G)
 
 
 @functools.lru_cache(maxsize=None)
 def kernel_matrix(dtype):
     """G, (VALUES, 3), for weights of this dtype."""
-    return tile_matrices().G.astype(dtype)
+    return matrices().G.astype(dtype)
 
 
-class Strip(NamedTuple):
+class Tile(NamedTuple):
     pixels: slice  # which pixels of the row it reads or makes
-    matrix: Any  # P or Q, or one of them transposed
+    matrix: Any  # B or A, or one of them transposed
 
 
-class Strips(NamedTuple):
-    """The strips of a row of L pixels, for the forward pass and, transposed, for the backward."""
+class Tiles(NamedTuple):
+    """The tiles of a row of L pixels, for the forward pass and, transposed, for the backward."""
 
-    reads: list  # P of each strip, (values · T, pixels)
-    makes: list  # Q of each strip, (pixels, values · T)
-    reads_back: list  # Pᵀ
-    makes_back: list  # Qᵀ
+    reads: list  # B of each tile, (VALUES, pixels)
+    makes: list  # A of each tile, (pixels, VALUES)
+    reads_back: list  # Bᵀ
+    makes_back: list  # Aᵀ
 
 
-def transposed(strips):
-    return [Strip(strip.pixels, strip.matrix.T) for strip in strips]
+def transposed(tiles):
+    return [Tile(tile.pixels, tile.matrix.T) for tile in tiles]
 
 
 @functools.lru_cache(maxsize=None)
-def strips_of(L, dtype):
-    """The Strips of a row of L pixels. P's rows are ordered by point, then by tile."""
-    A, B, _ = tile_matrices()
-    tiles = min(STRIP_TILES, -(-L // OUTPUTS))  # L / OUTPUTS rounded up, since // rounds down
-    length = tiles * OUTPUTS
-    P = np.zeros((VALUES, tiles, length + 2))
-    Q = np.zeros((length, VALUES, tiles))
-    for t in range(tiles):
-        start = t * OUTPUTS
-        P[:, t, start : start + VALUES] = B
-        Q[start : start + OUTPUTS, :, t] = A
-    P = P.reshape(VALUES * tiles, -1)
-    Q = Q.reshape(-1, VALUES * tiles)
-
+def tiles_of(L, dtype):
+    """The Tiles of a row of L pixels."""
+    A, B, _ = matrices()
     reads, makes = [], []
-    for start in range(0, L, length):
-        end = min(start + length, L)
-        first, stop = max(start - 1, 0), min(start + length + 1, L)  # beyond the border are zeros
-        columns = P[:, first - start + 1 : stop - start + 1]  # what would multiply them is left out
-        reads.append(Strip(slice(first, stop), np.asarray(columns, dtype)))
-        makes.append(Strip(slice(start, end), np.asarray(Q[: end - start], dtype)))
-    return Strips(reads, makes, transposed(reads), transposed(makes))
+    for start in range(0, L, OUTPUTS):
+        end = min(start + OUTPUTS, L)
+        first, stop = max(start - 1, 0), min(start + OUTPUTS + 1, L)  # beyond the border are zeros
+        columns = B[:, first - start + 1 : stop - start + 1]  # what would multiply them is left out
+        reads.append(Tile(slice(first, stop), np.asarray(columns, dtype)))
+        makes.append(Tile(slice(start, end), np.asarray(A[: end - start], dtype)))
+    return Tiles(reads, makes, transposed(reads), transposed(makes))
 
 
 # ── Transforms ────────────────────────────────────────────────────────────────────────────────────
@@ -150,50 +138,43 @@ def spaced(*shape, dtype):
     return np.empty((*outer, last + 64 // dtype.itemsize), dtype)[..., :last]
 
 
-def tiles_in(strip):
-    """How many tiles a strip of `reads` or `makes_back` has."""
-    return len(strip.matrix) // VALUES
-
-
 def to_points(rows, x, cols):
-    """P x Pᵀ, strip by strip: (H, W, N, C) → (strips, strips, VALUES, VALUES, T·S·N, C)."""
+    """B x Bᵀ, tile by tile: (H, W, N, C) → (VALUES, VALUES, T·S·N, C)."""
     H, W, N, C = x.shape
-    T, S = tiles_in(rows[0]), tiles_in(cols[0])
-    X = np.empty((len(rows), len(cols), VALUES, VALUES * T, S, N * C), x.dtype)
-    for c, (pixels, P) in enumerate(cols):
-        R = spaced(H, VALUES * S, N * C, dtype=x.dtype)
-        np.matmul(P, x.reshape(H, W, N * C)[:, pixels], out=R)  # along the rows
-        R = R.reshape(H, VALUES, S, N * C).transpose(1, 2, 0, 3)  # (VALUES, S, H, N·C)
-        for r, (pixels, P) in enumerate(rows):
-            np.matmul(P, R[:, :, pixels], out=X[r, c].swapaxes(1, 2))  # along the columns
-    return X.reshape(len(rows), len(cols), VALUES, VALUES, -1, C)
+    T, S = len(rows), len(cols)
+    x = x.reshape(H, W, N * C)
+    R = spaced(H, VALUES, S, N * C, dtype=x.dtype)
+    for s, (pixels, B) in enumerate(cols):
+        np.matmul(B, x[:, pixels], out=R[:, :, s])  # along the rows
+    R = R.transpose(1, 2, 0, 3)  # (VALUES, S, H, N·C)
+    X = np.empty((VALUES, VALUES, T, S, N * C), x.dtype)
+    for t, (pixels, B) in enumerate(rows):
+        np.matmul(B, R[:, :, pixels], out=X[:, :, t].swapaxes(1, 2))  # along the columns
+    return X.reshape(VALUES, VALUES, T * S * N, C)
 
 
 def from_points(rows, M, cols, N):
-    """Q M Qᵀ, strip by strip: (strips, strips, VALUES, VALUES, T·S·N, K) → (H, W, N, K)."""
+    """A M Aᵀ, tile by tile: (VALUES, VALUES, T·S·N, K) → (H, W, N, K)."""
     H, W, K = rows[-1].pixels.stop, cols[-1].pixels.stop, M.shape[-1]
-    S = cols[0].matrix.shape[1] // VALUES
-    M = M.reshape(len(rows), len(cols), VALUES, -1, S, N * K).swapaxes(3, 4)
-    columns = []
-    for c in range(len(cols)):
-        R = spaced(H, VALUES * S, N * K, dtype=M.dtype)
-        join(rows, M[:, c], R.reshape(H, VALUES, S, N * K).transpose(1, 2, 0, 3))
-        columns.append(R)
+    T, S = len(rows), len(cols)
+    M = M.reshape(VALUES, VALUES, T, S, N * K).swapaxes(1, 3)  # (VALUES, S, T, VALUES, N·K)
+    R = spaced(H, VALUES, S, N * K, dtype=M.dtype)
+    join(rows, [M[:, :, t] for t in range(T)], R.transpose(1, 2, 0, 3))
     y = np.empty((H, W, N * K), M.dtype)
-    join(cols, columns, y)
+    join(cols, [R[:, :, s] for s in range(S)], y)
     return y.reshape(H, W, N, K)
 
 
-def join(strips, xs, y):
-    """Writes matrix @ x of each strip into its pixels of y.
+def join(tiles, xs, y):
+    """Writes matrix @ x of each tile into its pixels of y.
 
-    Where strips overlap, their values add."""
+    Where tiles overlap, their values add."""
     done = 0
-    for (pixels, Q), x in zip(strips, xs):
+    for (pixels, A), x in zip(tiles, xs):
         new = max(done, pixels.start)
-        np.matmul(Q[new - pixels.start :], x, out=y[..., new : pixels.stop, :])
+        np.matmul(A[new - pixels.start :], x, out=y[..., new : pixels.stop, :])
         if new > pixels.start:
-            y[..., pixels.start : new, :] += Q[: new - pixels.start] @ x
+            y[..., pixels.start : new, :] += A[: new - pixels.start] @ x
         done = pixels.stop
 
 
@@ -250,29 +231,27 @@ class Cache(NamedTuple):
 def conv2d(x, w, b):
     """The same y as mnist_resnet9.conv2d(): (H, W, N, C) → (H, W, N, K), and the Cache."""
     H, W, N, C = x.shape
-    rows, cols = strips_of(H, x.dtype), strips_of(W, x.dtype)
+    rows, cols = tiles_of(H, x.dtype), tiles_of(W, x.dtype)
     if not isinstance(w, Kernel) or w.U is None:
         w = transform(w)
-    X = to_points(rows.reads, x, cols.reads)  # (strips, strips, VALUES, VALUES, T·S·N, C)
-    # At each pair of points, a sum over the channels.
-    M = X @ w.U  # (strips, strips, VALUES, VALUES, T·S·N, K)
+    X = to_points(rows.reads, x, cols.reads)  # (VALUES, VALUES, T·S·N, C)
+    M = X @ w.U  # at each pair of points, a sum over the channels: (VALUES, VALUES, T·S·N, K)
     # All powers of 1 are 1: the value at the points (1, 1) enters every output as it is.
-    M[:, :, 0, 0] += b
+    M[0, 0] += b
     return from_points(rows.makes, M, cols.makes, N), Cache(X, w, x.shape)
 
 
 def conv2d_backward(dy, cache, need_dx=True):
-    """From y = Q M Qᵀ, M = X @ U, X = P x Pᵀ, U = G w Gᵀ: dx, dw and db.
+    """From y = A M Aᵀ, M = X @ U, X = B x Bᵀ, U = G w Gᵀ: dx, dw and db.
 
     These are the same products in reverse, each factor transposed."""
     X, w, (H, W, N, C) = cache
-    rows, cols = strips_of(H, dy.dtype), strips_of(W, dy.dtype)
+    rows, cols = tiles_of(H, dy.dtype), tiles_of(W, dy.dtype)
     dM = to_points(rows.makes_back, dy, cols.makes_back)
-    db = dM[:, :, 0, 0].sum(axis=(0, 1, 2))
-    dUs = (X.swapaxes(-1, -2) @ dM).reshape(-1, VALUES, VALUES, w.shape[2] * w.shape[3])
-    dU = functools.reduce(np.add, dUs)  # the sum over the strips
-    dw = both_sides(kernel_matrix(dy.dtype).T, dU).reshape(w.shape)
+    db = dM[0, 0].sum(axis=0)
+    dU = X.swapaxes(2, 3) @ dM  # (VALUES, VALUES, C, K)
+    dw = both_sides(kernel_matrix(dy.dtype).T, dU.reshape(VALUES, VALUES, -1)).reshape(w.shape)
     if not need_dx:
         return None, dw, db
-    dX = dM @ w.UT  # (strips, strips, VALUES, VALUES, T·S·N, C)
+    dX = dM @ w.UT  # (VALUES, VALUES, T·S·N, C)
     return from_points(rows.reads_back, dX, cols.reads_back, N), dw, db
