@@ -146,7 +146,12 @@ def test_workers_end_with_the_program_however_it_ends(end, method, tmp_path):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM.format(here=str(m.ROOT), method=method))
     program = subprocess.Popen(
-        [sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # What a script starts with & ignores Ctrl-C, and so would whatever the tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     pids = [int(pid) for pid in program.stdout.readline().split()]
     assert len(pids) == 3 and all(map(running, pids))
