@@ -977,7 +977,7 @@ def pixels_at(images, row, col):
 # of the shards. A shard's size is fixed, so the result has the same bits on one core or sixteen.
 # support/workers.py has the processes that compute beside this one.
 
-# With 16, a step would take an eighth less time on one or two cores, and far more on eight: a
+# With 16, a step would take a tenth less time on one or two cores, and far more on eight: a
 # batch of 64 would be only four shards.
 SHARD_IMAGES = 8
 PREDICT_SHARD_IMAGES = 32  # without a backward pass less is kept, so more fits
