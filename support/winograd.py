@@ -143,13 +143,14 @@ def to_points(rows, x, cols):
     H, W, N, C = x.shape
     T, S = len(rows), len(cols)
     x = x.reshape(H, W, N * C)
-    R = spaced(H, VALUES, S, N * C, dtype=x.dtype)
+    R = spaced(H, VALUES, S * N * C, dtype=x.dtype)
+    by_tile = R.reshape(H, VALUES, S, N * C)  # a view
     for s, (pixels, B) in enumerate(cols):
-        np.matmul(B, x[:, pixels], out=R[:, :, s])  # along the rows
-    R = R.transpose(1, 2, 0, 3)  # (VALUES, S, H, N·C)
-    X = np.empty((VALUES, VALUES, T, S, N * C), x.dtype)
+        np.matmul(B, x[:, pixels], out=by_tile[:, :, s])  # along the rows
+    R = R.swapaxes(0, 1)  # (VALUES, H, S·N·C)
+    X = np.empty((VALUES, VALUES, T, S * N * C), x.dtype)
     for t, (pixels, B) in enumerate(rows):
-        np.matmul(B, R[:, :, pixels], out=X[:, :, t].swapaxes(1, 2))  # along the columns
+        np.matmul(B, R[:, pixels], out=X[:, :, t])  # along the columns, all tiles across at once
     return X.reshape(VALUES, VALUES, T * S * N, C)
 
 
@@ -157,11 +158,12 @@ def from_points(rows, M, cols, N):
     """A M Aᵀ, tile by tile: (VALUES, VALUES, T·S·N, K) → (H, W, N, K)."""
     H, W, K = rows[-1].pixels.stop, cols[-1].pixels.stop, M.shape[-1]
     T, S = len(rows), len(cols)
-    M = M.reshape(VALUES, VALUES, T, S, N * K).swapaxes(1, 3)  # (VALUES, S, T, VALUES, N·K)
-    R = spaced(H, VALUES, S, N * K, dtype=M.dtype)
-    join(rows, [M[:, :, t] for t in range(T)], R.transpose(1, 2, 0, 3))
+    M = M.reshape(VALUES, VALUES, T, S * N * K)
+    R = spaced(H, VALUES, S * N * K, dtype=M.dtype)
+    join(rows, [M[:, :, t] for t in range(T)], R.swapaxes(0, 1))
     y = np.empty((H, W, N * K), M.dtype)
-    join(cols, [R[:, :, s] for s in range(S)], y)
+    by_tile = R.reshape(H, VALUES, S, N * K)
+    join(cols, [by_tile[:, :, s] for s in range(S)], y)
     return y.reshape(H, W, N, K)
 
 
@@ -171,10 +173,10 @@ def join(tiles, xs, y):
     Where tiles overlap, their values add."""
     done = 0
     for (pixels, A), x in zip(tiles, xs):
-        new = max(done, pixels.start)
-        np.matmul(A[new - pixels.start :], x, out=y[..., new : pixels.stop, :])
-        if new > pixels.start:
-            y[..., pixels.start : new, :] += A[: new - pixels.start] @ x
+        shared = y[..., pixels.start : done, :]  # with the tile before; often empty
+        before = shared.copy() if shared.size else 0
+        np.matmul(A, x, out=y[..., pixels, :])
+        shared += before
         done = pixels.stop
 
 
