@@ -1,9 +1,10 @@
 """Your own digit: pictures in, predictions out.
 
-    python predict.py my_digit.png               one picture, or several; each may show several digits, well apart
+    python predict.py my_digit.png               one picture, or several, each with one digit or
+                                                 several, well apart
     python predict.py page.jpg --figure out.png  the probabilities as a figure too
     python predict.py my_digit.png --tag TAG     with the weights of that run
-    python predict.py --draw                     a window: draw with the mouse, and see what the network makes of it
+    python predict.py --draw                     a window to draw in with the mouse
 
 Photographs and drawings of any size and colours will do: dark on light, light on dark, transparent.
 Each digit is made into an image as MNIST's were: fitted into 20×20 pixels by its longer side, and
@@ -145,7 +146,10 @@ def find_weights(save_dir, tag=None):
     paths = sorted(save_dir.glob("*/checkpoint_last.npz"), key=lambda path: path.stat().st_mtime)
     ours = [path.parent for path in paths if is_resnet9(path)]
     if not ours:
-        command = "python mnist_resnet9.py --epochs-max 2 --learning-rate 1e-3 --dropout 0.5 --augment 1 --tag mine"
+        command = (
+            "python mnist_resnet9.py --epochs-max 2 --learning-rate 1e-3 --dropout 0.5 "
+            "--augment 1 --tag mine"
+        )
         raise m.UserError(
             f"{save_dir} has no run with weights yet; this trains one in minutes: {command}"
         )
@@ -183,8 +187,10 @@ class Reader:
         self.settings = run.settings
         self.other_data = None
         if run.data not in ("MNIST", "MNIST sample"):
-            self.other_data = (f"*** {folder.name} was trained on {run.data}, not on MNIST: its answers 0 to 9 are the "
-                               "classes of that data, which need not be digits.")  # fmt: skip
+            self.other_data = (
+                f"*** {folder.name} was trained on {run.data}, not on MNIST: "
+                "its answers 0 to 9 are the classes of that data, which need not be digits."
+            )
         self.params = m.load_checkpoint(folder / "checkpoint_last.npz", self.settings).averaged()
         sample = m.load_mnist("data/sample")
         self.known = unit_rows(sample.train_images)  # (4000, 784)
@@ -319,7 +325,8 @@ def predict_pictures(paths, save_dir, tag, figure):
         for n, (digit, answer) in enumerate(zip(digits, answers), start=1):
             left, top, right, bottom = (round(edge / scale) for edge in digit.box)
             print(
-                f"\n  {n} of {len(digits)}, columns {left} to {right}, rows {top} to {bottom}: {answer.text()}"
+                f"\n  {n} of {len(digits)}, columns {left} to {right}, rows {top} to {bottom}: "
+                f"{answer.text()}"
             )
             print(in_terminal(digit.image, answer))
         shown.append((path, picture, digits, answers))
@@ -391,8 +398,13 @@ def start(arguments):
     parser.add_argument(
         "--figure", type=Path, metavar="PNG", help="write the answers there as a figure, too"
     )
-    parser.add_argument("--save-dir", type=lambda text: Path(user_path(text)), default=m.ROOT / m.Settings.save_dir,
-                        metavar="FOLDER", help=f"folder with the runs (default: {m.Settings.save_dir})")  # fmt: skip
+    parser.add_argument(
+        "--save-dir",
+        type=lambda text: Path(user_path(text)),
+        default=m.ROOT / m.Settings.save_dir,
+        metavar="FOLDER",
+        help=f"folder with the runs (default: {m.Settings.save_dir})",
+    )
     given = parser.parse_args(arguments)
     if given.draw:
         if given.pictures or given.figure:

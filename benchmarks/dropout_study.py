@@ -1,9 +1,10 @@
 """Test accuracy against dropout rate: the reference experiment with dropout 0.5, 0.6, 0.7, 0.8,
 0.9, 0.95 and 0.99.
 
-    python benchmarks/dropout_study.py                  run or continue all, 5 epochs each; then draw docs/dropout.png
-    python benchmarks/dropout_study.py --commands       only print the commands, for a job scheduler to spread
-    python benchmarks/dropout_study.py --epochs 200     any number of epochs; a study of 5 goes on to 200
+    python benchmarks/dropout_study.py               run or continue all, 5 epochs each, then draw
+                                                     docs/dropout.png
+    python benchmarks/dropout_study.py --commands    only print the commands, for a job scheduler
+    python benchmarks/dropout_study.py --epochs 200  any number; a study of 5 goes on to 200
 
 Each run is an ordinary one, in save/dropout_<rate>/. Finished runs are not repeated, so after the
 commands have run elsewhere the first line only draws. Runs with fewer epochs than asked for are not
@@ -60,8 +61,12 @@ def draw(found, epochs):
         ax.annotate(f"{accuracy:.2%}", (rate, accuracy), (6, 6), textcoords="offset points", size=8,
                     bbox=dict(facecolor="white", edgecolor="none", pad=0.5))  # fmt: skip
     scale_accuracy(ax, min(found.values()), max(found.values()))
-    ax.set(title=f"The reference experiment after {epochs} epochs, one run for each rate", xlabel="dropout rate",
-           ylabel="test accuracy", xticks=RATES[:-2] + RATES[-1:])  # fmt: skip
+    ax.set(
+        title=f"The reference experiment after {epochs} epochs, one run for each rate",
+        xlabel="dropout rate",
+        ylabel="test accuracy",
+        xticks=RATES[:-2] + RATES[-1:],
+    )
     ax.margins(x=0.17, y=0.1)  # room for the numbers
     ax.grid(True)
     return fig

@@ -184,9 +184,8 @@ def main(arguments=None):
             f"PyTorch is missing ({error}); requirements-torch.txt says how to get it"
         ) from None
     theirs = t.use_device("gpu")
-    print(
-        f"{ours}; {m.xp.__name__} {m.xp.__version__}; {theirs.split(', ')[-1]}; {'TF32' if o.tf32 else 'float32'}"
-    )
+    kind = "TF32" if o.tf32 else "float32"
+    print(f"{ours}; {m.xp.__name__} {m.xp.__version__}; {theirs.split(', ')[-1]}; {kind}")
     if o.check:
         return 0
 
@@ -203,7 +202,8 @@ def main(arguments=None):
         sides |= {f"PyTorch {way}": torch_step(m, data, settings, "cuda", way) for way in ways}
         times = seconds_a_step(sides, o.turns, torch.cuda.synchronize)
         print(
-            f"\nbatch {N}, median of {o.turns} turns of {TURN} steps   ms a step   images/s   of eager's time   of its graph's   kernels"
+            f"\nbatch {N}, median of {o.turns} turns of {TURN} steps   ms a step   images/s   "
+            "of eager's time   of its graph's   kernels"
         )
         for name, seconds in times.items():
             count = (
@@ -211,14 +211,14 @@ def main(arguments=None):
             )
             eager, graph = seconds / times["PyTorch eager"], seconds / times["PyTorch graph"]
             print(
-                f"  {name:38s}  {1000 * seconds:9.3f}  {N / seconds:9.0f}  {eager:16.2f}  {graph:15.2f}   {count:>7}"
+                f"  {name:38s}  {1000 * seconds:9.3f}  {N / seconds:9.0f}  "
+                f"{eager:16.2f}  {graph:15.2f}   {count:>7}"
             )
         fast = "ours, one CUDA graph"
         where = kernels(sides[fast], torch.cuda.synchronize)
         if where:  # side by side they take longer each than alone, and together less than their sum
-            print(
-                f"  our kernels, {sum(row[2] for row in where) / 1000:.2f} ms in {1000 * times[fast]:.2f}:"
-            )
+            summed = sum(row[2] for row in where) / 1000
+            print(f"  our kernels, {summed:.2f} ms in {1000 * times[fast]:.2f}:")
         for name, count, time_us in where[:KERNELS_SHOWN]:
             print(f"    {time_us / 1000:7.3f} ms  {count:4d} ×  {name[:90]}")
     return 0

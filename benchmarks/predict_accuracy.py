@@ -2,7 +2,8 @@
 what is no digit.
 
     python benchmarks/predict_accuracy.py --tag TAG
-    python benchmarks/predict_accuracy.py --seed 1      the pages that predict.py was made with, not those of the table
+    python benchmarks/predict_accuracy.py --seed 1   pages that predict.py was made with, not the
+                                                     table's
 
 The pictures as people take them are those of pictures.py. With scikit-learn installed, its 1,797
 digits are read, too: other people's handwriting, 8×8 pixels, enlarged. The first 400 were looked at
@@ -37,8 +38,12 @@ except ImportError:
     load_digits = None
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # in every installation of matplotlib
-FONT_NAMES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
-              "DejaVuSansMono", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10")  # fmt: skip
+FONT_NAMES = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono"),
+    *("DejaVuSerif", "DejaVuSerif-Bold"),
+    *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
+    *("cmr10", "cmss10", "cmtt10"),
+)
 LETTERS = "ACDEFHKMNPQRUVWXYadefhjkmnprtuvwxy@#&?%$*+"
 
 
@@ -100,7 +105,8 @@ def read_pages(reader, data, seed, pages):
     the slowest page."""
     hand = pictures.half(data, seed)
     print(
-        "kind of page                                 pages right    digits right    called no digit    slowest"
+        "kind of page                                 "
+        "pages right    digits right    called no digit    slowest"
     )
     for number, kind in enumerate(pictures.KINDS):
         whole = wrong = total = called = slowest = 0
@@ -120,8 +126,11 @@ def read_pages(reader, data, seed, pages):
                 total + len(text),
             )
             called += sum(not answer.is_digit for answer in answers)
-        print(f"{kind.name:44} {whole / pages:7.1%} of {pages:<4}{1 - wrong / total:10.1%} of {total:<5}"
-              f"{called / total:11.1%}{slowest:12.1f} s", flush=True)  # fmt: skip
+        print(
+            f"{kind.name:44} {whole / pages:7.1%} of {pages:<4}"
+            f"{1 - wrong / total:10.1%} of {total:<5}{called / total:11.1%}{slowest:12.1f} s",
+            flush=True,
+        )
 
 
 def read_others(reader, first):
@@ -139,12 +148,9 @@ def read_others(reader, first):
             right += len(answers) == 1 and answers[0].probabilities.argmax() == label
             called += any(not answer.is_digit for answer in answers)
         count = len(digits.images) - first
-        print(
-            f"other people's digits, {'with' if margin else 'no'} margin, right:  {share(right, count)}"
-        )
-        print(
-            f"other people's digits, {'with' if margin else 'no'} margin, called no digit:  {share(called, count)}"
-        )
+        what = f"other people's digits, {'with' if margin else 'no'} margin"
+        print(f"{what}, right:  {share(right, count)}")
+        print(f"{what}, called no digit:  {share(called, count)}")
 
 
 def share(part, whole):
@@ -186,12 +192,10 @@ def main():
     right = sum(
         str(answer.probabilities.argmax()) == text for answer, (_, text) in zip(answers, digits)
     )
-    print(
-        f"digits in {len(FONT_NAMES)} fonts, right:               {share(right, 10 * len(FONT_NAMES))}"
-    )
-    print(
-        f"digits in {len(FONT_NAMES)} fonts, called no digit:     {share(sum(not a.is_digit for a in answers), len(answers))}"
-    )
+    called = sum(not answer.is_digit for answer in answers)
+    what = f"digits in {len(FONT_NAMES)} fonts"
+    print(f"{what}, right:               {share(right, 10 * len(FONT_NAMES))}")
+    print(f"{what}, called no digit:     {share(called, len(answers))}")
 
     letters = [
         digit.image

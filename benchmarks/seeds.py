@@ -32,7 +32,8 @@ def summary(runs):
             )
     last = [100 * run.metrics["test_accuracy"][-1] for run in runs]
     spread = f" ± {statistics.stdev(last):.3f}" if len(last) > 1 else ""
-    return f"{', '.join(f'{a:.2f}' for a in last)} %: {statistics.mean(last):.3f}{spread} % over {len(last)} seeds"
+    each = ", ".join(f"{accuracy:.2f}" for accuracy in last)
+    return f"{each} %: {statistics.mean(last):.3f}{spread} % over {len(last)} seeds"
 
 
 if __name__ == "__main__":

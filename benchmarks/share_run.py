@@ -1,6 +1,7 @@
 """Makes the last checkpoint of a finished run small: a quarter of its size, for git or to pass on.
 
-    python benchmarks/share_run.py record       save/record/checkpoint_last.npz then has only the weights that were evaluated
+    python benchmarks/share_run.py record       save/record/checkpoint_last.npz then has only the
+                                                weights that were evaluated
 
 Figures and predictions stay possible, and mnist_resnet9.py still says that the run is finished.
 What goes is what only further training would need: the optimizer's moments, and the weights

@@ -2,10 +2,10 @@
 
     pip install -r requirements-torch.txt --extra-index-url https://download.pytorch.org/whl/cpu
     pip install tensorflow-cpu jax                            as you like: what is there is compared
-    python benchmarks/step_time.py                            batch 64, every core, 40 steps a side
-    python benchmarks/step_time.py --evaluate --batch 500     forward only
-    python benchmarks/step_time.py --table                    several batches, one thread and all, two widths
-    python benchmarks/step_time.py --memory                   resident memory over 1,000 steps
+    python benchmarks/step_time.py                         batch 64, every core, 40 steps a side
+    python benchmarks/step_time.py --evaluate --batch 500  forward only
+    python benchmarks/step_time.py --table                 batches, one thread and all, two widths
+    python benchmarks/step_time.py --memory                resident memory over 1,000 steps
 
 Same network, batch, threads, images and Adam on all sides: forward, backward, update. Each side is
 a process of its own (with workers of its own, whose memory counts) and only one computes at a time:
@@ -186,9 +186,8 @@ def multiplications(o):
 def table(o, names):
     """One line a setting: milliseconds of each side, microseconds an image of ours, and the
     ratio."""
-    print(
-        f"{'channels':>14s}  threads  batch  {'  '.join(f'{name:>20s}' for name in names)}  ours µs/image  ratio"
-    )
+    titles = "  ".join(f"{name:>20s}" for name in names)
+    print(f"{'channels':>14s}  threads  batch  {titles}  ours µs/image  ratio")
     for channels, batches in (([4, 16, 32, 64], (1, 8, 64, 256, 1024)), (WIDE, (64,))):
         for threads, batch in itertools.product(sorted({1, o.threads}), batches):
             one = argparse.Namespace(
@@ -199,8 +198,11 @@ def table(o, names):
             medians = {name: median for name, (median, *_) in result.items()}
             fastest, _ = fastest_peer(result)
             times = "  ".join(f"{1000 * medians[name]:17.2f} ms" for name in names)
-            print(f"{','.join(map(str, channels)):>14s}  {threads:7d}  {batch:5d}  {times}  "
-                  f"{1e6 * medians['ours'] / batch:13.0f}  {medians['ours'] / fastest:5.2f}", flush=True)  # fmt: skip
+            print(
+                f"{','.join(map(str, channels)):>14s}  {threads:7d}  {batch:5d}  {times}  "
+                f"{1e6 * medians['ours'] / batch:13.0f}  {medians['ours'] / fastest:5.2f}",
+                flush=True,
+            )
 
 
 def memory(o, names):
@@ -254,12 +256,14 @@ def main():
     result, floor = compare(o, names)
     what = "evaluation" if o.evaluate else "training step"
     print(
-        f"{what}, batch {o.batch}, {o.threads} threads, channels {o.channels}, median of {o.steps} each"
+        f"{what}, batch {o.batch}, {o.threads} threads, channels {o.channels}, "
+        f"median of {o.steps} each"
     )
     print("                       median ms    fastest ms    times the floor    peak MiB")
     for name, (median, seconds, peak) in result.items():
         print(
-            f"{name:20s}  {1000 * median:10.1f}  {1000 * min(seconds):12.1f}  {median / floor:17.1f}  {peak:10.0f}"
+            f"{name:20s}  {1000 * median:10.1f}  {1000 * min(seconds):12.1f}  "
+            f"{median / floor:17.1f}  {peak:10.0f}"
         )
     print(f"floor                 {1000 * floor:10.1f}")
     median, name = fastest_peer(result)

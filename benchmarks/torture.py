@@ -104,7 +104,8 @@ def kill(work, rng, kills, epochs):
             break
         assert result(save) == expected, f"round {rounds} ended with other bits"
     print(
-        f"kills: {done} in {rounds} runs of {epochs} epochs {dict(where)}; all ended with the same bits",
+        f"kills: {done} in {rounds} runs of {epochs} epochs {dict(where)}; "
+        "all ended with the same bits",
         flush=True,
     )
 
@@ -127,8 +128,11 @@ def fill(work, epochs):
     again = train(full, epochs)
     assert again.returncode == 0, again.stderr
     assert result(full) == result(work / "whole")
-    print(f"write limit: exit status {result_full.returncode}, {failures} failed saves reported, last checkpoint "
-          "untouched; continued without the limit to the same bits", flush=True)  # fmt: skip
+    print(
+        f"write limit: exit status {result_full.returncode}, {failures} failed saves reported, "
+        "last checkpoint untouched; continued without the limit to the same bits",
+        flush=True,
+    )
 
 
 # ── At each operation on a file ───────────────────────────────────────────────────────────────────
@@ -335,7 +339,8 @@ def fuzz(work, rng, count):
         signal.alarm(0)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"files: {count} mutated, {dict(counts)}; no other error, no hang, peak memory {grown:.0f} MiB",
+        f"files: {count} mutated, {dict(counts)}; no other error, no hang, "
+        f"peak memory {grown:.0f} MiB",
         flush=True,
     )
 

@@ -28,9 +28,9 @@ from support import winograd
 KINDS = {
     "GEMM": ("winograd.conv2d", "winograd.conv2d_backward", "linear", "linear_backward"),
     "transforms": ("winograd.to_points", "winograd.from_points", "winograd.prepare"),
-    "elementwise": ("relu", "relu_backward", "residual_block", "residual_block_backward", "max_pool2d",
-                    "max_pool2d_backward", "dropout", "dropout_backward", "cross_entropy_loss",
-                    "cross_entropy_loss_backward", "to_input"),
+    "elementwise": ("relu", "relu_backward", "residual_block", "residual_block_backward",
+                    "max_pool2d", "max_pool2d_backward", "dropout", "dropout_backward",
+                    "cross_entropy_loss", "cross_entropy_loss_backward", "to_input"),
     "plain conv": ("conv2d", "conv2d_backward", "surroundings"),
     "other": ("conv_block", "conv_block_backward", "forward", "backward"),
 }  # fmt: skip
@@ -150,14 +150,14 @@ def main():
     whole, side_by_side, busy = results[1]
     serial, shard = whole - side_by_side, busy / shards
     print(
-        f"\npredicted from one core: serial {1000 * serial:.2f} ms, and {shards} shards of {1000 * shard:.2f} ms each"
+        f"\npredicted from one core: serial {1000 * serial:.2f} ms, "
+        f"and {shards} shards of {1000 * shard:.2f} ms each"
     )
     for threads in (1, 2, 4, 8, 16):
         step = serial + -(-shards // threads) * shard
         measured = f", measured {1000 * results[threads][0]:.1f}" if threads in results else ""
-        print(
-            f"{threads:3d} cores: {1000 * step:5.1f} ms, {whole / step:.1f} times as fast as one{measured}"
-        )
+        faster = f"{whole / step:.1f} times as fast as one"
+        print(f"{threads:3d} cores: {1000 * step:5.1f} ms, {faster}{measured}")
 
     print()
     clock = Clock()

@@ -48,8 +48,13 @@ class Pad:
         self.figure.supxlabel(HINT, size=9, color="0.4")
         self.last, self.answered = None, 0.0
         self.clear()
-        for event, what in (("button_press_event", self.press), ("motion_notify_event", self.move),
-                            ("button_release_event", self.release), ("key_press_event", self.key)):  # fmt: skip
+        reactions = {
+            "button_press_event": self.press,
+            "motion_notify_event": self.move,
+            "button_release_event": self.release,
+            "key_press_event": self.key,
+        }
+        for event, what in reactions.items():
             self.figure.canvas.mpl_connect(event, what)
 
     def show(self):

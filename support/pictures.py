@@ -4,7 +4,8 @@ scikit-image do the work.
 A page is looked at in two ways, because no single one serves all pages:
 
 - against one smooth sheet of light, which is right for bold digits that fill the picture;
-- against the page with all narrow strokes filled in, which follows the edge of a shadow but hollows out bold strokes.
+- against the page with all narrow strokes filled in, which follows the edge of a shadow but hollows
+  out bold strokes.
 
 Before that, a sheet that lies on a table is cut out; in each look, long straight lines are taken
 away: those of ruled and squared paper. Which look is the better one only the network can tell, so
@@ -398,8 +399,10 @@ def group(labels):
     size = np.minimum(
         np.maximum(height, width), 3.0 * height
     )  # the longer side; of digits that touch, about a digit's
-    contact = [np.bincount(edge, minlength=len(size) + 1)[1:] / len(edge)  # share of that border which it covers
-               for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1])]  # fmt: skip
+    borders = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
+    contact = [  # the share of each border that it covers
+        np.bincount(border, minlength=len(size) + 1)[1:] / len(border) for border in borders
+    ]
     inside = np.max(contact, axis=0) < 0.5  # else the edge of the paper, or a shadow
     if inside.any():
         size[~inside] = 0

@@ -38,8 +38,9 @@ class CudaOnCpu:
     def compile(self, names):
         names = sorted(names)
         lines = [f'#include "{HERE / "cuda_on_cpu.h"}"', f'#include "{gpu.SOURCE}"', 'extern "C" {']
-        lines += [f"void kernel_{i}(int x, int y, int block, void** a) {{ launch({name}, x, y, block, a); }}"
-                  for i, name in enumerate(names)]  # fmt: skip
+        for i, name in enumerate(names):
+            head = f"void kernel_{i}(int x, int y, int block, void** a)"
+            lines.append(f"{head} {{ launch({name}, x, y, block, a); }}")
         code = "\n".join([*lines, "}"])
         stem = hashlib.sha256(
             (code + gpu.SOURCE.read_text() + (HERE / "cuda_on_cpu.h").read_text()).encode()

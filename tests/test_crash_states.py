@@ -1,4 +1,4 @@
-"""States in which a crash, a full disk or a user can leave a run, and what the repeat makes of them."""
+"""States in which a crash, a full disk or a user can leave a run, and what becomes of them."""
 
 import builtins
 import errno

@@ -27,7 +27,7 @@ def idx(array):
 
 
 def idx_of(array, kind):
-    """An idx file of another kind of number than uint8; kind is the third byte of its first four."""
+    """An idx file of numbers other than uint8; kind is the third byte of its first four."""
     head = np.array([kind << 8 | array.ndim, *array.shape], ">i4").tobytes()
     return head + array.tobytes()
 

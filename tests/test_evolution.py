@@ -14,8 +14,10 @@ from support import run_folder
 
 FOLDER = m.ROOT / "evolution"
 SCRIPTS = sorted(FOLDER.glob("step[0-9]_*.py"))
-FEW = ("--data-dir", "data/sample", "--train-images", "1024", "--epochs-max", "2", "--learning-rate", "3e-3",
-       "--channels", "4,8,8,8", "--device", "cpu", "--threads", "1")  # fmt: skip
+FEW = (
+    *("--data-dir", "data/sample", "--train-images", "1024", "--epochs-max", "2"),
+    *("--learning-rate", "3e-3", "--channels", "4,8,8,8", "--device", "cpu", "--threads", "1"),
+)
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem)
@@ -121,8 +123,9 @@ def test_a_step_is_compared_with_the_one_before(tmp_path, monkeypatch):
 
 def test_run_as_a_script_from_another_folder(tmp_path):
     def script(*flags):
-        return subprocess.run([sys.executable, SCRIPTS[0], *FEW, "--data-dir", str(m.ROOT / "data" / "sample"), *flags],
-                              cwd=tmp_path, capture_output=True, text=True, timeout=120)  # fmt: skip
+        sample = str(m.ROOT / "data" / "sample")
+        command = [sys.executable, SCRIPTS[0], *FEW, "--data-dir", sample, *flags]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     result = script("--save-dir", "runs")
     assert result.returncode == 0, result.stderr

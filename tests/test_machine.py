@@ -1,4 +1,4 @@
-"""benchmarks/machine.py names what a benchmark ran on, and what would make its figures misleading."""
+"""benchmarks/machine.py names what a benchmark ran on, and what would make it misleading."""
 
 import sys
 

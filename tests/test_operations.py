@@ -386,8 +386,13 @@ def test_linear_equals_its_definition_and_its_gradients_central_differences(N, F
 # ── pooling ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("pool, backward, of_window", (
-    (m.avg_pool2d, m.avg_pool2d_backward, np.mean), (m.max_pool2d, m.max_pool2d_backward, np.max)))  # fmt: skip
+@pytest.mark.parametrize(
+    "pool, backward, of_window",
+    [
+        (m.avg_pool2d, m.avg_pool2d_backward, np.mean),
+        (m.max_pool2d, m.max_pool2d_backward, np.max),
+    ],
+)
 @given(H=sides, W=sides, N=few, C=few, size=st.integers(1, 3), seed=seeds)
 @example(H=1, W=5, N=1, C=1, size=2, seed=0)  # no window fits
 @example(H=7, W=5, N=1, C=2, size=2, seed=0)  # a row and a column are left out

@@ -40,8 +40,9 @@ FONT_NAMES = (
 def save(tmp_path_factory):
     """A save folder with a run in it."""
     save = tmp_path_factory.mktemp("save")
-    flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3 --schedule one_cycle --dropout 0.3
-               --channels 4,8,16,16 --augment 0.5 --batch-size 32 --device cpu""".split()
+    flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3
+               --schedule one_cycle --dropout 0.3 --channels 4,8,16,16 --augment 0.5
+               --batch-size 32 --device cpu""".split()
     flags[3] = str(m.ROOT / "data" / "sample")
     assert m.main([*flags, "--save-dir", str(save)]) == 0
     return save
@@ -109,9 +110,10 @@ def test_rendered_digits_are_found_one_by_one(font, size, tmp_path, reader):
 
 
 @pytest.mark.parametrize("ink, paper, mode", [
-    ("black", "white", "RGB"), ("white", "black", "RGB"), ("#202060", "#f0e0b0", "RGB"), ("yellow", "navy", "RGB"),
-    ("#d00000", "#009000", "RGB"), (60, 200, "L"), (0, 1, "1"), ("black", (0, 0, 0, 0), "RGBA"),
-    ("white", (0, 0, 0, 0), "RGBA"), ("white", (255, 255, 255, 0), "RGBA"), (30, (200, 0), "LA"), (2, 1, "P"),
+    ("black", "white", "RGB"), ("white", "black", "RGB"), ("#202060", "#f0e0b0", "RGB"),
+    ("yellow", "navy", "RGB"), ("#d00000", "#009000", "RGB"), (60, 200, "L"), (0, 1, "1"),
+    ("black", (0, 0, 0, 0), "RGBA"), ("white", (0, 0, 0, 0), "RGBA"),
+    ("white", (255, 255, 255, 0), "RGBA"), (30, (200, 0), "LA"), (2, 1, "P"),
     ((0, 0, 0, 255), (0, 0, 0, 0), "CMYK"),
 ])  # fmt: skip
 def test_any_colours_give_the_same_image(ink, paper, mode, tmp_path):
@@ -220,13 +222,15 @@ def test_specks_are_no_digits(tmp_path, rng):
 
 # ── Pictures as people take them ──────────────────────────────────────────────────────────────────
 
-# The small network of these tests reads with a mistake now and then, so most pages are asked only for the right count.
+# The small network of these tests makes a mistake now and then, so most pages are only asked for
+# the right count.
 KIND = {kind.make.__name__: number for number, kind in enumerate(pictures.KINDS)}
 
 
 @pytest.mark.parametrize("kind, least", [
-    ("plain", 9), ("bright_on_dark", 9), ("tight", 9), ("sheet_on_table", 9), ("hard_shadow", 7), ("ruled", 8),
-    ("squared", 8), ("pencil", 8), ("ball_pen", 8), ("sloping", 8), ("close_together", 9), ("all_at_once", 8),
+    ("plain", 9), ("bright_on_dark", 9), ("tight", 9), ("sheet_on_table", 9), ("hard_shadow", 7),
+    ("ruled", 8), ("squared", 8), ("pencil", 8), ("ball_pen", 8), ("sloping", 8),
+    ("close_together", 9), ("all_at_once", 8),
 ])  # fmt: skip
 def test_digits_are_found_on_pages_as_people_take_them(kind, least, sample, reader, tmp_path):
     hand = pictures.Hand(sample.test_images, sample.test_labels)
@@ -411,7 +415,8 @@ def test_what_is_drawn_in_the_window_is_answered(save, screen):
 )
 @pytest.mark.parametrize("environment, said", [
     (dict(DISPLAY=None, WAYLAND_DISPLAY=None), "there is no display here"),
-    (dict(DISPLAY=":99999", MPLBACKEND="Agg"), "cannot open a window (Matplotlib's backend here is agg"),
+    (dict(DISPLAY=":99999", MPLBACKEND="Agg"),
+     "cannot open a window (Matplotlib's backend here is agg"),
     (dict(DISPLAY=":99999", MPLBACKEND="TkAgg"), "cannot open a window"),
 ])  # fmt: skip
 def test_without_a_screen_drawing_gets_one_line(environment, said, save):
@@ -574,9 +579,10 @@ def bad(tmp_path):
 
 
 @pytest.mark.parametrize("name, said", [
-    ("missing.png", "there is no picture"), ("folder.png", "cannot be read"), ("text.png", "cannot be read"),
-    ("empty.png", "cannot be read"), ("cut.png", "cannot be read"), ("cut.jpg", "cannot be read"),
-    ("huge.png", "too large"), ("large.png", "too large"), ("blank.png", "blank"), ("dot.png", "blank"),
+    ("missing.png", "there is no picture"), ("folder.png", "cannot be read"),
+    ("text.png", "cannot be read"), ("empty.png", "cannot be read"), ("cut.png", "cannot be read"),
+    ("cut.jpg", "cannot be read"), ("huge.png", "too large"), ("large.png", "too large"),
+    ("blank.png", "blank"), ("dot.png", "blank"),
 ])  # fmt: skip
 def test_a_bad_picture_gets_one_line_and_exit_status_2(name, said, bad, save, capsys):
     assert predict.main([str(bad / "good.png"), str(bad / name), "--save-dir", str(save)]) == 2
@@ -585,7 +591,10 @@ def test_a_bad_picture_gets_one_line_and_exit_status_2(name, said, bad, save, ca
 
 
 @pytest.mark.parametrize("flags, said", [
-    ((), "PICTURE"), (("--draw", "good.png"), "--draw takes no PICTURE"), (("--digit", "x.png"), "--figure"), (("good.png", "--tag", "other"), "has no run 'other'"),
+    ((), "PICTURE"),
+    (("--draw", "good.png"), "--draw takes no PICTURE"),
+    (("--digit", "x.png"), "--figure"),
+    (("good.png", "--tag", "other"), "has no run 'other'"),
     (("good.png", "--figure", "nowhere/out.png"), "cannot be written"),
 ])  # fmt: skip
 def test_a_bad_command_gets_one_line(flags, said, bad, save, capsys, monkeypatch):

@@ -386,8 +386,9 @@ def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
 
 
 def test_the_sample_is_learnt_in_seconds(tmp_path):
-    result = train(tmp_path, "--train-images", "0", "--channels", "4,16,32,64", "--epochs-max", "3", "--dropout", "0.5",
-                   "--learning-rate", "3e-3", "--schedule", "one_cycle")  # fmt: skip
+    flags = """--train-images 0 --channels 4,16,32,64 --epochs-max 3 --dropout 0.5
+               --learning-rate 3e-3 --schedule one_cycle""".split()
+    result = train(tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     assert run_folder.read_metrics(tmp_path / "resnet9" / "metrics.csv")[-1][5] > 0.95
 

@@ -21,8 +21,10 @@ from support import checkpoints, mnist, run_folder, storage
 resource = pytest.importorskip("resource")  # POSIX
 
 SETTINGS = m.Settings(channels=(2, 4, 4, 4), ema=0.9)
-FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4", "--ema", "0.9",
-         "--train-images", "64", "--batch-size", "32", "--epochs-max", "2")  # fmt: skip
+FLAGS = (
+    *("--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"),
+    *("--ema", "0.9", "--train-images", "64", "--batch-size", "32", "--epochs-max", "2"),
+)
 
 
 def train(save, **options):
@@ -183,10 +185,13 @@ def limit_12k():
 
 def test_a_second_program_on_one_folder_is_refused_and_a_dead_one_holds_no_lock(tmp_path):
     assert train(tmp_path).returncode == 0
-    hold = ("import sys, pathlib; from support import storage\n"
-            "f = storage.lock_file(pathlib.Path(sys.argv[1])); print('held', flush=True); input()")  # fmt: skip
-    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "resnet9" / "lock")], cwd=m.ROOT,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    hold = """
+import sys, pathlib; from support import storage
+f = storage.lock_file(pathlib.Path(sys.argv[1])); print('held', flush=True); input()
+"""
+    command = [sys.executable, "-c", hold, str(tmp_path / "resnet9" / "lock")]
+    pipe = subprocess.PIPE
+    holder = subprocess.Popen(command, cwd=m.ROOT, stdin=pipe, stdout=pipe)
     holder.stdout.readline()
     result = train(tmp_path)
     assert (

@@ -131,8 +131,11 @@ def pair(tmp_path, sample):
     def make(dtype=np.float64, **given):
         network = m.RESNET9._replace(init_params=lambda settings: m.init_params(settings, dtype))
         kinds = {"ours": m.Run, "torch": t.TorchRun}
-        return [kind(t.TorchSettings(tag=tag, save_dir=str(tmp_path), threads=1, **given), network, sample, "CPU", ())
-                for tag, kind in kinds.items()]  # fmt: skip
+        runs = []
+        for tag, kind in kinds.items():
+            settings = t.TorchSettings(tag=tag, save_dir=str(tmp_path), threads=1, **given)
+            runs.append(kind(settings, network, sample, "CPU", ()))
+        return runs
 
     return make
 
@@ -158,8 +161,14 @@ def assert_together(runs, tolerance=1e-8):
         np.testing.assert_allclose(ours.ema.flat, theirs.ema.flat, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("given", [{}, {"pool": "avg", "augment": 1.0, "elastic": 1.0, "dropout": 0.5},
-                                   {"dropout": 0.0, "label_smoothing": 0.1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"pool": "avg", "augment": 1.0, "elastic": 1.0, "dropout": 0.5},
+        {"dropout": 0.0, "label_smoothing": 0.1},
+    ],
+)
 def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, rng, given):
     run, theirs = pair(**given)
     images, labels = batch(rng, 20)

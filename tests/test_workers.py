@@ -67,8 +67,13 @@ def test_arrays_that_do_not_fit_into_the_shared_memory_go_through_the_pipe(rng, 
 
 def test_packed_arrays_keep_shape_order_dtype_and_are_aligned(rng):
     memory = mmap.mmap(-1, 2**16)
-    message = [rng.standard_normal((3, 5)), np.arange(7, dtype=np.int8), np.zeros((0, 4)), np.asfortranarray(rng.random((4, 6))),
-               {"text": "ü", "number": 1.5}]  # fmt: skip
+    message = [
+        rng.standard_normal((3, 5)),
+        np.arange(7, dtype=np.int8),
+        np.zeros((0, 4)),
+        np.asfortranarray(rng.random((4, 6))),
+        {"text": "ü", "number": 1.5},
+    ]
     *arrays, rest = workers.unpack(workers.pack(message, memory), memory)
     for array, expected in zip(arrays, message):
         assert np.array_equal(array, expected) and (array.shape, array.dtype) == (
