@@ -1061,7 +1061,7 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
 
 def logits_of_shards(params, images, settings, network, shards):
     """[logits] of each shard, without dropout."""
-    prepared = winograd.prepare(params)
+    prepared = winograd.prepare(params, to_learn=False)
     dtype = dtype_of(params)
     return [
         network.forward(prepared, to_input(images[shard], dtype), settings)[0]

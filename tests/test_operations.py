@@ -521,6 +521,14 @@ def test_winograd_equals_the_plain_way_forward_and_backward(dtype, limit, H, W, 
         assert error(a, b, size) < limit
 
 
+def test_winograd_without_learning_gives_the_same_bits_and_keeps_nothing(rng):
+    x, w, b = (normal(rng, shape, "f4") for shape in ((14, 14, 3, 8), (3, 3, 8, 5), 5))
+    y, cache = winograd.conv2d(x, winograd.prepare({"w": w})["w"], b)
+    again, nothing = winograd.conv2d(x, winograd.prepare({"w": w}, to_learn=False)["w"], b)
+    assert cache is not None and nothing is None
+    np.testing.assert_array_equal(again, y)
+
+
 @pytest.mark.parametrize("C", (1, 16))  # both ways
 @given(k=st.sampled_from((1, 3, 5)), H=st.integers(1, 20), W=st.integers(1, 20), K=few, seed=seeds)
 def test_backward_is_the_adjoint_of_forward(C, k, H, W, K, seed):
