@@ -2,7 +2,7 @@
 by hand on NumPy, or on CuPy, which is NumPy on an NVIDIA GPU.
 
     python mnist_resnet9.py                  train; the same command again continues a stopped run
-    python mnist_resnet9.py --recipe quick   three epochs: 99.64 % test accuracy, mean of ten seeds
+    python mnist_resnet9.py --recipe quick --tag quick    three epochs, 99.64 % test accuracy
     python mnist_resnet9.py --help           every setting; each can also be edited below
     python plot_figs.py                      the run's curves and failures, while it trains or later
     python predict.py my_digit.png           what the network takes your own digit for
@@ -94,7 +94,7 @@ class Settings:
         0, "use only the first so many training images; 0 = all", between=(0, 10**9)
     )
     validation_images: int = setting(
-        0, "of these, hold out the last this many, to choose settings by", between=(0, 10**9)
+        0, "of these, hold out this many, the last, to choose settings by", between=(0, 10**9)
     )
 
     # how it learns
@@ -726,7 +726,7 @@ def learn_from(params, images, labels, settings, rng, network, share=1.0):
     return loss * share, network.backward(dlogits, caches, settings)
 
 
-# The rest of a step is the update, below. Run.step(), near the end, joins the two.
+# The rest of a step is the update, below. Run.learn(), near the end, joins the two.
 
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────
 
@@ -852,7 +852,7 @@ def muon(params, gradients, moments, rate, step, beta2, beta1=0.95):
     orthogonal(). Adam makes the steps of single numbers alike, this makes those of whole directions
     alike, so that weak ones are learnt too. The factor makes a step about as long as Adam's: Liu
     and others 2025, arXiv:2502.16982."""
-    before = Parameters(params)  # Adam moves all of them; those that are not its own start again
+    before = Parameters(params)  # Adam moves all; those that are muon's start again from here
     means = Parameters(params, moments[0])  # the running means of dw, by name; Adam updates them
     adam(params.flat, gradients.flat, moments, rate, step, beta2, beta1)
     for name, w in params.items():
@@ -972,7 +972,7 @@ def pixels_at(images, row, col):
 
 
 # ── Cores and repeatable randomness ───────────────────────────────────────────────────────────────
-# Nothing in the network mixes images, so a batch's gradient is the sum of its images' gradients. A
+# Nothing in the network mixes images, so a batch's gradient is the mean of its images' gradients. A
 # batch is cut into shards, each core takes some of them, and their results are added in the order
 # of the shards. A shard's size is fixed, so the result has the same bits on one core or sixteen.
 # support/workers.py has the processes that compute beside this one.
@@ -1078,7 +1078,7 @@ def predict(params, images, settings, network=RESNET9):
 # ── Evaluation and checkpoints ────────────────────────────────────────────────────────────────────
 
 TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first of them
-PREDICT_IMAGES = 1024  # at once; all 10,000 would fill 10 GB of a GPU with what backward needs
+PREDICT_IMAGES = 1024  # at once; what backward would need of all 10,000 fills many GB of a GPU
 
 
 def evaluate(params, images, labels, settings, network=RESNET9):
@@ -1124,7 +1124,7 @@ def load_checkpoint(path, settings, network=RESNET9, to_continue=False):
     if to_continue:
         same = experiment_of(settings)
     arrays, state.step, state.history = read_checkpoint(path, views, same)
-    if "moments" not in arrays:  # a finished run that was made small: its weights are their mean
+    if "moments" not in arrays:  # made small by benchmarks/share_run.py: has only the mean weights
         del views["moments"]
     for name, a in views.items():
         a[...] = xp.asarray(arrays[name if name in arrays else name.removeprefix("ema.")])
@@ -1468,7 +1468,8 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     training = kind(settings, network, data, device, scripts)
     if len(training.state.history) > settings.epochs_max:
         training.make_up_for_failed_saves()
-        print(f"{settings.tag} is finished. {training.result()} To go further, raise --epochs-max.")
+        further = "raise --epochs-max" if settings.schedule == "constant" else "take another --tag"
+        print(f"{settings.tag} is finished. {training.result()} To go further, {further}.")
         return 0 if training.folder.write_unsaved() else 1
     cores = settings.threads or available_cores()
     training.folder.keep_code()
@@ -1487,7 +1488,7 @@ def start_run(arguments):
 
 
 def main(arguments=(), start=start_run):
-    """Runs a command line, start(arguments), as `main(["--recipe", "quick"])` in a notebook does.
+    """Runs a command line, start(arguments), as `main(["--tag", "mine"])` in a notebook does.
 
     Returns the exit status: 0, 1 if something could not be saved, 2 after an error that the user
     can put right (one line says it), or 128 + the number of a stop signal."""

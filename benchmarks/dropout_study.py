@@ -58,8 +58,9 @@ def draw(found, epochs):
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     ax.plot(list(found), list(found.values()), "o-", color=BLUE, lw=1.2)
     for rate, accuracy in found.items():
-        ax.annotate(f"{accuracy:.2%}", (rate, accuracy), (6, 10), textcoords="offset points", size=8,
-                    bbox=dict(facecolor="white", edgecolor="none", pad=0.5))  # fmt: skip
+        box = dict(facecolor="white", edgecolor="none", pad=0.5)
+        place = dict(xytext=(6, 10), textcoords="offset points")
+        ax.annotate(f"{accuracy:.2%}", (rate, accuracy), **place, size=8, bbox=box)
     scale_accuracy(ax, min(found.values()), max(found.values()))
     ax.set(
         title=f"The reference experiment after {epochs} epochs, one run for each rate",

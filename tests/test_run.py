@@ -251,6 +251,17 @@ def test_a_run_from_before_a_setting_came_in_is_continued(whole, tmp_path):
     assert result.returncode == 0 and "is finished" in result.stdout, result.stderr
 
 
+def test_a_finished_run_says_only_what_is_possible(tmp_path, capsys):
+    for schedule, possible in (("constant", "raise --epochs-max"), ("one_cycle", "another --tag")):
+        flags = f"""--tag {schedule} --schedule {schedule} --epochs-max 1 --train-images 64
+                    --channels 2,4,4,4 --threads 1 --device cpu --data-dir data/sample""".split()
+        for _ in range(2):
+            assert m.main([*flags, "--save-dir", str(tmp_path)]) == 0
+        assert "is finished" in (out := capsys.readouterr().out) and possible in out
+        refused = m.main([*flags, "--save-dir", str(tmp_path), "--epochs-max", "2"])
+        assert (refused == 2) == (schedule == "one_cycle")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_stopped_within_an_epoch_it_continues_bit_for_bit(whole, tmp_path, monkeypatch, capsys):
     folder, _ = whole
