@@ -57,9 +57,9 @@ def accuracies(save, epochs):
 def draw(found, epochs):
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     ax.plot(list(found), list(found.values()), "o-", color=BLUE, lw=1.2)
+    box = dict(facecolor="white", edgecolor="none", pad=0.5)
+    place = dict(xytext=(6, 10), textcoords="offset points")
     for rate, accuracy in found.items():
-        box = dict(facecolor="white", edgecolor="none", pad=0.5)
-        place = dict(xytext=(6, 10), textcoords="offset points")
         ax.annotate(f"{accuracy:.2%}", (rate, accuracy), **place, size=8, bbox=box)
     scale_accuracy(ax, min(found.values()), max(found.values()))
     ax.set(

@@ -1,7 +1,7 @@
 """Our training step against that of PyTorch, TensorFlow and JAX, in one run.
 
     pip install -r requirements-torch.txt --extra-index-url https://download.pytorch.org/whl/cpu
-    pip install tensorflow-cpu jax                            as you like: what is there is compared
+    pip install tensorflow-cpu jax                         as you like: what is there is compared
     python benchmarks/step_time.py                         batch 64, every core, 40 steps a side
     python benchmarks/step_time.py --evaluate --batch 500  forward only
     python benchmarks/step_time.py --table                 batches, one thread and all, two widths

@@ -194,7 +194,7 @@ class Kernel(np.ndarray):
     """A kernel w (3, 3, C, K) that carries its transform along.
 
     U = G w Gᵀ is (VALUES, VALUES, C, K); UT, for the backward pass, is (VALUES, VALUES, K, C).
-    Without UT there is none, and then conv2d() keeps nothing for it."""
+    A kernel without UT is for the forward pass alone: conv2d() then keeps nothing."""
 
     U = UT = None
 
