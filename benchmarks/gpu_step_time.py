@@ -157,7 +157,7 @@ def kernels(step, synchronize):
     return sorted(((name, *both) for name, both in found.items()), key=lambda row: -row[2])
 
 
-def main(arguments=None):
+def main(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -227,4 +227,4 @@ def main(arguments=None):
 if __name__ == "__main__":
     import mnist_resnet9
 
-    sys.exit(mnist_resnet9.main(start=main))
+    sys.exit(mnist_resnet9.main(sys.argv[1:], main))

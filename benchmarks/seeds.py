@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mnist_resnet9 import NOT_THE_EXPERIMENT
+import mnist_resnet9 as m
 from plot_figs import find_runs, read_run
 from support import UserError
 
@@ -21,7 +21,7 @@ from support import UserError
 def summary(runs):
     """UserError if the runs differ in more than seed, tag and where they were computed, or one is
     unfinished."""
-    here = {"seed", "tag", *NOT_THE_EXPERIMENT} - {"epochs_max"}
+    here = {"seed", "tag", *m.NOT_THE_EXPERIMENT} - {"epochs_max"}
     kinds = {tuple((k, v) for k, v in vars(run.settings).items() if k not in here) for run in runs}
     if len(kinds) > 1 or len({run.settings.seed for run in runs}) < len(runs):
         raise UserError("these runs should be the same experiment with different seeds")
@@ -36,14 +36,16 @@ def summary(runs):
     return f"{each} %: {statistics.mean(last):.3f}{spread} % over {len(last)} seeds"
 
 
+def main(arguments):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tags", nargs="+")
+    parser.add_argument("--save-dir", type=Path, default=ROOT / "save")
+    o = parser.parse_args(arguments)
+    print(summary([read_run(folder) for folder in find_runs(o.save_dir, o.tags)]))
+    return 0
+
+
 if __name__ == "__main__":
-    try:
-        parser = argparse.ArgumentParser(
-            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        parser.add_argument("tags", nargs="+")
-        parser.add_argument("--save-dir", type=Path, default=ROOT / "save")
-        o = parser.parse_args()
-        print(summary([read_run(folder) for folder in find_runs(o.save_dir, o.tags)]))
-    except UserError as error:
-        sys.exit(f"seeds.py: {error}")
+    sys.exit(m.main(sys.argv[1:], main))

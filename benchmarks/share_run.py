@@ -8,6 +8,7 @@ What goes is what only further training would need: the optimizer's moments, and
 themselves beside their running mean.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import mnist_resnet9 as m
+from plot_figs import find_runs, read_run
 from support.checkpoints import checksums
 from support.storage import save_arrays
 
@@ -28,5 +31,23 @@ def keep_weights_only(path):
     save_arrays(path, **arrays, sha256=checksums(arrays))
 
 
+def main(arguments):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tag")
+    parser.add_argument("--save-dir", type=Path, default=ROOT / "save")
+    o = parser.parse_args(arguments)
+    run = read_run(find_runs(o.save_dir, [o.tag])[0])
+    path, last = run.folder / "checkpoint_last.npz", run.settings.epochs_max
+    done = len(m.load_checkpoint(path, run.settings).history) - 1  # refuses a damaged one
+    if done < last:
+        raise m.UserError(
+            f"{o.tag} has done {done} of {last} epochs, and could not be continued; finish it first"
+        )
+    keep_weights_only(path)
+    return 0
+
+
 if __name__ == "__main__":
-    keep_weights_only(ROOT / "save" / sys.argv[1] / "checkpoint_last.npz")
+    sys.exit(m.main(sys.argv[1:], main))

@@ -6,6 +6,7 @@ are averaged.
 Not what README's results are: those read each image once.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +17,6 @@ sys.path.insert(0, str(ROOT))
 
 import mnist_resnet9 as m
 from plot_figs import find_runs, read_run
-from support import UserError
 
 SHIFTS = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]  # rows down, columns to the right
 
@@ -27,8 +27,13 @@ def shifted(images, down, right):
     return padded[:, 1 - down : 29 - down, 1 - right : 29 - right]
 
 
-def main(tags):
-    for run in (read_run(folder) for folder in find_runs(ROOT / "save", tags)):
+def main(arguments):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tags", nargs="+")
+    o = parser.parse_args(arguments)
+    for run in (read_run(folder) for folder in find_runs(ROOT / "save", o.tags)):
         data = m.load_mnist(run.settings.data_dir)
         params = m.load_checkpoint(run.folder / "checkpoint_last.npz", run.settings).averaged()
         probs = [
@@ -40,10 +45,8 @@ def main(tags):
             for p in (probs[0], np.mean(probs, axis=0))
         ]
         print(f"{run.folder.name}: read once {once:.2%}, five times {five:.2%}")
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"shifts.py: {error}")
+    sys.exit(m.main(sys.argv[1:], main))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import mnist_resnet9 as m
-from benchmarks.share_run import keep_weights_only
+from benchmarks import share_run
 from support import run_folder
 
 SMALL = (
@@ -130,15 +130,27 @@ def test_a_checkpoint_with_the_weights_only_evaluates_alike(whole, tmp_path, sam
     """What is passed on of a finished run: half a megabyte instead of two."""
     settings = m.Settings(channels=(4, 16, 16, 16), ema=0.9)
     state = m.load_checkpoint(whole[0] / "checkpoint_last.npz", settings)
-    shutil.copy(whole[0] / "checkpoint_last.npz", tmp_path / "small.npz")
-    keep_weights_only(tmp_path / "small.npz")
-    small = m.load_checkpoint(tmp_path / "small.npz", settings)
+    shutil.copytree(whole[0], tmp_path / "small")
+    assert m.main(["small", "--save-dir", str(tmp_path)], share_run.main) == 0
+    path = tmp_path / "small" / "checkpoint_last.npz"
+    small = m.load_checkpoint(path, settings)
     assert small.history == state.history and small.step == state.step
     logits = [m.predict(s.averaged(), sample.test_images[:50], settings) for s in (state, small)]
     assert np.array_equal(*logits)
-    assert (tmp_path / "small.npz").stat().st_size < (
-        whole[0] / "checkpoint_last.npz"
-    ).stat().st_size / 3
+    assert path.stat().st_size < (whole[0] / "checkpoint_last.npz").stat().st_size / 3
+
+
+def test_only_a_finished_run_is_made_small(whole, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path / "unfinished")
+    config = tmp_path / "unfinished" / "config.json"
+    config.write_text(config.read_text().replace('"epochs_max": 3', '"epochs_max": 4'))
+    path = tmp_path / "unfinished" / "checkpoint_last.npz"
+    before = path.read_bytes()
+    for tag in ("unfinished", "no such run"):
+        assert m.main([tag, "--save-dir", str(tmp_path)], share_run.main) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "3 of 4 epochs" in first and "no such run" in second
+    assert path.read_bytes() == before
 
 
 def test_the_same_command_on_a_finished_run_says_so(whole):

@@ -64,6 +64,25 @@ def test_help_under_an_ascii_encoding(script):
     assert result.returncode == 0 and result.stdout.startswith("usage:") and no_traceback(result)
 
 
+SCRIPTS = [
+    path.relative_to(m.ROOT).as_posix()
+    for folder in (".", "evolution", "torch_version", "benchmarks")
+    for path in sorted((m.ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_reads_its_command_line(script):
+    if script.startswith("torch_version"):
+        pytest.importorskip("torch")
+    usage = start("--help", script=m.ROOT / script)
+    assert usage.returncode == 0 and usage.stdout.startswith("usage:") and no_traceback(usage)
+    wrong = start("--no-such-flag", script=m.ROOT / script)
+    assert wrong.returncode == 2 and no_traceback(wrong)
+    assert "--no-such-flag" in wrong.stderr or "required" in wrong.stderr
+
+
 def test_a_path_that_ascii_does_not_have(tmp_path):
     folder = tmp_path / "ünïcödé"
     result = start(*FLAGS, "--save-dir", folder, env={**os.environ, **ASCII})
