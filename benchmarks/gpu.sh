@@ -74,13 +74,14 @@ PY
 cores() {
   for count in 1 2 4 8 16; do
     [ "$count" -le "$(nproc)" ] || continue
-    python benchmarks/step_time.py --skip-compile --steps 20 --threads $count || return 1
+    python benchmarks/step_time.py --steps 20 --threads $count \
+      --sides torch 'torch channels_last' || return 1
   done
 }
 
 python benchmarks/gpu_step_time.py --check || exit 2
 nvidia-smi --query-gpu=name,driver_version --format=csv || true
-lscpu | grep 'Model name' || true
+lscpu | grep -E 'Model name|per core' || true
 parallel=()
 python -c "import xdist" 2> /dev/null && parallel=(-n 6)
 tests=(tests/test_gpu.py tests/test_gpu_kernels.py)

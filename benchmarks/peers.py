@@ -115,6 +115,7 @@ def tensorflow_step(o):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
+    tf.config.set_visible_devices([], "GPU")  # the CPU is what is compared
     tf.config.threading.set_intra_op_parallelism_threads(o.threads)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     images, labels = map(tf.constant, batch_of(o))
@@ -159,6 +160,7 @@ def jax_step(o):
     if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as it sees cores
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[: o.threads])
+    os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import jax.numpy as jnp
 
