@@ -627,7 +627,7 @@ def init_params(settings, dtype=np.float32):
     too, so the first probabilities are near 1/10 and the first loss near −ln(1/10) = 2.3. The
     convolutions' biases start a little above 0: where all pixels under a kernel are 0, relu gets
     the bias alone, and its slope is then 1."""
-    rng = random_stream(settings.seed, INIT)
+    rng = random_stream(settings.seed, INIT)  # its numbers depend on the seed alone
     c1, c2, c3, c4 = settings.channels
     shapes = [(1, c1), (c1, c2), (c2, c2), (c2, c2), (c2, c3), (c3, c4), (c4, c4), (c4, c4)]
     arrays = {}
@@ -1186,7 +1186,8 @@ class Run:
         self.validation_labels = xp.asarray(data.train_labels[train:count])
         self.test_images = xp.asarray(data.test_images)
         self.test_labels = xp.asarray(data.test_labels)
-        self.steps = math.ceil(train / settings.batch_size)  # an epoch; the last may be smaller
+        self.epoch_steps = math.ceil(train / settings.batch_size)  # the last may have fewer images
+        self.total_steps = self.epoch_steps * settings.epochs_max
         self.fast, self.why_plain = self.fast_path()
 
     def fast_path(self):
@@ -1217,7 +1218,7 @@ class Run:
         settings, state, B = self.settings, self.state, self.settings.batch_size
         start = time.perf_counter()
         order = self.order_of(epoch)
-        done = state.step - (epoch - 1) * self.steps  # 0, or where this epoch was interrupted
+        done = state.step - (epoch - 1) * self.epoch_steps  # 0, or where this epoch was interrupted
         if self.fast:
             self.begin_fast_epoch(epoch, order, done)
         with self.progress(epoch, done) as bar:
@@ -1227,12 +1228,12 @@ class Run:
                 else:
                     batch = order[step * B : (step + 1) * B]
                     rng = random_stream(settings.seed, STEP, epoch, step)
-                    rate = learning_rate(state.step, self.steps * settings.epochs_max, settings)
+                    rate = learning_rate(state.step, self.total_steps, settings)
                     loss = self.step(batch, rng, rate)
                 self.watch(loss, epoch, step, bar)
                 if self.stop:
                     break
-        if state.step == epoch * self.steps:
+        if state.step == epoch * self.epoch_steps:
             self.end_epoch(epoch, start, len(self.images) - done * B)
 
     def order_of(self, epoch):
@@ -1242,13 +1243,15 @@ class Run:
 
     def begin_fast_epoch(self, epoch, order, done):
         """Gives the fast path what differs from step to step."""
-        settings, first = self.settings, (epoch - 1) * self.steps
-        total = self.steps * settings.epochs_max
+        settings, first = self.settings, (epoch - 1) * self.epoch_steps
         keys = [
             random_stream(settings.seed, STEP, epoch, step).integers(2**63)
-            for step in range(self.steps)
+            for step in range(self.epoch_steps)
         ]
-        rates = [learning_rate(first + step, total, settings) for step in range(self.steps)]
+        rates = [
+            learning_rate(first + step, self.total_steps, settings)
+            for step in range(self.epoch_steps)
+        ]
         self.fast.begin_epoch(order, keys, rates, first, done)
 
     def fast_step(self, step):
@@ -1289,7 +1292,7 @@ class Run:
         self.check_finite(train_loss + test_loss if finite else math.nan, f"epoch {epoch}")
         seconds = time.perf_counter() - start
 
-        rate = learning_rate(max(0, state.step - 1), self.steps * settings.epochs_max, settings)
+        rate = learning_rate(max(0, state.step - 1), self.total_steps, settings)
         best = test_accuracy > max((row.test_accuracy for row in state.history), default=-1)
         row = Epoch(epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy)
         state.history.append(row)
@@ -1350,10 +1353,10 @@ class Run:
     def progress(self, epoch, done):
         """The numbers of the steps to do, with a progress bar."""
         return tqdm(
-            range(done, self.steps),
+            range(done, self.epoch_steps),
             f"epoch {epoch}",
             initial=done,
-            total=self.steps,
+            total=self.epoch_steps,
             unit="step",
             leave=False,
             disable=None,
@@ -1366,8 +1369,9 @@ class Run:
         if not self.on_gpu or step % 50 == 0:
             self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
             bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-        enough = 51 if self.on_gpu else 20
-        timed = min(enough, self.steps - self.first_step % self.steps)  # with no evaluation
+        enough = 51 if self.on_gpu else 20  # after its 51st step the GPU has finished, see above
+        to_evaluation = self.epoch_steps - self.first_step % self.epoch_steps
+        timed = min(enough, to_evaluation)
         if self.state.step == self.first_step + timed:
             self.say_how_long((time.perf_counter() - self.first_time) / timed)
 
@@ -1385,7 +1389,7 @@ class Run:
         epochs_left = settings.epochs_max + 1 - len(self.state.history)
         evaluated = len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)
         evaluation = evaluated / settings.batch_size / 3  # in steps: forward is a third of one
-        steps = self.steps * settings.epochs_max - self.state.step + evaluation * epochs_left
+        steps = self.total_steps - self.state.step + evaluation * epochs_left
         self.folder.log(
             f"About {duration(step_seconds * steps)} to epoch {settings.epochs_max} "
             "on this machine. Ctrl-C is safe: the same command continues."
@@ -1435,7 +1439,7 @@ class Run:
         settings, folder = self.settings, self.folder
         for note in data.notes:
             folder.log(f"*** {note}")
-        images = f"{len(self.images):,} images, {self.steps} steps an epoch"
+        images = f"{len(self.images):,} images, {self.epoch_steps} steps an epoch"
         folder.log(f"{settings.tag}: {data.name}, {images}")
         where = device
         if not self.on_gpu:
@@ -1445,8 +1449,7 @@ class Run:
         path = terminal.shown(folder.path)
         folder.log(f"{self.state.params.flat.size:,} parameters; {where}; files in {path}")
         if self.resumed:
-            total = self.steps * settings.epochs_max
-            folder.log(f"Continuing after step {self.state.step:,} of {total:,}.")
+            folder.log(f"Continuing after step {self.state.step:,} of {self.total_steps:,}.")
         folder.log(log_header(settings.validation_images))
 
 
