@@ -301,6 +301,7 @@ __global__ void __launch_bounds__(WARPS_M * WARPS_N * WARPS_R * 32)
                     unsigned inverse) {
   constexpr int THREADS = WARPS_M * WARPS_N * WARPS_R * 32, COLUMNS = WARPS_N * NT * 8,
                 DEPTH = ROWS / WARPS_R;
+  static_assert(THREADS >= COLUMNS, "each column's bias is added by a thread of its own");
   constexpr int X_ROW = row_of_4x8(WARPS_M * MT * 16), Y_ROW = row_of_4x8(COLUMNS);
   constexpr int X_SIZE = ROWS * X_ROW, Y_SIZE = ROWS * Y_ROW,
                 COLUMN_TILES = (K + COLUMNS - 1) / COLUMNS;

@@ -5,9 +5,13 @@ Each test runs twice: on a CPU, where cuda_on_cpu.py compiles the kernels with t
 arrays start as NaN.
 """
 
+import itertools
 import shutil
 import subprocess
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -466,6 +470,80 @@ def test_rows_are_divided_exactly(N):
     rows = np.arange(28 * 28 * N, dtype=np.uint64)
     quotient = (rows * np.uint64(gpu.inverse(N))) >> np.uint64(32) if N > 1 else rows
     assert np.array_equal(quotient, rows // np.uint64(N))
+
+
+@pytest.mark.parametrize("limit", [48 * 1024, 64 * 1024, 96 * 1024, 227 * 1024])
+def test_a_kernel_gradient_has_a_thread_for_each_column_of_its_tile(limit):
+    for C, K in itertools.product([1, *range(4, 132, 4)], range(4, 132, 4)):
+        tile = gpu.KernelGradient(14, C, K, limit)
+        assert tile.shared > limit or tile.threads >= gpu.columns_of(K), (C, K)
+
+
+def test_a_recording_keeps_the_arrays_that_it_writes_to():
+    cuda = object.__new__(gpu.Cuda)
+    cuda.xp = SimpleNamespace(empty=np.empty, cuda=MagicMock())
+    cuda.module = MagicMock()
+    program = gpu.Program(cuda)
+    array = weakref.ref(program.empty(3))
+    play = cuda.record(program)
+    del program
+    assert array() is not None
+    play()
+    del play
+    assert array() is None
+
+
+def test_the_graph_computes_what_the_plain_operations_do(sample, monkeypatch, tmp_path):
+    """On a GPU with the graph itself, whose arrays nothing that is made later may share."""
+    cupy = pytest.importorskip("cupy")
+    if cupy.is_available():
+        xp = cupy
+    elif COMPILER:
+        cuda = CudaOnCpu(tmp_path)
+        xp = cuda.xp
+        monkeypatch.setattr(gpu, "cuda", lambda: cuda)
+        monkeypatch.setattr(m, "device_stream", lambda key: gpu.Stream(cuda, key))
+    else:
+        pytest.skip("there is neither a GPU nor a C++ compiler")
+    monkeypatch.setattr(m, "xp", xp)
+    monkeypatch.setattr(gpu, "PREDICT_IMAGES", 40)
+    sizes, empty = [], gpu.Program.empty
+
+    def counted(program, *shape, dtype=np.float32):
+        sizes.append(empty(program, *shape, dtype=dtype).nbytes)
+        return program.kept[-1]
+
+    monkeypatch.setattr(gpu.Program, "empty", counted)
+    settings = m.Settings(
+        **dict(channels=SMALL, batch_size=16, optimizer="muon", dropout=0.5, ema=0.9),
+        **dict(augment=0.5, elastic=0.5, weight_decay=0.1, label_smoothing=0.05),
+    )
+    images, labels = xp.asarray(sample.train_images[:40]), xp.asarray(sample.train_labels[:40])
+    fast, plain = m.init_state(settings), m.init_state(settings)
+    path, why = gpu.fast_path(settings, fast, images, labels, m.bumps(28, 28, xp), True)
+    assert path, why
+    others = [xp.full(size, 7, np.uint8) for size in sizes]
+
+    order, rates = np.arange(40)[::-1], [1e-3, 2e-3, 1e-3]
+    streams = [m.random_stream(0, m.STEP, 1, step) for step in range(3)]
+    path.begin_epoch(order, [s.integers(2**63) for s in streams], rates, 0)
+    losses = [float(path.step(step)) for step in range(3)]
+    logits = m.to_host(path.predict(xp.asarray(sample.test_images[:100])))
+    assert all((other == 7).all() for other in others)
+
+    monkeypatch.setattr(m, "SHARD_IMAGES", 10**6)
+    for step, rate in enumerate(rates):
+        batch = order[16 * step : 16 * step + 16]
+        rng = m.random_stream(0, m.STEP, 1, step)
+        x, y = images[xp.asarray(batch)], labels[xp.asarray(batch)]
+        loss, gradients = m.loss_and_gradients(plain.params, x, y, settings, rng)
+        m.update(plain, gradients, settings, rate)
+        assert float(loss) == pytest.approx(losses[step], rel=1e-4)
+    assert far(m.to_host(fast.params.flat), m.to_host(plain.params.flat)) < 1e-3
+    expected = m.to_host(
+        m.predict(plain.averaged(), xp.asarray(sample.test_images[:100]), settings)
+    )
+    assert far(logits, expected) < 1e-3
 
 
 def test_what_the_kernels_cannot_do_is_said():
