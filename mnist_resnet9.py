@@ -1365,14 +1365,15 @@ class Run:
 
     def watch(self, loss, epoch, step, bar):
         """After each step: checks and shows the loss, and says once how long the run takes."""
+        taken = self.state.step - self.first_step
         # Reading a number makes a GPU finish all its work first.
-        if not self.on_gpu or step % 50 == 0:
+        if not self.on_gpu or taken % 50 == 1:
             self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
             bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-        enough = 51 if self.on_gpu else 20  # after its 51st step the GPU has finished, see above
+        enough = 51 if self.on_gpu else 20  # by then the loss has just been read
         to_evaluation = self.epoch_steps - self.first_step % self.epoch_steps
         timed = min(enough, to_evaluation)
-        if self.state.step == self.first_step + timed:
+        if taken == timed:
             self.say_how_long((time.perf_counter() - self.first_time) / timed)
 
     def check_finite(self, loss, where):

@@ -3,17 +3,24 @@
 #     pip install -r requirements-dev.txt -r requirements-torch.txt
 #     benchmarks/gpu.sh [FOLDER WITH MNIST [FOLDER FOR THE OUTPUT [STAGE …]]]
 # In stages, the quick and telling ones first. Each has a time limit, and its output in a file of
-# its own; a stage that fails is named at the end. Nothing is downloaded or installed.
+# its own; a stage that fails is named at the end. Nothing is installed; MNIST is downloaded if the
+# folder lacks it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-data}
 out=${2:-$(mktemp -d)}
 wanted=${*:3}
+for name in $wanted; do
+  [[ " kernels epochs continued quick step_time record cores " == *" $name "* ]] && continue
+  echo "gpu.sh: there is no stage $name" >&2
+  exit 2
+done
 mkdir -p "$out"
 save=$(mktemp -d)
-trap 'rm -rf "$save"' EXIT
+trap '{ kill -- -$job -$watch; } 2> /dev/null; rm -rf "$save"' EXIT
+trap 'exit 130' INT TERM
 export PYTHONUNBUFFERED=1
-failed=()
+failed=() job= watch=
 
 stage() { # NAME SECONDS COMMAND …
   local name=$1 limit=$2
@@ -25,14 +32,16 @@ stage() { # NAME SECONDS COMMAND …
   grep -v '^[[:space:]]*$' "$out/$name.txt" | tail -n 30
   echo "   ($SECONDS s)"
 }
-limited() { # like timeout, for functions of this script too
-  local limit=$1
+limited() { # like timeout, for functions of this script too, and for all that they started
+  local limit=$1 status
   shift
-  "$@" & local pid=$!
-  (sleep "$limit" && kill $pid && pkill -P $pid) 2> /dev/null & local watch=$!
-  wait $pid
-  local status=$?
-  kill $watch 2> /dev/null
+  set -m # each job has a process group of its own
+  "$@" & job=$!
+  (sleep "$limit" && kill -- -$job) & watch=$!
+  set +m
+  wait $job
+  status=$?
+  { kill -- -$watch && wait $watch; } 2> /dev/null
   return $status
 }
 where=(--data-dir "$data" --save-dir "$save" --device gpu)
@@ -44,7 +53,7 @@ seeds() {
 quick() { seeds quick; }
 record() { seeds record; }
 
-# An epoch of the reference experiment; PyTorch's; and the plain operations on the CPU.
+# Five epochs of the reference experiment, and two of the PyTorch version.
 epochs() {
   train --epochs-max 5 --tag reference && tail -n 2 "$save/reference/log.txt"
   python torch_version/resnet9_torch.py "${where[@]}" --epochs-max 2 --tag reference

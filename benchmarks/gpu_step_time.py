@@ -167,7 +167,9 @@ def main(arguments):
         "--skip-compile", action="store_true", help="leave torch.compile out (it takes a minute)"
     )
     parser.add_argument("--data-dir", default="data", help="folder with the four MNIST files")
-    parser.add_argument("--tf32", action="store_true", help="TF32 on all sides")
+    parser.add_argument(
+        "--tf32", action="store_true", help="TF32 for PyTorch and the plain operations"
+    )
     parser.add_argument(
         "--check", action="store_true", help="only say whether CuPy and PyTorch can both use a GPU"
     )

@@ -1,5 +1,5 @@
-// One training step of ResNet9 as CUDA kernels. gpu.py launches them in order; each does what the
-// operation of the same name in mnist_resnet9.py does, and is tested against it.
+// One training step of ResNet9 as CUDA kernels. gpu.py launches them in order; each does what one
+// or several operations of mnist_resnet9.py do, and is tested against them.
 //
 // Arrays lie in memory as they do there: activations (H, W, N, C), kernels (3, 3, C, K), features
 // (N, F). Row r of an activation is image r % N at pixel r / N, so a shift by one pixel is a shift

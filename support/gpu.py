@@ -6,8 +6,8 @@ runs without Python. What differs from step to step (which images, which random 
 learning rate) lies in tables on the device, written at the start of each epoch; a counter there
 says which row is next.
 
-Nothing here is needed to understand how the network learns: the plain operations of mnist_resnet9.py
-compute the same on a GPU. Of this file they use the random numbers alone (Stream).
+Nothing here is needed to understand how the network learns: the plain operations of
+mnist_resnet9.py compute the same on a GPU. Of this file they use the random numbers alone (Stream).
 """
 
 import re

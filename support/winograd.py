@@ -44,8 +44,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# In pairs around 1. Large or uneven points lose digits: these have a third of the rounding errors
-# of 0, ±1, ±2, ±1/2 …
+# Pairs ±p, some smaller and some larger than 1. Large or uneven points lose digits: these have a
+# third of the rounding errors of 0, ±1, ±2, ±1/2 …
 POINTS = (1, -1, 1 / 4, -1 / 4, 2 / 3, -2 / 3, 2, -2)
 VALUES = len(POINTS) + 1  # 9 values a tile, from 9 pixels; the ninth point is infinity
 OUTPUTS = VALUES - 2  # 7 outputs a tile: 28 and 14, the sizes of our images, are multiples of it
@@ -183,7 +183,7 @@ def join(tiles, xs, y):
 def both_sides(G, a, out=None):
     """G a Gᵀ over the first two axes, which change places: (n, n, L) → (m, m, L).
 
-    One after the other takes a quarter of the multiplications of G and G as one matrix."""
+    One after the other takes less than half of the multiplications of G and G as one matrix."""
     return np.matmul(G, (G @ a).swapaxes(0, 1), out=out)
 
 

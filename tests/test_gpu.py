@@ -532,6 +532,20 @@ def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
     }
 
 
+@pytest.mark.parametrize("first_step", [0, 30, 138])
+def test_the_clock_is_read_when_the_gpu_has_finished(first_step, monkeypatch):
+    """Wherever a run continues: a read loss is what makes the program wait for the GPU."""
+    run, finished, said = object.__new__(m.Run), [], []
+    run.on_gpu, run.epoch_steps, run.first_step, run.first_time = True, 100, first_step, 0.0
+    run.state, bar = SimpleNamespace(step=first_step), SimpleNamespace(set_postfix=lambda **_: None)
+    monkeypatch.setattr(run, "check_finite", lambda *_: finished.append(run.state.step))
+    monkeypatch.setattr(run, "say_how_long", lambda _: said.append(run.state.step))
+    for _ in range(first_step, first_step + 100):
+        run.state.step += 1
+        run.watch(1.0, 1, (run.state.step - 1) % 100, bar)
+    assert said == [first_step + 51] and said[0] in finished and len(finished) == 2
+
+
 def test_the_gpu_command_needs_a_gpu_and_says_so_in_a_line(tmp_path):
     cupy = pytest.importorskip("cupy")
     if cupy.is_available():
@@ -541,6 +555,8 @@ def test_the_gpu_command_needs_a_gpu_and_says_so_in_a_line(tmp_path):
     python.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     command = ["bash", m.ROOT / "benchmarks" / "gpu.sh"]
+    wrong = subprocess.run([*command, "data", tmp_path, "kernel"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr == "gpu.sh: there is no stage kernel\n"
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and not result.stdout
     assert "device gpu cannot be used: " in result.stderr and result.stderr.count("\n") == 1
