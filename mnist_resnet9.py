@@ -67,7 +67,14 @@ from support import ROOT, UserError, gpu, terminal, winograd
 from support.checkpoints import Epoch, Unreadable, pack_checkpoint, read_checkpoint
 from support.mnist import find_mnist
 from support.run_folder import RunFolder, duration, log_header, log_line, write_metrics
-from support.settings import Parser, check_folder_name, check_settings, setting, settings_class
+from support.settings import (
+    Parser,
+    check_folder_name,
+    check_settings,
+    project_path,
+    setting,
+    settings_class,
+)
 from support.storage import pack_arrays, write_file
 from support.workers import Workers, available_cores, prepare_process
 
@@ -740,6 +747,7 @@ class State:
     ema: Any  # running mean of the parameters, or None
     step: int = 0  # steps done
     history: list = field(default_factory=list)  # an Epoch for each epoch, from epoch 0 on
+    weights_only: bool = False  # too little to train on: see benchmarks/share_run.py
 
     def views(self):
         """name → array: all that a checkpoint holds in the parameters' dtype."""
@@ -1124,7 +1132,8 @@ def load_checkpoint(path, settings, network=RESNET9, to_continue=False):
     if to_continue:
         same = experiment_of(settings)
     arrays, state.step, state.history = read_checkpoint(path, views, same)
-    if "moments" not in arrays:  # made small by benchmarks/share_run.py: has only the mean weights
+    if "moments" not in arrays:
+        state.weights_only = True  # the mean ones, that is, if there is a mean
         del views["moments"]
     for name, a in views.items():
         a[...] = xp.asarray(arrays[name if name in arrays else name.removeprefix("ema.")])
@@ -1169,12 +1178,17 @@ class Run:
         free = set(NOT_THE_EXPERIMENT)
         if settings.schedule != "constant":
             free.remove("epochs_max")  # the learning rate depends on it
-        folder = ROOT / Path(settings.save_dir).expanduser() / settings.tag
-        self.folder = RunFolder(folder, config, free, asdict(Settings()), scripts)
+        folder = project_path(settings.save_dir) / settings.tag
+        self.folder = RunFolder(folder, config, free, asdict(type(settings)()), scripts)
         state = self.folder.restore(
             lambda path: load_checkpoint(path, settings, network, to_continue=True)
         )
         self.resumed = state is not None
+        if self.resumed and state.weights_only and len(state.history) <= settings.epochs_max:
+            raise UserError(
+                f"{folder} has the weights alone, which is too little to continue; "
+                "choose another --tag"
+            )
         self.state = state or init_state(settings, network)
         lost = [math.nan] * (3 if held_out else 2)
         self.metrics = self.folder.restore_metrics(self.state.history, lost)
@@ -1420,7 +1434,7 @@ class Run:
     def finished(self):
         figures = f"python {terminal.shown(ROOT / 'plot_figs.py')} {self.settings.tag}"
         runs = self.folder.path.parent
-        if runs != ROOT / Settings.save_dir:
+        if runs != project_path(Settings.save_dir):
             figures += f" --save-dir {shlex.quote(terminal.shown(runs))}"
         self.folder.log(f"Finished. {self.result()} Figures: {figures}")
         if not self.folder.write_unsaved():
@@ -1472,7 +1486,8 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     training = kind(settings, network, data, device, scripts)
     if len(training.state.history) > settings.epochs_max:
         training.make_up_for_failed_saves()
-        further = "raise --epochs-max" if settings.schedule == "constant" else "take another --tag"
+        longer = settings.schedule == "constant" and not training.state.weights_only
+        further = "raise --epochs-max" if longer else "take another --tag"
         print(f"{settings.tag} is finished. {training.result()} To go further, {further}.")
         return 0 if training.folder.write_unsaved() else 1
     cores = settings.threads or available_cores()
@@ -1495,12 +1510,12 @@ def main(arguments=(), start=start_run):
     """Runs a command line, start(arguments), as `main(["--tag", "mine"])` in a notebook does.
 
     Returns the exit status: 0, 1 if something could not be saved, 2 after an error that the user
-    can put right (one line says it), or 128 + the number of a stop signal."""
+    can put right (one line says it), or 128 + the number of a signal."""
     terminal.prepare()
     prepare_process()
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow shows in the loss, which is checked
     try:
-        return start(arguments)
+        return start([str(argument) for argument in arguments])
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -1511,6 +1526,11 @@ def main(arguments=(), start=start_run):
             file=sys.stderr,
         )
         return 2
+    except BrokenPipeError:  # nobody reads the output any more, as after `| head`
+        return 128 + 13  # SIGPIPE, which ends other programs then
+    except OSError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # before the training or after it: within, it saves what there is
         print("Stopped; there is nothing to save.", file=sys.stderr)
         return 130

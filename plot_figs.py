@@ -22,6 +22,7 @@ Of several runs the first one's folder also gets
 With --watch nothing is put on the screen. In a notebook, `plot_figs.main(["TAG"])` does the same.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -71,7 +72,7 @@ from mnist_resnet9 import (
 )
 from support import ROOT, UserError, terminal
 from support.run_folder import METRICS, read_metrics
-from support.settings import Parser, user_path
+from support.settings import Parser, project_path, user_path
 from support.storage import read_file, write_file
 
 # Colours that colour-blind readers tell apart.
@@ -863,9 +864,9 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
     read_data = functools.cache(load_mnist)
 
     def load_data(run):
-        folder = data_dir or ROOT / os.path.expanduser(run.settings.data_dir)
-        if not folder.is_dir():  # the run comes from another machine
-            folder = ROOT / Settings.data_dir
+        folder = data_dir or project_path(run.settings.data_dir)
+        if not data_dir and not folder.is_dir():  # the run comes from another machine
+            folder = project_path(Settings.data_dir)
         data = read_data(folder)
         if data.hashes != run.hashes:
             raise UserError(
@@ -878,7 +879,8 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
         stream = BytesIO()
         figure.savefig(stream, format="png")
         write_file(path, stream.getvalue())
-        print(path, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody may be reading: `| head`
+            print(path, flush=True)
         if not on_screen:
             plt.close(figure)
 
@@ -890,6 +892,10 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
         """Draws all there is so far. Returns whether all runs have come to their last epoch."""
         runs = [read_run(folder) for folder in folders]
         begun = [run for run in runs if run.metrics["epoch"].size]
+        if overlay and not begun and not watch:
+            raise UserError(
+                f"no epoch of {', '.join(tags)} is finished yet: there is nothing to draw"
+            )
         if begun and overlay:
             write_joint("test_accuracy", begun, draw_overlay(begun))
         elif len(begun) > 1:
@@ -940,7 +946,7 @@ def main(arguments=()):
         return Path(user_path(text))
 
     said = f"folder that holds the runs (default: {Settings.save_dir})"
-    where = ROOT / Settings.save_dir
+    where = project_path(Settings.save_dir)
     parser.add_argument("--save-dir", type=folder, default=where, metavar="FOLDER", help=said)
     said = "folder with the data (default: the one that the run was made with)"
     parser.add_argument("--data-dir", type=folder, metavar="FOLDER", help=said)

@@ -28,7 +28,7 @@ import mnist_resnet9 as m
 from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
 from support.drawing import NoWindow, open_pad
 from support.pictures import find_digits
-from support.settings import user_path
+from support.settings import project_path, user_path
 from support.storage import write_file
 
 REFERENCE = "record"  # the run in git, whose weights are the default
@@ -271,7 +271,8 @@ def draw(pictures, columns=3):
     for (path, picture, digits, answers), n in zip(pictures, lines):
         ax = fig.add_subplot(next(grid))
         ax.imshow(picture.astype(np.uint8))
-        ax.set_title(f"{path.name}: {' '.join(reading(answers))}")
+        name = os.fsencode(path.name).decode(errors="replace")
+        ax.set_title(f"{name}: {' '.join(reading(answers))}")
         ax.axis("off")
         for i, (left, top, right, bottom) in enumerate((digit.box for digit in digits), start=1):
             ax.add_patch(
@@ -335,6 +336,16 @@ def predict_pictures(paths, save_dir, tag, figure):
         print(figure)
 
 
+def check_figure(path, pictures):
+    """UserError if writing a figure there would take a picture's place, or something else's."""
+    if path.suffix.lower() != ".png":
+        raise m.UserError(f"--figure {path} should end in .png")
+    if path.exists() and not path.is_file():
+        raise m.UserError(f"--figure {path} is no file; choose another name")
+    if path.exists() and any(one.exists() and one.samefile(path) for one in pictures):
+        raise m.UserError(f"--figure {path} would overwrite the picture; choose another name")
+
+
 def write_figure(path, shown):
     with plt.rc_context(STYLE):
         stream = io.BytesIO()
@@ -343,7 +354,7 @@ def write_figure(path, shown):
             stream, format="png", dpi=min(150, 2**15 / figure.get_figheight())
         )  # Matplotlib's limit is 2¹⁶
     try:
-        write_file(path, stream.getvalue())
+        write_file(path.resolve(), stream.getvalue())  # what a link leads to
     except OSError as error:
         raise m.UserError(
             f"{path} cannot be written ({error.strerror}); choose another --figure"
@@ -401,7 +412,7 @@ def start(arguments):
     parser.add_argument(
         "--save-dir",
         type=lambda text: Path(user_path(text)),
-        default=m.ROOT / m.Settings.save_dir,
+        default=project_path(m.Settings.save_dir),
         metavar="FOLDER",
         help=f"folder with the runs (default: {m.Settings.save_dir})",
     )
@@ -413,6 +424,8 @@ def start(arguments):
             )
         draw_by_hand(given.save_dir, given.tag)
         return 0
+    if given.figure:
+        check_figure(given.figure, given.pictures)
     if not given.pictures:
         parser.error("the following arguments are required: PICTURE (or --draw)")
     predict_pictures(given.pictures, given.save_dir, given.tag, given.figure)

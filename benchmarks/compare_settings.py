@@ -60,10 +60,23 @@ def best_loss(probs, labels):
     return float(min(losses))
 
 
+def settings_of(flags, fold, folder):
+    """Settings of the run that holds out this fold."""
+    try:
+        given = shlex.split(flags)
+    except ValueError as error:
+        raise m.UserError(f"{flags!r} cannot be read ({error})") from None
+    settings = m.parse_settings(given)
+    if settings.data_dir != m.Settings.data_dir:
+        raise m.UserError(f"--data-dir should stand beside {flags!r}, not in it")
+    if settings.validation_images:
+        raise m.UserError(f"{flags!r} has --validation-images, but the folds hold images out")
+    return replace(settings, seed=100 + fold, save_dir=folder, tag=f"fold{fold}")
+
+
 def measure(flags, data, fold, folder, halves=False):
     """(held-out errors, held-out loss, errors in training images, seconds an epoch)."""
-    settings = m.parse_settings([*shlex.split(flags), "--seed", str(100 + fold), "--save-dir",
-                                 folder, "--tag", f"fold{fold}"])  # fmt: skip
+    settings = settings_of(flags, fold, folder)
     device = m.use_device(settings.device)
     training = m.Run(settings, m.RESNET9, hold_out(data, fold, halves), device, ())
     m.use_cores(settings.threads or m.available_cores())
@@ -95,7 +108,14 @@ def compare(arguments):
         raise m.UserError(f"--folds is {o.folds}, but should be from 1 to 6")
     if o.halves and o.folds > 2:
         raise m.UserError(f"--folds is {o.folds}, but there are two halves")
+    for flags in o.flags:  # a mistake in the last shows before the first has trained
+        settings_of(flags, 0, "")
     data = m.load_mnist(o.data_dir)
+    if len(data.train_images) <= o.folds * HELD_OUT and not o.halves:
+        raise m.UserError(
+            f"{o.folds} folds hold out {o.folds * HELD_OUT:,} images, "
+            f"but there are {len(data.train_images):,}"
+        )
     print("| flags | held-out errors | held-out loss | training errors | seconds an epoch |")
     print("|---|---|---|---|---|")
     for flags in o.flags:

@@ -24,8 +24,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import mnist_resnet9 as m
 from plot_figs import BLUE, STYLE, scale_accuracy
-from support import UserError
 from support.run_folder import read_metrics
 
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -73,7 +73,7 @@ def draw(found, epochs):
     return fig
 
 
-def main(arguments=None):
+def main(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,6 +82,8 @@ def main(arguments=None):
         "--commands", action="store_true", help="print the commands and run nothing"
     )
     o = parser.parse_args(arguments)
+    if o.epochs < 1:
+        raise m.UserError(f"--epochs is {o.epochs}, but should be 1 or more")
     for rate in RATES:
         print("python", *command(rate, o.epochs), flush=True)
         if not o.commands and (
@@ -92,11 +94,7 @@ def main(arguments=None):
             return status  # stopped or refused; what is done stays, and the same command continues
     if o.commands:
         return 0
-    try:
-        found = accuracies(ROOT / "save", o.epochs)
-    except UserError as error:
-        print(f"dropout_study.py: {error}", file=sys.stderr)
-        return 2
+    found = accuracies(ROOT / "save", o.epochs)
     with plt.rc_context(STYLE):
         draw(found, o.epochs).savefig(ROOT / "docs" / "dropout.png")
     for rate, accuracy in found.items():
@@ -105,4 +103,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(m.main(sys.argv[1:], main))

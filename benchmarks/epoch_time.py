@@ -10,6 +10,7 @@ and reading the files, come before it.
 """
 
 import argparse
+import importlib.util
 import statistics
 import subprocess
 import sys
@@ -116,18 +117,28 @@ def train_torch(settings):
 SIDES = {"ours": train_ours, "torch": train_torch}
 
 
-def main():
+def parser():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--runs", type=int, default=3, help="runs a side")
     p.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    o = p.parse_args()
-    if o.side:
-        with tempfile.TemporaryDirectory() as folder:
-            seconds = SIDES[o.side](replace(SETTINGS, save_dir=folder))
-        print(f"\n{seconds}")
-        return
+    return p
+
+
+def serve(side):
+    """One of the processes that are compared: its last line is how long its training took."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = SIDES[side](replace(SETTINGS, save_dir=folder))
+    print(f"\n{seconds}")
+
+
+def main(arguments):
+    o = parser().parse_args(arguments)
+    if o.runs < 1:
+        raise m.UserError(f"--runs is {o.runs}, but should be 1 or more")
+    if not importlib.util.find_spec("torch"):
+        raise m.UserError("PyTorch is missing; requirements-torch.txt says how to get it")
     print(machine())
     seconds = {side: [] for side in SIDES}
     for _ in range(o.runs):
@@ -142,7 +153,11 @@ def main():
             print(f"{side:6s} {seconds[side][-1]:7.1f} s", flush=True)
     ours, torch = (statistics.median(seconds[side]) for side in SIDES)
     print(f"median: ours {ours:.1f} s, torch {torch:.1f} s; ours / torch {ours / torch:.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    if "--side" in sys.argv:
+        serve(parser().parse_args().side)
+    else:
+        sys.exit(m.main(sys.argv[1:], main))

@@ -157,13 +157,15 @@ def share(part, whole):
     return f"{part / whole:.2%} ({part:,} of {whole:,})"
 
 
-def main():
+def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tag", help="the run whose weights serve, as for predict.py")
     parser.add_argument("--images", type=int, default=10_000, help="so many of MNIST's test images")
     parser.add_argument("--pages", type=int, default=100, help="so many pages of each kind")
     parser.add_argument("--seed", type=int, default=pictures.MEASURING, help="of the pages")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.images < 1 or args.pages < 0:
+        raise m.UserError("--images should be 1 or more, --pages 0 or more")
     folder = predict.find_weights(ROOT / "save", args.tag)
     reader, data, rng = predict.Reader(folder), m.load_mnist(), np.random.default_rng(0)
     images, labels = data.test_images[: args.images], data.test_labels[: args.images]
@@ -217,7 +219,8 @@ def main():
         read_pages(reader, data, args.seed, args.pages)
     if load_digits:
         read_others(reader, first=400)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(m.main(sys.argv[1:], main))

@@ -25,10 +25,13 @@ def summary(runs):
     kinds = {tuple((k, v) for k, v in vars(run.settings).items() if k not in here) for run in runs}
     if len(kinds) > 1 or len({run.settings.seed for run in runs}) < len(runs):
         raise UserError("these runs should be the same experiment with different seeds")
+    if any(run.hashes != runs[0].hashes for run in runs):
+        raise UserError("these runs should have been made with the same data")
     for run in runs:
-        if len(run.metrics["epoch"]) <= run.settings.epochs_max:
+        done, last = len(run.metrics["epoch"]) - 1, run.settings.epochs_max
+        if done != last:
             raise UserError(
-                f"{run.folder.name} has not reached its last epoch, {run.settings.epochs_max}"
+                f"{run.folder.name} has done {done} epochs, and should have done {last}"
             )
     last = [100 * run.metrics["test_accuracy"][-1] for run in runs]
     spread = f" ± {statistics.stdev(last):.3f}" if len(last) > 1 else ""

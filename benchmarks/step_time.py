@@ -238,10 +238,10 @@ def parser():
     return p
 
 
-def main():
-    o = parser().parse_args()
-    if o.side:
-        return serve(o)
+def main(arguments):
+    o = parser().parse_args(arguments)
+    if min(o.batch, o.threads, o.steps, *o.channels) < 1:
+        raise m.UserError("--batch, --threads, --steps and --channels should be 1 or more")
     print(machine())
     names = ["ours", *peers.installed()]
     for name in SIDES:
@@ -251,8 +251,13 @@ def main():
         names.remove("torch.compile")
     if o.sides:
         names = ["ours", *(name for name in names if name in o.sides)]
+    if o.batch > (images := len(m.load_mnist().train_images)):
+        raise m.UserError(f"--batch is {o.batch}, but the data set has {images} images")
+    if not set(names) - {"ours", *LESS_PRECISE}:
+        raise m.UserError("there is no other side to compare with; requirements-torch.txt has one")
     if o.table or o.memory:
-        return (table if o.table else memory)(o, names)
+        (table if o.table else memory)(o, names)
+        return 0
     result, floor = compare(o, names)
     what = "evaluation" if o.evaluate else "training step"
     print(
@@ -268,7 +273,11 @@ def main():
     print(f"floor                 {1000 * floor:10.1f}")
     median, name = fastest_peer(result)
     print(f"ours / fastest of the others in float32 ({name}): {result['ours'][0] / median:.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    if "--side" in sys.argv:  # one of the processes that are compared
+        serve(parser().parse_args())
+    else:
+        sys.exit(m.main(sys.argv[1:], main))

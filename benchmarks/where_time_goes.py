@@ -128,13 +128,15 @@ def print_parts(clock, steps, busy):
         print(f"{layer:8s}{''.join(f'{v:13.2f}' for v in row)}{sum(row):13.2f}")
 
 
-def main():
+def main(arguments):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--steps", type=int, default=40)
-    o = p.parse_args()
+    o = p.parse_args(arguments)
+    if min(o.batch, o.steps) < 1:
+        raise m.UserError("--batch and --steps should be 1 or more")
     print(machine())
     cores, shards = m.available_cores(), -(-o.batch // m.SHARD_IMAGES)
     results = {threads: measure(threads, o.batch, o.steps) for threads in sorted({1, cores})}
@@ -163,7 +165,8 @@ def main():
     clock = Clock()
     measure(1, o.batch, o.steps, clock)
     print_parts(clock, o.steps, busy)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(m.main(sys.argv[1:], main))

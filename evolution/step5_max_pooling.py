@@ -53,4 +53,4 @@ def backward(dlogits, caches, settings):
 NETWORK = Network(init_params, forward, backward)
 
 if __name__ == "__main__":
-    sys.exit(run_step(5, ADDS, NETWORK))
+    sys.exit(run_step(5, ADDS, NETWORK, pool="max"))

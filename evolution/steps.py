@@ -1,7 +1,9 @@
 """What all steps share: settings, the training loop of mnist_resnet9.py, and a comparison with the
 step before."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -9,6 +11,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import mnist_resnet9 as m
 from support.run_folder import read_metrics
+from support.settings import project_path
+from support.storage import read_file
 
 
 def to_params(arrays, dtype):
@@ -27,19 +31,24 @@ def flatten_backward(dfeatures, shape):
     return dfeatures.reshape(N, H, W, C).transpose(1, 2, 0, 3)
 
 
-def run_step(number, adds, network, arguments=None, **preset):
+def run_step(number, adds, network, arguments=None, **fixed):
     """Trains the network of a step as mnist_resnet9.py trains ResNet9, with the same flags. Returns
     the exit status.
 
-    preset holds settings that describe the network, where it differs from ResNet9.
+    fixed holds settings that the network of the step does not follow: they have these values.
     """
+    fixed = {"dropout": 0.0} | fixed
 
     def start(arguments):
-        settings = m.parse_settings(arguments, tag=f"evolution_{number}", dropout=0.0, **preset)
+        asked = m.parse_settings(arguments, tag=f"evolution_{number}", **fixed)
+        settings = replace(asked, **fixed)
         print(f"Step {number} adds: {adds}")
+        for name, value in fixed.items():
+            if getattr(asked, name) != value:
+                print(f"Step {number} has {name} {value}, whatever is asked for.")
         status = m.run(settings, network, (*m.SCRIPTS, *sorted(HERE.glob("*.py"))))
         if status == 0:
-            save_dir = m.ROOT / settings.save_dir
+            save_dir = project_path(settings.save_dir)
             print(
                 what_it_bought(
                     number, save_dir / settings.tag, save_dir / f"evolution_{number - 1}"
@@ -47,13 +56,19 @@ def run_step(number, adds, network, arguments=None, **preset):
             )
         return status
 
-    return m.main(arguments, start)
+    return m.main(sys.argv[1:] if arguments is None else arguments, start)
+
+
+def data_of(folder):
+    """The hashes of the data that a run was made with; None if its config.json is missing."""
+    path = folder / "config.json"
+    return json.loads(read_file(path))["data"]["sha256"] if path.exists() else None
 
 
 def what_it_bought(number, folder, before):
     """A line that compares the test accuracies of two runs at the last epoch that both have."""
     rows = read_metrics(folder / "metrics.csv")
-    if not (before / "metrics.csv").exists():
+    if not (before / "metrics.csv").exists() or data_of(folder) != data_of(before):
         return f"Step {number}: test accuracy {rows[-1][5]:.2%} after epoch {len(rows) - 1}."
     old = read_metrics(before / "metrics.csv")
     epoch = min(len(rows), len(old)) - 1

@@ -16,7 +16,6 @@ import re
 import stat
 import time
 import urllib.request
-import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -576,9 +575,13 @@ def read_member(archive, name):
 
 def read_csv(path):
     """Images and labels of a csv file: in each line the label, and 784 pixels row by row."""
-    with one_line_errors(path, CSV), open_unpacked(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("error")  # NumPy only warns of a file without numbers
-        rows = np.loadtxt(csv_lines(path, file), np.uint8, comments=None, delimiter=",", ndmin=2)
+    with one_line_errors(path, CSV), open_unpacked(path) as file:
+        lines = csv_lines(path, file)
+        first = next(lines, None)
+        if first is None:
+            raise Unfit(f"{path} has no images; it should be {CSV}")
+        lines = itertools.chain([first], lines)
+        rows = np.loadtxt(lines, np.uint8, comments=None, delimiter=",", ndmin=2)
     images, labels = rows[:, 1:].reshape(-1, 28, 28), rows[:, 0]
     check_digits(path, labels)
     return images, labels
@@ -593,7 +596,7 @@ def csv_lines(path, file):
         columns = line.count(b",") + 1
         if number == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")  # the mark of UTF-8 that Excel sets
-            if columns == 785 and not line[:1].isdigit():
+            if columns == 785 and not line.split(b",")[0].strip().isdigit():
                 continue
         if number > MAX_IMAGES:
             raise Unfit(f"{path} has more than {MAX_IMAGES} lines; it should be {CSV}")

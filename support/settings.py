@@ -6,7 +6,7 @@ import re
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
-from support import UserError
+from support import ROOT, UserError
 
 
 def setting(default, help, between=None, choices=None):
@@ -85,6 +85,11 @@ def user_path(text):
         return os.path.abspath(Path(text).expanduser())
     except OSError:
         raise UserError(f"{text}: the current folder is gone; give the path from / on") from None
+
+
+def project_path(text):
+    """A path in the settings starts at the project's folder, wherever the user is."""
+    return ROOT / os.path.expanduser(text)
 
 
 METAVARS = {str: "STR", int: "INT", float: "FLOAT", tuple: "K,K,K,K"}

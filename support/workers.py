@@ -25,7 +25,7 @@ import numpy  # noqa: F401  (threadpoolctl finds only a BLAS that is already loa
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from support.terminal import signals_to
+from support import terminal
 
 # How many times longer than this process, and a second, a worker may take. One that takes more is
 # stopped, or swapped out. Whoever asks the run to stop should not have to wait so long.
@@ -138,9 +138,12 @@ class Workers:
         if not count:
             return
         prepare_process()
+        terminal.flush()  # a new process begins with it, and takes an error for one of its own
         self.inbox = shared_memory()
         try:
-            with signals_to(signal.SIG_IGN, [signal.SIGINT]):  # a new process starts with this
+            with terminal.signals_to(
+                signal.SIG_IGN, [signal.SIGINT]
+            ):  # a new process starts with this
                 for _ in range(count):
                     self.workers.append(self.start(context))
         except OSError as error:  # a limit on processes, files or memory

@@ -62,3 +62,21 @@ def test_a_row_for_each_set_of_flags(monkeypatch, sample, capsys):
     assert m.main(["--folds", "1", "--halves", flags], compare_settings.compare) == 0
     *_, row = capsys.readouterr().out.splitlines()
     assert 0 < int(row.split("|")[2].split(":")[0]) < 2000
+
+
+BAD = {
+    "two images too few": (["--folds", "6", ""], "6 folds hold out 60,000 images"),
+    "an open quote": (["", "--tag 'x"], "cannot be read"),
+    "a typo in the last": (["", "--dropuot 0"], "--dropuot"),
+    "other data": (["--data-dir data/sample"], "--data-dir should stand beside"),
+    "held out twice": (["--validation-images 100"], "the folds hold images out"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_said_before_anything_is_trained(name, monkeypatch, sample, capsys):
+    monkeypatch.setattr(m, "load_mnist", lambda folder: sample)
+    arguments, said = BAD[name]
+    assert m.main(arguments, compare_settings.compare) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.count("\n") == 1 and not out

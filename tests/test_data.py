@@ -545,6 +545,14 @@ def test_mnist_in_csv_is_mnist(sample, tmp_path, sample_is_mnist):
     assert data.name == "MNIST" and same(data, sample)
 
 
+def test_a_blank_before_the_first_label_makes_it_no_heading(sample, tmp_path, sample_is_mnist):
+    for part in ("train", "test"):
+        content = csv(getattr(sample, f"{part}_images"), getattr(sample, f"{part}_labels"))
+        numbers = content[content.index(b"\n") + 1 :] if content[:1].isalpha() else content
+        (tmp_path / f"mnist_{part}.csv").write_bytes(b" " + numbers)
+    assert same(m.load_mnist(tmp_path), sample)
+
+
 def test_a_line_of_csv_cannot_fill_the_memory(tmp_path):
     (tmp_path / "mnist_train.csv").write_bytes(gzip.compress(b"7" * 10**8))
     (tmp_path / "mnist_test.csv").write_bytes(b"")
@@ -558,8 +566,8 @@ ROW = b"7" + b",0" * 784 + b"\n"
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"", "is damaged"),
-        (HEAD + b"\n", "is damaged"),
+        (b"", "has no images; it should be csv"),
+        (HEAD + b"\n", "has no images; it should be csv"),
         (b"<html>404</html>", "1 columns in line 1; it should be csv with the label and 784"),
         (ROW + ROW[2:], "784 columns in line 2"),
         (ROW + b"8," + ROW, "786 columns in line 2"),

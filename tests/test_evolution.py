@@ -121,6 +121,31 @@ def test_a_step_is_compared_with_the_one_before(tmp_path, monkeypatch):
     )
 
 
+def test_a_step_on_other_data_is_not_compared(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    steps = importlib.import_module("steps")
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        run_folder.write_metrics(
+            tmp_path / str(number) / "metrics.csv", [[0, 1, 1, 0.5, 1, 0.9, 1, 1]]
+        )
+        config = {"data": {"sha256": {"train": str(number)}}}
+        (tmp_path / str(number) / "config.json").write_text(json.dumps(config))
+    line = steps.what_it_bought(2, tmp_path / "2", tmp_path / "1")
+    assert line == "Step 2: test accuracy 90.00% after epoch 0."
+
+
+def test_what_a_step_has_of_its_own_no_flag_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    step = importlib.import_module("step4_residual_network")
+    flags = [*FEW, "--save-dir", str(tmp_path), "--epochs-max", "1", "--pool", "max"]
+    flags += ["--channels", "2,4,4,4"]
+    assert step.run_step(4, step.ADDS, step.NETWORK, flags, pool="avg") == 0
+    assert "Step 4 has pool avg, whatever is asked for." in capsys.readouterr().out
+    config = json.loads((tmp_path / "evolution_4" / "config.json").read_text())
+    assert config["settings"]["pool"] == "avg" and config["settings"]["dropout"] == 0
+
+
 def test_run_as_a_script_from_another_folder(tmp_path):
     def script(*flags):
         sample = str(m.ROOT / "data" / "sample")

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -596,11 +597,26 @@ def test_a_bad_picture_gets_one_line_and_exit_status_2(name, said, bad, save, ca
     (("--digit", "x.png"), "--figure"),
     (("good.png", "--tag", "other"), "has no run 'other'"),
     (("good.png", "--figure", "nowhere/out.png"), "cannot be written"),
+    (("good.png", "--figure", "good.png"), "would overwrite the picture"),
+    (("good.png", "--figure", "out.jpg"), "should end in .png"),
+    (("good.png", "--figure", "."), "should end in .png"),
+    (("good.png", "--figure", "folder.png"), "is no file"),
 ])  # fmt: skip
 def test_a_bad_command_gets_one_line(flags, said, bad, save, capsys, monkeypatch):
     monkeypatch.chdir(bad)
+    before = Path("good.png").read_bytes()
     assert predict.main([*flags, "--save-dir", str(save)]) == 2
     assert said in capsys.readouterr().err
+    assert Path("good.png").read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no such names")
+def test_a_name_that_is_no_text_and_a_link_for_the_figure(bad, save):
+    picture = os.fsdecode(os.fsencode(bad) + b"/\xff.png")
+    shutil.copy(bad / "good.png", picture)
+    (bad / "link.png").symlink_to(bad / "figure.png")
+    assert predict.main([picture, "--figure", bad / "link.png", "--save-dir", str(save)]) == 0
+    assert (bad / "link.png").is_symlink() and (bad / "figure.png").stat().st_size > 1000
 
 
 def test_a_damaged_checkpoint_gets_one_line(bad, save, capsys):

@@ -140,6 +140,26 @@ def test_a_checkpoint_with_the_weights_only_evaluates_alike(whole, tmp_path, sam
     assert path.stat().st_size < (whole[0] / "checkpoint_last.npz").stat().st_size / 3
 
 
+def test_a_run_of_weights_alone_is_not_continued(whole, tmp_path):
+    """Not even with a note: without its moments it would become another run."""
+    shutil.copytree(whole[0], tmp_path / "resnet9")
+    assert m.main(["resnet9", "--save-dir", str(tmp_path)], share_run.main) == 0
+    path = tmp_path / "resnet9" / "checkpoint_last.npz"
+    before, flags = path.read_bytes(), ("--augment", "1", "--ema", "0.9")
+    finished = train(tmp_path, "--epochs-max", "3", *flags)
+    assert finished.returncode == 0 and "take another --tag" in finished.stdout
+    longer = train(tmp_path, "--epochs-max", "4", *flags)
+    assert longer.returncode == 2 and "the weights alone" in longer.stderr
+    assert path.read_bytes() == before
+
+
+def test_a_folder_in_the_home_is_found_by_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert m.project_path("~/runs") == tmp_path / "runs"
+    assert m.project_path("save") == m.ROOT / "save"
+
+
 def test_only_a_finished_run_is_made_small(whole, tmp_path, capsys):
     shutil.copytree(whole[0], tmp_path / "unfinished")
     config = tmp_path / "unfinished" / "config.json"

@@ -8,12 +8,14 @@ import plot_figs
 from benchmarks.seeds import summary
 
 
-def run_of(accuracy, epochs=3, **settings):
+def run_of(accuracy, epochs=3, hashes=None, **settings):
     metrics = {
         "epoch": np.arange(epochs + 1),
         "test_accuracy": np.linspace(0.1, accuracy, epochs + 1),
     }
-    return plot_figs.Run(m.ROOT / "x", m.Settings(epochs_max=3, **settings), "MNIST", {}, metrics)
+    return plot_figs.Run(
+        m.ROOT / "x", m.Settings(epochs_max=3, **settings), "MNIST", hashes, metrics
+    )
 
 
 def test_it_takes_the_last_epoch_of_each_seed():
@@ -22,7 +24,14 @@ def test_it_takes_the_last_epoch_of_each_seed():
 
 
 @pytest.mark.parametrize(
-    "other", [{"dropout": 0.5, "seed": 1}, {"seed": 0}, {"seed": 1, "epochs": 2}]
+    "other",
+    [
+        {"dropout": 0.5, "seed": 1},
+        {"seed": 0},
+        {"seed": 1, "epochs": 2},
+        {"seed": 1, "epochs": 4},
+        {"seed": 1, "hashes": {"train": "0"}},
+    ],
 )
 def test_runs_that_do_not_belong_together_are_refused(other):
     with pytest.raises(m.UserError):

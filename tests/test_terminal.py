@@ -3,6 +3,7 @@ gone, with an encoding that has no letters but ASCII's."""
 
 import builtins
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -81,6 +82,29 @@ def test_every_script_reads_its_command_line(script):
     wrong = start("--no-such-flag", script=m.ROOT / script)
     assert wrong.returncode == 2 and no_traceback(wrong)
     assert "--no-such-flag" in wrong.stderr or "required" in wrong.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe as a shell does")
+def test_a_reader_that_leaves_ends_a_program_quietly(tmp_path):
+    shutil.copytree(m.ROOT / "save" / "record", tmp_path / "record")
+    (tmp_path / "record" / "curves.png").unlink()
+    where = ["record", "--save-dir", tmp_path]
+    picture = m.ROOT / "save" / "record" / "filters.png"
+    for script, flags, status, said in [
+        ("benchmarks/seeds.py", where, 128 + 13, ""),
+        ("predict.py", [picture], 128 + 13, ""),
+        ("plot_figs.py", [*where, "--data-dir", m.ROOT / "data" / "sample"], 2, "SHA-256 differs"),
+    ]:
+        reading, writing = os.pipe()
+        os.close(reading)
+        result = subprocess.run(
+            [sys.executable, "-u", m.ROOT / script, *flags],
+            **dict(stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120),
+        )
+        os.close(writing)
+        assert result.returncode == status and no_traceback(result), script
+        assert said in result.stderr and (said or not result.stderr)
+    assert (tmp_path / "record" / "curves.png").exists()
 
 
 def test_a_path_that_ascii_does_not_have(tmp_path):

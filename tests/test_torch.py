@@ -371,6 +371,26 @@ def test_a_run_that_started_from_weights_continues_without_their_file(tmp_path):
     assert torch_main(*flags, "--epochs-max", "2") == 0
 
 
+def test_either_version_continues_what_the_other_made(tmp_path):
+    flags = ("--save-dir", tmp_path)
+    assert torch_main(*flags, "--epochs-max", "1") == 0
+    assert m.main([*TINY, *map(str, flags), "--tag", "torch_resnet9", "--epochs-max", "2"]) == 0
+    assert torch_main(*flags, "--epochs-max", "3") == 0
+    assert len(run_folder.read_metrics(tmp_path / "torch_resnet9" / "metrics.csv")) == 4
+
+
+def test_altered_weights_are_refused(tmp_path, capsys):
+    flags = ("--save-dir", tmp_path, "--epochs-max", "1")
+    assert torch_main(*flags) == 0
+    with np.load(tmp_path / "torch_resnet9" / "checkpoint_last.npz") as file:
+        content = dict(file)
+    content["conv3.bias"] = content["conv3.bias"] + 1
+    storage.save_arrays(tmp_path / "altered.npz", **content)
+    capsys.readouterr()
+    assert torch_main(*flags, "--tag", "other", "--weights", tmp_path / "altered.npz") == 2
+    assert "checksums" in capsys.readouterr().err
+
+
 BAD = {
     "--weights missing.npz": "missing.npz is no checkpoint of this network",
     "--weights README.md": "README.md is no checkpoint of this network",

@@ -55,8 +55,9 @@ from mnist_resnet9 import (
     takes_muon,
     to_input,
 )
-from support import ROOT, UserError
-from support.settings import setting, settings_class, user_path
+from support import UserError
+from support.checkpoints import checksums
+from support.settings import project_path, setting, settings_class, user_path
 from support.workers import prepare_process
 
 EVALUATION_BATCH = 100  # images; larger ones leave the caches and are no faster
@@ -153,12 +154,16 @@ def load_weights(path, settings):
     one."""
     params = init_params(settings)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            for name, a in params.items():
-                theirs = arrays[f"ema.{name}" if f"ema.{name}" in arrays else name]
-                if theirs.shape != a.shape:
-                    raise ValueError(f"{name} has the shape {theirs.shape}, not {a.shape}")
-                a[...] = theirs
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        sums = arrays.pop("sha256", None)
+        if sums is not None and not np.array_equal(sums, checksums(arrays)):
+            raise ValueError("its checksums are not those of its arrays")
+        for name, a in params.items():
+            theirs = arrays[f"ema.{name}" if f"ema.{name}" in arrays else name]
+            if theirs.shape != a.shape:
+                raise ValueError(f"{name} has the shape {theirs.shape}, not {a.shape}")
+            a[...] = theirs
     except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
         raise UserError(f"{path} is no checkpoint of this network ({error})") from None
     return params
@@ -176,7 +181,7 @@ class TorchRun(Run):
         torch.set_num_threads(count)  # their number can change the last digits here
 
     def __init__(self, settings, network, data, device, scripts):
-        folder = ROOT / settings.save_dir / settings.tag
+        folder = project_path(settings.save_dir) / settings.tag
         if settings.weights and not any(folder.glob("checkpoint_*.npz")):
             weights = load_weights(settings.weights, settings)
             network = network._replace(init_params=lambda _: weights)
