@@ -36,6 +36,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
+# `!python plot_figs.py` in a notebook inherits its backend, which serves the notebook alone.
+if "IPython" not in sys.modules and "inline" in os.environ.get("MPLBACKEND", ""):
+    del os.environ["MPLBACKEND"]
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -146,7 +150,9 @@ def read_run(folder):
         settings = Settings(**given)
         data = " ".join(config["data"]["name"].split())
         hashes = dict(config["data"]["sha256"])
-    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error!r})") from None
     return Run(folder, settings, data, hashes, read_history(folder / "metrics.csv"))
 
