@@ -1184,11 +1184,13 @@ class Run:
             lambda path: load_checkpoint(path, settings, network, to_continue=True)
         )
         self.resumed = state is not None
-        if self.resumed and state.weights_only and len(state.history) <= settings.epochs_max:
-            raise UserError(
-                f"{folder} has the weights alone, which is too little to continue; "
-                "choose another --tag"
-            )
+        if not self.resumed or len(state.history) <= settings.epochs_max:  # there is work to do
+            if self.resumed and state.weights_only:
+                raise UserError(
+                    f"{folder} has the weights alone, which is too little to continue; "
+                    "choose another --tag"
+                )
+            self.folder.write_config()
         self.state = state or init_state(settings, network)
         lost = [math.nan] * (3 if held_out else 2)
         self.metrics = self.folder.restore_metrics(self.state.history, lost)
@@ -1380,13 +1382,12 @@ class Run:
     def watch(self, loss, epoch, step, bar):
         """After each step: checks and shows the loss, and says once how long the run takes."""
         taken = self.state.step - self.first_step
-        # Reading a number makes a GPU finish all its work first.
-        if not self.on_gpu or taken % 50 == 1:
+        enough = 51 if self.on_gpu else 20
+        timed = min(enough, self.epoch_steps - self.first_step % self.epoch_steps)
+        # Reading a number makes a GPU finish all its work first, as the clock needs it.
+        if not self.on_gpu or taken % 50 == 1 or taken == timed:
             self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
             bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-        enough = 51 if self.on_gpu else 20  # by then the loss has just been read
-        to_evaluation = self.epoch_steps - self.first_step % self.epoch_steps
-        timed = min(enough, to_evaluation)
         if taken == timed:
             self.say_how_long((time.perf_counter() - self.first_time) / timed)
 
@@ -1530,7 +1531,7 @@ def main(arguments=(), start=start_run):
         return 128 + 13  # SIGPIPE, which ends other programs then
     except OSError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:  # before the training or after it: within, it saves what there is
         print("Stopped; there is nothing to save.", file=sys.stderr)
         return 130

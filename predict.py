@@ -340,9 +340,9 @@ def check_figure(path, pictures):
     """UserError if writing a figure there would take a picture's place, or something else's."""
     if path.suffix.lower() != ".png":
         raise m.UserError(f"--figure {path} should end in .png")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not path.is_file():
         raise m.UserError(f"--figure {path} is no file; choose another name")
-    if path.exists() and any(one.exists() and one.samefile(path) for one in pictures):
+    if os.path.exists(path) and any(os.path.exists(p) and p.samefile(path) for p in pictures):
         raise m.UserError(f"--figure {path} would overwrite the picture; choose another name")
 
 
@@ -354,7 +354,7 @@ def write_figure(path, shown):
             stream, format="png", dpi=min(150, 2**15 / figure.get_figheight())
         )  # Matplotlib's limit is 2¹⁶
     try:
-        write_file(path.resolve(), stream.getvalue())  # what a link leads to
+        write_file(Path(os.path.realpath(path)), stream.getvalue())  # where a link leads to
     except OSError as error:
         raise m.UserError(
             f"{path} cannot be written ({error.strerror}); choose another --figure"

@@ -111,7 +111,7 @@ def compare(arguments):
     for flags in o.flags:  # a mistake in the last shows before the first has trained
         settings_of(flags, 0, "")
     data = m.load_mnist(o.data_dir)
-    if len(data.train_images) <= o.folds * HELD_OUT and not o.halves:
+    if not o.halves and len(data.train_images) < max(o.folds * HELD_OUT, HELD_OUT + 1):
         raise m.UserError(
             f"{o.folds} folds hold out {o.folds * HELD_OUT:,} images, "
             f"but there are {len(data.train_images):,}"

@@ -64,7 +64,7 @@ continued() {
   local same=(--epochs-max 12 --recipe quick --seed 3)
   train "${same[@]}" --tag whole > /dev/null
   for wait in 6 6; do
-    timeout -s TERM $wait python mnist_resnet9.py "${where[@]}" "${same[@]}" --tag parts
+    timeout --foreground -s TERM $wait python mnist_resnet9.py "${where[@]}" "${same[@]}" --tag parts
   done
   train "${same[@]}" --tag parts
   python - "$save" << 'PY'

@@ -28,7 +28,7 @@ def summary(runs):
     if any(run.hashes != runs[0].hashes for run in runs):
         raise UserError("these runs should have been made with the same data")
     for run in runs:
-        done, last = len(run.metrics["epoch"]) - 1, run.settings.epochs_max
+        done, last = max(0, len(run.metrics["epoch"]) - 1), run.settings.epochs_max
         if done != last:
             raise UserError(
                 f"{run.folder.name} has done {done} epochs, and should have done {last}"

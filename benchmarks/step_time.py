@@ -251,10 +251,10 @@ def main(arguments):
         names.remove("torch.compile")
     if o.sides:
         names = ["ours", *(name for name in names if name in o.sides)]
+    if not o.memory and not set(names) - {"ours", *LESS_PRECISE}:
+        raise m.UserError("there is no other side to compare with; requirements-torch.txt has one")
     if o.batch > (images := len(m.load_mnist().train_images)):
         raise m.UserError(f"--batch is {o.batch}, but the data set has {images} images")
-    if not set(names) - {"ours", *LESS_PRECISE}:
-        raise m.UserError("there is no other side to compare with; requirements-torch.txt has one")
     if o.table or o.memory:
         (table if o.table else memory)(o, names)
         return 0

@@ -35,9 +35,13 @@ def run_step(number, adds, network, arguments=None, **fixed):
     """Trains the network of a step as mnist_resnet9.py trains ResNet9, with the same flags. Returns
     the exit status.
 
-    fixed holds settings that the network of the step does not follow: they have these values.
+    fixed holds settings that the network of the step does not follow, and what they are for it.
     """
     fixed = {"dropout": 0.0} | fixed
+    if number < 3:
+        fixed["pool"] = m.Settings.pool  # there is none, so a run keeps what it has by default
+    if number < 4:
+        fixed["channels"] = m.Settings.channels
 
     def start(arguments):
         asked = m.parse_settings(arguments, tag=f"evolution_{number}", **fixed)
@@ -60,15 +64,18 @@ def run_step(number, adds, network, arguments=None, **fixed):
 
 
 def data_of(folder):
-    """The hashes of the data that a run was made with; None if its config.json is missing."""
-    path = folder / "config.json"
-    return json.loads(read_file(path))["data"]["sha256"] if path.exists() else None
+    """The hashes of the data that a run was made with; None if its config.json does not say."""
+    try:
+        return json.loads(read_file(folder / "config.json"))["data"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def what_it_bought(number, folder, before):
     """A line that compares the test accuracies of two runs at the last epoch that both have."""
     rows = read_metrics(folder / "metrics.csv")
-    if not (before / "metrics.csv").exists() or data_of(folder) != data_of(before):
+    comparable = data_of(folder) is not None and data_of(folder) == data_of(before)
+    if not comparable or not (before / "metrics.csv").exists():
         return f"Step {number}: test accuracy {rows[-1][5]:.2%} after epoch {len(rows) - 1}."
     old = read_metrics(before / "metrics.csv")
     epoch = min(len(rows), len(old)) - 1

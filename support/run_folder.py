@@ -78,7 +78,7 @@ class RunFolder:
     """
 
     def __init__(self, path, config, free, defaults, scripts):
-        self.path = path
+        self.path, self.config = path, config
         self.scripts = scripts
         self.unsaved = {}  # path → save, of what could not be written
         self.unlogged = []  # lines that log.txt lacks
@@ -101,9 +101,14 @@ class RunFolder:
                     part.unlink()
             if not new:
                 check_same_experiment(path, config, free, defaults)
-            write_file(path / "config.json", json.dumps(config, indent=2).encode())
         except OSError as error:
             raise cannot_be_written(path, error) from None
+
+    def write_config(self):
+        try:
+            write_file(self.path / "config.json", json.dumps(self.config, indent=2).encode())
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from None
 
     def keep_code(self):
         """Keeps a copy of the scripts as they run, in code/.

@@ -25,7 +25,7 @@ import numpy  # noqa: F401  (threadpoolctl finds only a BLAS that is already loa
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from support import terminal
+from support.terminal import signals_to
 
 # How many times longer than this process, and a second, a worker may take. One that takes more is
 # stopped, or swapped out. Whoever asks the run to stop should not have to wait so long.
@@ -138,12 +138,9 @@ class Workers:
         if not count:
             return
         prepare_process()
-        terminal.flush()  # a new process begins with it, and takes an error for one of its own
         self.inbox = shared_memory()
         try:
-            with terminal.signals_to(
-                signal.SIG_IGN, [signal.SIGINT]
-            ):  # a new process starts with this
+            with signals_to(signal.SIG_IGN, [signal.SIGINT]):  # a new process starts with this
                 for _ in range(count):
                     self.workers.append(self.start(context))
         except OSError as error:  # a limit on processes, files or memory
@@ -156,7 +153,10 @@ class Workers:
         outbox = shared_memory()
         arguments = (there, self.inbox, outbox)
         process = context.Process(target=serve, args=arguments, daemon=True)
-        process.start()
+        # A start flushes the output; were that to fail, it would look as if the start had.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            with contextlib.redirect_stderr(nowhere):
+                process.start()
         there.close()
         return Worker(process, here, outbox)
 

@@ -58,6 +58,9 @@ def test_a_row_for_each_set_of_flags(monkeypatch, sample, capsys):
         first, second = errors.split(":")[0].split(",")
         assert 0 < int(first) < 200 and 0 < int(second) < 200 and 0 < float(loss) < 3
     assert m.main(["--folds", "7", flags], compare_settings.compare) == 2
+    monkeypatch.setattr(compare_settings, "HELD_OUT", 2000)  # all 4,000 in two folds, but not three
+    assert m.main(["--folds", "2", flags], compare_settings.compare) == 0
+    assert m.main(["--folds", "3", flags], compare_settings.compare) == 2
     assert m.main(["--folds", "3", "--halves", flags], compare_settings.compare) == 2
     assert m.main(["--folds", "1", "--halves", flags], compare_settings.compare) == 0
     *_, row = capsys.readouterr().out.splitlines()

@@ -110,6 +110,8 @@ def test_a_step_is_compared_with_the_one_before(tmp_path, monkeypatch):
             [epoch, 1e-3, 1, 0.5, 1, accuracy, 1, 1] for epoch, accuracy in enumerate(accuracies)
         ]
         run_folder.write_metrics(tmp_path / str(number) / "metrics.csv", rows)
+        config = {"data": {"sha256": {"train": "0"}}}
+        (tmp_path / str(number) / "config.json").write_text(json.dumps(config))
     line = steps.what_it_bought(2, tmp_path / "2", tmp_path / "1")
     assert (
         "97.00% after epoch 2" in line
@@ -131,8 +133,20 @@ def test_a_step_on_other_data_is_not_compared(tmp_path, monkeypatch):
         )
         config = {"data": {"sha256": {"train": str(number)}}}
         (tmp_path / str(number) / "config.json").write_text(json.dumps(config))
-    line = steps.what_it_bought(2, tmp_path / "2", tmp_path / "1")
-    assert line == "Step 2: test accuracy 90.00% after epoch 0."
+    alone = "Step 2: test accuracy 90.00% after epoch 0."
+    assert steps.what_it_bought(2, tmp_path / "2", tmp_path / "1") == alone
+    for damaged in ("{", "[]", '{"data": 1}'):
+        (tmp_path / "1" / "config.json").write_text(damaged)
+        assert steps.what_it_bought(2, tmp_path / "2", tmp_path / "1") == alone
+
+
+def test_channels_are_not_those_of_a_step_without_resnet9(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    step = importlib.import_module("step1_softmax_regression")
+    flags = [*FEW, "--save-dir", str(tmp_path), "--epochs-max", "1"]
+    assert step.run_step(1, step.ADDS, step.NETWORK, [*flags, "--channels", "2,4,4,4"]) == 0
+    assert "Step 1 has channels (4, 16, 32, 64), whatever" in capsys.readouterr().out
+    assert step.run_step(1, step.ADDS, step.NETWORK, [*flags, "--pool", "avg"]) == 0
 
 
 def test_what_a_step_has_of_its_own_no_flag_changes(tmp_path, monkeypatch, capsys):

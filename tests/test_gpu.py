@@ -532,7 +532,7 @@ def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("first_step", [0, 30, 138])
+@pytest.mark.parametrize("first_step", [0, 30, 60, 99, 138])
 def test_the_clock_is_read_when_the_gpu_has_finished(first_step, monkeypatch):
     """Wherever a run continues: a read loss is what makes the program wait for the GPU."""
     run, finished, said = object.__new__(m.Run), [], []
@@ -543,7 +543,8 @@ def test_the_clock_is_read_when_the_gpu_has_finished(first_step, monkeypatch):
     for _ in range(first_step, first_step + 100):
         run.state.step += 1
         run.watch(1.0, 1, (run.state.step - 1) % 100, bar)
-    assert said == [first_step + 51] and said[0] in finished and len(finished) == 2
+    assert said == [first_step + min(51, 100 - first_step % 100)]
+    assert said[0] in finished and len(finished) <= 3
 
 
 def test_the_gpu_command_needs_a_gpu_and_says_so_in_a_line(tmp_path):

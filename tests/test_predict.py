@@ -601,6 +601,7 @@ def test_a_bad_picture_gets_one_line_and_exit_status_2(name, said, bad, save, ca
     (("good.png", "--figure", "out.jpg"), "should end in .png"),
     (("good.png", "--figure", "."), "should end in .png"),
     (("good.png", "--figure", "folder.png"), "is no file"),
+    (("good.png", "--figure", "x" * 300 + ".png"), "cannot be written"),
 ])  # fmt: skip
 def test_a_bad_command_gets_one_line(flags, said, bad, save, capsys, monkeypatch):
     monkeypatch.chdir(bad)

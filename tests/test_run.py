@@ -144,13 +144,14 @@ def test_a_run_of_weights_alone_is_not_continued(whole, tmp_path):
     """Not even with a note: without its moments it would become another run."""
     shutil.copytree(whole[0], tmp_path / "resnet9")
     assert m.main(["resnet9", "--save-dir", str(tmp_path)], share_run.main) == 0
-    path = tmp_path / "resnet9" / "checkpoint_last.npz"
-    before, flags = path.read_bytes(), ("--augment", "1", "--ema", "0.9")
+    paths = [tmp_path / "resnet9" / name for name in ("checkpoint_last.npz", "config.json")]
+    before, flags = [path.read_bytes() for path in paths], ("--augment", "1", "--ema", "0.9")
     finished = train(tmp_path, "--epochs-max", "3", *flags)
     assert finished.returncode == 0 and "take another --tag" in finished.stdout
     longer = train(tmp_path, "--epochs-max", "4", *flags)
     assert longer.returncode == 2 and "the weights alone" in longer.stderr
-    assert path.read_bytes() == before
+    assert train(tmp_path, "--epochs-max", "2", *flags).returncode == 0  # finished all the more
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_a_folder_in_the_home_is_found_by_all(tmp_path, monkeypatch):

@@ -196,12 +196,14 @@ def test_a_limit_on_processes_leaves_fewer_workers(monkeypatch, capsys):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_output_that_cannot_be_written_costs_no_worker(monkeypatch, capsys):
-    with open("/dev/full", "w") as full:
+    with open(os.devnull, "w") as nowhere, open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         print("a line that stays in the buffer")
         pool = workers.Workers(2)
         assert len(pool.workers) == 2 and pool.map(abs, [-1, -2, -3]) == [1, 2, 3]
         pool.close()
+        assert sys.stdout is full
+        os.dup2(nowhere.fileno(), full.fileno())  # so that it can be closed
     assert "worker processes started" not in capsys.readouterr().err
 
 
