@@ -1184,14 +1184,14 @@ class Run:
             lambda path: load_checkpoint(path, settings, network, to_continue=True)
         )
         self.resumed = state is not None
-        if not self.resumed or len(state.history) <= settings.epochs_max:  # there is work to do
-            if self.resumed and state.weights_only:
+        self.state = state or init_state(settings, network)
+        if len(self.state.history) <= settings.epochs_max:  # there is work to do
+            if self.state.weights_only:
                 raise UserError(
                     f"{folder} has the weights alone, which is too little to continue; "
                     "choose another --tag"
                 )
             self.folder.write_config()
-        self.state = state or init_state(settings, network)
         lost = [math.nan] * (3 if held_out else 2)
         self.metrics = self.folder.restore_metrics(self.state.history, lost)
 
