@@ -50,23 +50,21 @@ in order, and then in reverse. What does not learn (files, processes, speed) is 
 import functools
 import math
 import platform
-import shlex
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
 
 from support import ROOT, UserError, gpu, terminal, winograd
-from support.checkpoints import Epoch, Unreadable, pack_checkpoint, read_checkpoint
+from support.bookkeeping import Bookkeeper
+from support.checkpoints import Unreadable, pack_checkpoint, read_checkpoint
 from support.mnist import find_mnist
-from support.run_folder import RunFolder, duration, log_header, log_line, write_metrics
+from support.run_folder import RunFolder
 from support.settings import (
     Parser,
     check_folder_name,
@@ -75,7 +73,6 @@ from support.settings import (
     setting,
     settings_class,
 )
-from support.storage import pack_arrays, write_file
 from support.workers import Workers, available_cores, prepare_process
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
@@ -715,26 +712,6 @@ class Network(NamedTuple):
 
 RESNET9 = Network(init_params, forward, backward)
 
-# ── One step of learning ──────────────────────────────────────────────────────────────────────────
-
-
-def learn_from(params, images, labels, settings, rng, network, share=1.0):
-    """The loss of these images, and its gradient for every parameter.
-
-    Where they are only a part of a batch, share is how large a part. The batch's loss is the sum of
-    share · loss over its parts, so share is its gradient for the loss of this one. Without rng,
-    there is no dropout and the images stay as they are."""
-    if rng is not None and (settings.augment or settings.elastic):
-        images = augment(images, settings.augment, rng, settings.elastic)
-    x = to_input(images, dtype_of(params))
-    logits, caches = network.forward(params, x, settings, rng)
-    loss, cache = cross_entropy_loss(logits, labels, settings.label_smoothing)
-    dlogits = cross_entropy_loss_backward(share, cache)
-    return loss * share, network.backward(dlogits, caches, settings)
-
-
-# The rest of a step is the update, below. Run.learn(), near the end, joins the two.
-
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────
 
 
@@ -773,11 +750,12 @@ def init_state(settings, network=RESNET9):
 def update(state, gradients, settings, rate):
     """The update, in place. gradients are Parameters, rate is this step's learning rate."""
     w, dw = state.params.flat, gradients.flat
+    betas = beta1_of(settings), settings.beta2
     decay_weights(state.params, settings, rate)
     if settings.optimizer == "adam":
-        adam(w, dw, state.moments, rate, state.step, settings.beta2)
+        adam(w, dw, state.moments, rate, state.step, *betas)
     elif settings.optimizer == "muon":
-        muon(state.params, gradients, state.moments, rate, state.step, settings.beta2)
+        muon(state.params, gradients, state.moments, rate, state.step, *betas)
     else:
         sgd(w, dw, state.moments, rate, settings.momentum)
     if state.ema is not None:
@@ -808,7 +786,12 @@ def decay_weights(params, settings, rate):
     if settings.weight_decay:
         for name, weight in params.items():
             if name.endswith("weight"):
-                weight *= 1 - rate * settings.weight_decay
+                weight *= decay_keeps(rate, settings)
+
+
+def decay_keeps(rate, settings):
+    """The share of themselves that decaying weights keep in a step."""
+    return 1 - rate * settings.weight_decay
 
 
 def ema_keeps(settings, step):
@@ -830,7 +813,7 @@ def sgd(w, dw, moments, rate, momentum):
     w -= rate * moments[0]
 
 
-def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
+def adam(w, dw, moments, rate, step, beta1, beta2, eps=1e-8):
     """w ← w − rate · mean / (√square + eps): running means of dw and of dw².
 
     In each step mean keeps the share beta1 of itself and takes the rest from dw; square does so
@@ -841,8 +824,19 @@ def adam(w, dw, moments, rate, step, beta2, beta1=0.9, eps=1e-8):
     mean, square = moments
     mean += (1 - beta1) * (dw - mean)
     square += (1 - beta2) * (dw * dw - square)
+    of_mean, of_square = corrections(step, beta1, beta2)
+    w -= (rate / of_mean) * mean / (xp.sqrt(square / of_square) + eps)
+
+
+def corrections(step, beta1, beta2):
+    """What the shares of all gradients so far add up to in adam's two means."""
     t = step + 1
-    w -= (rate / (1 - beta1**t)) * mean / (xp.sqrt(square / (1 - beta2**t)) + eps)
+    return 1 - beta1**t, 1 - beta2**t
+
+
+def beta1_of(settings):
+    """The share of its mean gradient that the optimizer keeps in a step."""
+    return {"sgd": 0.0, "adam": 0.9, "muon": 0.95}[settings.optimizer]
 
 
 def takes_muon(name, w):
@@ -851,7 +845,7 @@ def takes_muon(name, w):
     return w.ndim == 4 and name != "conv1.weight"
 
 
-def muon(params, gradients, moments, rate, step, beta2, beta1=0.95):
+def muon(params, gradients, moments, rate, step, beta1, beta2):
     """Adam for the biases, conv1 and fc9; for the weights of the other convolutions
 
         w ← w − rate · 0.2 √(longer side of the matrix) · orthogonal(mean of dw)
@@ -862,7 +856,7 @@ def muon(params, gradients, moments, rate, step, beta2, beta1=0.95):
     and others 2025, arXiv:2502.16982."""
     before = Parameters(params)  # Adam moves all; those that are muon's start again from here
     means = Parameters(params, moments[0])  # the running means of dw, by name; Adam updates them
-    adam(params.flat, gradients.flat, moments, rate, step, beta2, beta1)
+    adam(params.flat, gradients.flat, moments, rate, step, beta1, beta2)
     for name, w in params.items():
         if takes_muon(name, w):
             # What the mean would be after another such gradient: Nesterov's look ahead. How large
@@ -1140,333 +1134,135 @@ def load_checkpoint(path, settings, network=RESNET9, to_continue=False):
     return state
 
 
+# ── The parts of a run ────────────────────────────────────────────────────────────────────────────
+
+
+class Run(NamedTuple):
+    """What a training run learns from, and what it changes."""
+
+    settings: Settings
+    network: Network
+    state: State
+    train: tuple  # images and labels, on the device
+    validation: tuple  # held out of the training images, to choose settings by; often none
+    test: tuple
+    total_steps: int
+
+
+def split(data, settings):
+    """(images, labels) to train on, to validate with and to test with, on the device."""
+    count = settings.train_images or len(data.train_images)
+    if count > len(data.train_images):
+        raise UserError(f"train_images is {count}, but the data set has {len(data.train_images)}")
+    held_out = settings.validation_images
+    if held_out >= count:
+        raise UserError(
+            f"validation_images is {held_out}, "
+            f"but should leave some of the {count} images to train on"
+        )
+    first, others = slice(count - held_out), slice(count - held_out, count)
+    parts = (
+        (data.train_images[first], data.train_labels[first]),
+        (data.train_images[others], data.train_labels[others]),
+        (data.test_images, data.test_labels),
+    )
+    return [(xp.asarray(images), xp.asarray(labels)) for images, labels in parts]
+
+
+def plan_of(run, epoch):
+    """What differs from step to step of an epoch, for an engine, which computes none of it itself.
+
+    A key for the random numbers of each step; and, (steps, 5), its learning rate, the share of
+    themselves that decaying weights keep, the rate and the divisor of adam's two corrections, and
+    the share that the mean of the weights takes from the new ones."""
+    settings, steps = run.settings, run.total_steps // run.settings.epochs_max
+    keys, plan = [], []
+    for number in range(steps):
+        step = (epoch - 1) * steps + number
+        keys.append(random_stream(settings.seed, STEP, epoch, number).integers(2**63))
+        rate = learning_rate(step, run.total_steps, settings)
+        of_mean, of_square = corrections(step, beta1_of(settings), settings.beta2)
+        keeps, takes = decay_keeps(rate, settings), 1 - ema_keeps(settings, step)
+        plan.append((rate, keeps, rate / of_mean, of_square, takes))
+    return np.array(keys, np.uint64), np.array(plan)
+
+
+def evaluate_all(run, engine):
+    """(loss, accuracy) of training and of test images, [accuracy] of the validation images if there
+    are any, and the arrays of predictions.npz."""
+
+    def measure(images, labels):
+        if engine:
+            return scores(engine.predict(images), labels)
+        return evaluate(run.state.averaged(), images, labels, run.settings, run.network)
+
+    images, labels = run.train
+    part = slice(TRAIN_EVALUATION_IMAGES)
+    *train, _ = measure(images[part], labels[part])
+    *test, probs = measure(*run.test)
+    validation = [measure(*run.validation)[1]] if run.settings.validation_images else []
+    if engine:
+        engine.fetch()
+    predictions = {
+        "labels": to_host(run.test[1]),
+        "predictions": to_host(probs.argmax(axis=1)),
+        "probabilities": to_host(probs),
+    }
+    return train, test, validation, predictions
+
+
+# ── One step of learning ──────────────────────────────────────────────────────────────────────────
+
+
+def learn_from(params, images, labels, settings, rng, network, share=1.0):
+    """The loss of these images, and its gradient for every parameter.
+
+    Where they are only a part of a batch, share is how large a part. The batch's loss is the sum of
+    share · loss over its parts, so share is its gradient for the loss of this one. Without rng,
+    there is no dropout and the images stay as they are."""
+    if rng is not None and (settings.augment or settings.elastic):
+        images = augment(images, settings.augment, rng, settings.elastic)
+    x = to_input(images, dtype_of(params))
+    logits, caches = network.forward(params, x, settings, rng)
+    loss, cache = cross_entropy_loss(logits, labels, settings.label_smoothing)
+    dlogits = cross_entropy_loss_backward(share, cache)
+    return loss * share, network.backward(dlogits, caches, settings)
+
+
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class Run:
-    """A training run: its data, its folder and its state, new or from the last checkpoint."""
+def train(run, book, engine=None):
+    """Epoch after epoch, to the last one or until somebody asks to stop. Returns the exit status.
 
-    use_device, use_cores = staticmethod(use_device), staticmethod(use_cores)
-
-    def __init__(self, settings, network, data, device, scripts):
-        count = settings.train_images or len(data.train_images)
-        held_out = settings.validation_images
-        if count > len(data.train_images):
-            raise UserError(
-                f"train_images is {count}, but the data set has {len(data.train_images)}"
-            )
-        if held_out >= count:
-            raise UserError(
-                f"validation_images is {held_out}, "
-                f"but should leave some of the {count} images to train on"
-            )
-        self.settings, self.network = settings, network
-        self.on_gpu = xp is not np
-        self.stop = 0  # the number of the signal that asked for an end, or 0
-        self.unsaved = 0  # epochs in a row that could not be saved
-
-        config = {
-            "settings": asdict(settings) | {"channels": list(settings.channels)},
-            "data": {"name": data.name, "sha256": data.hashes},
-            "device": device,
-            "versions": {
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                xp.__name__: xp.__version__,
-            },
-        }
-        free = set(NOT_THE_EXPERIMENT)
-        if settings.schedule != "constant":
-            free.remove("epochs_max")  # the learning rate depends on it
-        folder = project_path(settings.save_dir) / settings.tag
-        self.folder = RunFolder(folder, config, free, asdict(type(settings)()), scripts)
-        state = self.folder.restore(
-            lambda path: load_checkpoint(path, settings, network, to_continue=True)
-        )
-        self.resumed = state is not None
-        self.state = state or init_state(settings, network)
-        if len(self.state.history) <= settings.epochs_max:  # there is work to do
-            if self.state.weights_only:
-                raise UserError(
-                    f"{folder} has the weights alone, which is too little to continue; "
-                    "choose another --tag"
+    book keeps files, log and clock (support/bookkeeping.py). engine is another way to compute the
+    same steps: one CUDA graph on a GPU (support/gpu.py), or PyTorch (torch_version/)."""
+    settings, state, B = run.settings, run.state, run.settings.batch_size
+    images, labels = run.train
+    if not state.history:
+        book.end_epoch(lambda: evaluate_all(run, engine))
+    while book.goes_on():
+        epoch = len(state.history)
+        order = xp.asarray(random_stream(settings.seed, ORDER, epoch).permutation(len(images)))
+        if engine:
+            keys, plan = plan_of(run, epoch)
+            engine.begin_epoch(order, keys, plan, done=state.step % len(plan))
+        for number in book.steps(epoch):
+            batch = order[number * B : (number + 1) * B]
+            rng = random_stream(settings.seed, STEP, epoch, number)
+            rate = learning_rate(state.step, run.total_steps, settings)
+            if engine:
+                loss = engine.step(state, number)
+            else:
+                # Forward, loss and backward: learn_from(), just above, on all cores.
+                loss, gradients = loss_and_gradients(
+                    state.params, images[batch], labels[batch], settings, rng, run.network
                 )
-            self.folder.write_config()
-        lost = [math.nan] * (3 if held_out else 2)
-        self.metrics = self.folder.restore_metrics(self.state.history, lost)
-
-        train = count - held_out
-        self.images = xp.asarray(data.train_images[:train])
-        self.labels = xp.asarray(data.train_labels[:train])
-        self.validation_images = xp.asarray(data.train_images[train:count])
-        self.validation_labels = xp.asarray(data.train_labels[train:count])
-        self.test_images = xp.asarray(data.test_images)
-        self.test_labels = xp.asarray(data.test_labels)
-        self.epoch_steps = math.ceil(train / settings.batch_size)  # the last may have fewer images
-        self.total_steps = self.epoch_steps * settings.epochs_max
-        self.fast, self.why_plain = self.fast_path()
-
-    def fast_path(self):
-        """The GPU's fast path (support/gpu.py) or None, and why a GPU has to do without it."""
-        if not self.on_gpu:
-            return None, ""
-        smooth, is_resnet9 = bumps(28, 28, xp), self.network is RESNET9
-        return gpu.fast_path(
-            self.settings, self.state, self.images, self.labels, smooth, is_resnet9
-        )
-
-    def train(self):
-        """Trains until epochs_max or a stop signal. Returns the exit status."""
-        settings, state = self.settings, self.state
-        if not state.history:
-            self.end_epoch(0, time.perf_counter(), 0)
-        self.first_step, self.first_time = state.step, time.perf_counter()
-        while len(state.history) <= settings.epochs_max:
-            if self.stop:
-                return self.stopped()
-            if self.unsaved >= settings.unsaved_epochs:
-                return self.given_up()
-            self.train_epoch(len(state.history))
-        return self.finished()
-
-    def train_epoch(self, epoch):
-        """One pass over the training images in random order, or what is left of it."""
-        settings, state, B = self.settings, self.state, self.settings.batch_size
-        start = time.perf_counter()
-        order = self.order_of(epoch)
-        done = state.step - (epoch - 1) * self.epoch_steps  # 0, or where this epoch was interrupted
-        if self.fast:
-            self.begin_fast_epoch(epoch, order, done)
-        with self.progress(epoch, done) as bar:
-            for step in bar:
-                if self.fast:  # what stands below as one CUDA graph: support/gpu.py
-                    loss = self.fast_step(step)
-                else:
-                    batch = order[step * B : (step + 1) * B]
-                    rng = random_stream(settings.seed, STEP, epoch, step)
-                    rate = learning_rate(state.step, self.total_steps, settings)
-                    loss = self.step(batch, rng, rate)
-                self.watch(loss, epoch, step, bar)
-                if self.stop:
-                    break
-        if state.step == epoch * self.epoch_steps:
-            self.end_epoch(epoch, start, len(self.images) - done * B)
-
-    def order_of(self, epoch):
-        """The order in which this epoch takes the images."""
-        rng = random_stream(self.settings.seed, ORDER, epoch)
-        return xp.asarray(rng.permutation(len(self.images)))
-
-    def begin_fast_epoch(self, epoch, order, done):
-        """Gives the fast path what differs from step to step."""
-        settings, first = self.settings, (epoch - 1) * self.epoch_steps
-        keys = [
-            random_stream(settings.seed, STEP, epoch, step).integers(2**63)
-            for step in range(self.epoch_steps)
-        ]
-        rates = [
-            learning_rate(first + step, self.total_steps, settings)
-            for step in range(self.epoch_steps)
-        ]
-        self.fast.begin_epoch(order, keys, rates, first, done)
-
-    def fast_step(self, step):
-        self.state.step += 1
-        return self.fast.step(step)
-
-    def step(self, batch, rng, rate):
-        """Learns from the images with these indices. Returns their loss."""
-        return self.learn(self.images[batch], self.labels[batch], rng, rate)
-
-    def learn(self, images, labels, rng, rate):
-        """Forward, loss and backward, which are learn_from() on all cores, and the update."""
-        loss, gradients = loss_and_gradients(
-            self.state.params, images, labels, self.settings, rng, self.network
-        )
-        update(self.state, gradients, self.settings, rate)
-        return loss
-
-    def evaluate(self, images, labels):
-        if self.fast:
-            return scores(self.fast.predict(images), labels)
-        return evaluate(self.state.averaged(), images, labels, self.settings, self.network)
-
-    def end_epoch(self, epoch, start, images_seen):
-        """Evaluates, logs and saves.
-
-        The checkpoint comes last: a crash before it leaves only what restore() removes."""
-        settings, state, folder = self.settings, self.state, self.folder
-        trained = time.perf_counter() - start
-        part = slice(0, TRAIN_EVALUATION_IMAGES)
-        train_loss, train_accuracy, _ = self.evaluate(self.images[part], self.labels[part])
-        test_loss, test_accuracy, probs = self.evaluate(self.test_images, self.test_labels)
-        validation = []
-        if settings.validation_images:
-            _, accuracy, _ = self.evaluate(self.validation_images, self.validation_labels)
-            validation.append(accuracy)
-        finite = state.is_finite()
-        self.check_finite(train_loss + test_loss if finite else math.nan, f"epoch {epoch}")
-        seconds = time.perf_counter() - start
-
-        rate = learning_rate(max(0, state.step - 1), self.total_steps, settings)
-        best = test_accuracy > max((row.test_accuracy for row in state.history), default=-1)
-        row = Epoch(epoch, rate, train_loss, train_accuracy, test_loss, test_accuracy)
-        state.history.append(row)
-        self.metrics.append([*row, seconds, images_seen / seconds, *validation])
-        # What the epoch would have taken, had it not been interrupted.
-        whole = trained * len(self.images) / max(1, images_seen) + seconds - trained
-        folder.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
-
-        folder.write(folder.path / "metrics.csv", lambda path: write_metrics(path, self.metrics))
-        self.save_predictions(probs)
-        if best:
-            self.save(folder.best)
-        else:
-            folder.write_unsaved(folder.best)
-        saved = self.save(folder.last)
-        self.unsaved = 0 if saved else self.unsaved + 1
-
-    def save_predictions(self, probs):
-        predictions = {
-            "labels": to_host(self.test_labels),
-            "predictions": to_host(probs.argmax(axis=1)),
-            "probabilities": to_host(probs),
-        }
-        packed = pack_arrays(**predictions)
-        self.folder.write(
-            self.folder.path / "predictions.npz", lambda path: write_file(path, packed)
-        )
-
-    def make_up_for_failed_saves(self):
-        """Writes what a finished run could not save after its last epoch, on a full disk, say."""
-        last = self.state.history[-1]
-        best = max(self.state.history, key=lambda row: row.test_accuracy)
-        if self.folder.predicted_accuracy() != last.test_accuracy:
-            print("*** predictions.npz is not that of the last epoch: it is written now.")
-            self.save_predictions(self.evaluate(self.test_images, self.test_labels)[2])
-        if best is last and self.saved_best() != best.epoch:
-            print("*** checkpoint_best.npz is not that of the best epoch: it is written now.")
-            self.save(self.folder.best)
-
-    def saved_best(self):
-        """The epoch of checkpoint_best.npz; None if the file is missing or damaged."""
-        if not self.folder.best.exists():
-            return None
-        try:
-            state = load_checkpoint(self.folder.best, self.settings, self.network)
-        except Unreadable:
-            raise
-        except UserError:
-            return None
-        return state.history[-1].epoch if state.history else None
-
-    def save(self, path):
-        """Writes a checkpoint. Returns whether it could."""
-        checkpoint = checkpoint_of(self.state, self.settings)
-        previous = self.folder.previous if path == self.folder.last else None
-        return self.folder.write(path, lambda path: write_file(path, checkpoint, previous))
-
-    def progress(self, epoch, done):
-        """The numbers of the steps to do, with a progress bar."""
-        return tqdm(
-            range(done, self.epoch_steps),
-            f"epoch {epoch}",
-            initial=done,
-            total=self.epoch_steps,
-            unit="step",
-            leave=False,
-            disable=None,
-            dynamic_ncols=True,
-        )
-
-    def watch(self, loss, epoch, step, bar):
-        """After each step: checks and shows the loss, and says once how long the run takes."""
-        taken = self.state.step - self.first_step
-        enough = 51 if self.on_gpu else 20
-        timed = min(enough, self.epoch_steps - self.first_step % self.epoch_steps)
-        # Reading a number makes a GPU finish all its work first, as the clock needs it.
-        if not self.on_gpu or taken % 50 == 1 or taken == timed:
-            self.check_finite(loss, f"epoch {epoch}, step {step + 1}")
-            bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-        if taken == timed:
-            self.say_how_long((time.perf_counter() - self.first_time) / timed)
-
-    def check_finite(self, loss, where):
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {float(loss)} at {where}: "
-                f"learning rate {self.settings.learning_rate:g} is probably too high; "
-                f"the checkpoints in {self.folder.path} are those from before; "
-                "try a lower one, with another --tag"
-            )
-
-    def say_how_long(self, step_seconds):
-        settings = self.settings
-        epochs_left = settings.epochs_max + 1 - len(self.state.history)
-        evaluated = len(self.test_images) + min(len(self.images), TRAIN_EVALUATION_IMAGES)
-        evaluation = evaluated / settings.batch_size / 3  # in steps: forward is a third of one
-        steps = self.total_steps - self.state.step + evaluation * epochs_left
-        self.folder.log(
-            f"About {duration(step_seconds * steps)} to epoch {settings.epochs_max} "
-            "on this machine. Ctrl-C is safe: the same command continues."
-        )
-
-    def ask_to_stop(self, number, _frame):
-        self.stop = number
-        workers.hurry()
-
-    def stopped(self):
-        """Saves what there is after a stop signal. Returns the exit status."""
-        saved = self.save(self.folder.last)
-        what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
-        again = terminal.this_command()
-        self.folder.log(f"Stopped after step {self.state.step:,}; {what}. To continue: {again}")
-        return 128 + self.stop
-
-    def given_up(self):
-        """Ends a run whose epochs would be lost one after the other. Returns the exit status."""
-        self.folder.log(
-            f"*** The last {self.unsaved} epochs could not be saved, so the run ends here. "
-            f"Make room in {terminal.shown(self.folder.path)}; to continue from what is saved: "
-            f"{terminal.this_command()}"
-        )
-        return 1
-
-    def finished(self):
-        figures = f"python {terminal.shown(ROOT / 'plot_figs.py')} {self.settings.tag}"
-        runs = self.folder.path.parent
-        if runs != project_path(Settings.save_dir):
-            figures += f" --save-dir {shlex.quote(terminal.shown(runs))}"
-        self.folder.log(f"Finished. {self.result()} Figures: {figures}")
-        if not self.folder.write_unsaved():
-            print("*** Some files were not written: see above.", file=sys.stderr)
-            return 1
-        return 0
-
-    def result(self):
-        last = self.state.history[-1]
-        best = max(self.state.history, key=lambda row: row.test_accuracy)
-        return (
-            f"Test accuracy {last.test_accuracy:.2%} at the last epoch ({last.epoch}), "
-            f"{best.test_accuracy:.2%} at the best ({best.epoch})."
-        )
-
-    def log_start(self, data, device, cores):
-        settings, folder = self.settings, self.folder
-        for note in data.notes:
-            folder.log(f"*** {note}")
-        images = f"{len(self.images):,} images, {self.epoch_steps} steps an epoch"
-        folder.log(f"{settings.tag}: {data.name}, {images}")
-        where = device
-        if not self.on_gpu:
-            where += f", {cores} core" if cores == 1 else f", {cores} cores"
-        if self.why_plain:
-            where += f" ({self.why_plain})"
-        path = terminal.shown(folder.path)
-        folder.log(f"{self.state.params.flat.size:,} parameters; {where}; files in {path}")
-        if self.resumed:
-            folder.log(f"Continuing after step {self.state.step:,} of {self.total_steps:,}.")
-        folder.log(log_header(settings.validation_images))
+                update(state, gradients, settings, rate)
+            book.after_step(loss)
+        if book.epoch_is_whole():
+            book.end_epoch(lambda: evaluate_all(run, engine))
+    return book.finish()
 
 
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────
@@ -1480,27 +1276,134 @@ SCRIPTS = (
 )
 
 
-def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
-    """Starts or continues the run that settings define. Returns the exit status."""
-    device = kind.use_device(settings.device)
-    data = load_mnist(settings.data_dir)
-    training = kind(settings, network, data, device, scripts)
-    if len(training.state.history) > settings.epochs_max:
-        training.make_up_for_failed_saves()
-        longer = settings.schedule == "constant" and not training.state.weights_only
+class Machinery(NamedTuple):
+    """What computes a run: functions that choose the device and the cores, and make the engine."""
+
+    use_device: Callable  # (settings.device) → what was taken and why, in words
+    use_cores: Callable  # (their number)
+    engine_of: Callable  # (run, in words) → the engine or None, and the words to log
+
+
+def gpu_engine(run, where):
+    """On a GPU the engine of support/gpu.py, where it knows the network."""
+    if xp is np:
+        return None, where
+    beta1, smooth = beta1_of(run.settings), bumps(28, 28, xp)
+    engine, why_not = None, "plain operations: another network than ResNet9"
+    if run.network is RESNET9:
+        engine, why_not = gpu.fast_path(run.settings, run.state, *run.train, smooth, beta1)
+    return engine, f"{where} ({why_not})" if why_not else where
+
+
+def config_of(settings, data, device):
+    """What config.json holds."""
+    return {
+        "settings": asdict(settings) | {"channels": list(settings.channels)},
+        "data": {"name": data.name, "sha256": data.hashes},
+        "device": device,
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            xp.__name__: xp.__version__,
+        },
+    }
+
+
+def open_folder(settings, data, device, scripts):
+    """The folder of the run that settings define. UserError if it holds another one."""
+    free = set(NOT_THE_EXPERIMENT)
+    if settings.schedule != "constant":
+        free.remove("epochs_max")  # the learning rate depends on it
+    path = project_path(settings.save_dir) / settings.tag
+    config, defaults = config_of(settings, data, device), asdict(type(settings)())
+    return RunFolder(path, config, free, defaults, scripts)
+
+
+def run(settings, network=RESNET9, scripts=SCRIPTS, machinery=None, data=None):
+    """Starts or continues the run that settings define. Returns the exit status.
+
+    data, a Dataset, takes the place of the one in settings.data_dir."""
+    machinery = machinery or Machinery(use_device, use_cores, gpu_engine)
+    device = machinery.use_device(settings.device)
+    data = data or load_mnist(settings.data_dir)
+    parts = split(data, settings)
+    folder = open_folder(settings, data, device, scripts)
+    restored = folder.restore(lambda path: load_checkpoint(path, settings, network, True))
+    state = restored or init_state(settings, network)
+    engine = None
+
+    def pack(state):
+        if engine:
+            engine.fetch()
+        return checkpoint_of(state, settings)
+
+    images = [len(images) for images, _ in parts]  # to train on, held out, to test with
+    book = Bookkeeper(
+        settings,
+        folder,
+        state,
+        pack,
+        rate_of=lambda step: learning_rate(step, book.total_steps, settings),
+        images=images[0],
+        evaluated=min(images[0], TRAIN_EVALUATION_IMAGES) + images[1] + images[2],
+        on_gpu=device.startswith("GPU"),
+    )
+    training = Run(settings, network, state, *parts, book.total_steps)
+    if book.is_finished():
+        make_up_for_failed_saves(training, book)
+        longer = settings.schedule == "constant" and not state.weights_only
         further = "raise --epochs-max" if longer else "take another --tag"
-        print(f"{settings.tag} is finished. {training.result()} To go further, {further}.")
-        return 0 if training.folder.write_unsaved() else 1
+        print(f"{settings.tag} is finished. {book.result()} To go further, {further}.")
+        return 0 if folder.write_unsaved() else 1
+    if state.weights_only:
+        raise UserError(
+            f"{folder.path} has the weights alone, which is too little to continue; "
+            "choose another --tag"
+        )
+    folder.write_config()
+    folder.keep_code()
     cores = settings.threads or available_cores()
-    training.folder.keep_code()
-    training.log_start(data, device, cores)
-    with terminal.signals_to(training.ask_to_stop, terminal.stop_signals()):
+    if not book.on_gpu:
+        device += f", {cores} core" if cores == 1 else f", {cores} cores"
+    engine, words = machinery.engine_of(training, device)
+    book.say_start(data, words, continued=restored is not None)
+
+    def stop(number, _frame):
+        book.stop = number
+        workers.hurry()
+
+    with terminal.signals_to(stop, terminal.stop_signals()):
         try:
-            kind.use_cores(cores)
-            return training.train()
+            machinery.use_cores(cores)
+            return train(training, book, engine)
         finally:
-            training.folder.close()
+            folder.close()
             workers.close()
+
+
+def make_up_for_failed_saves(training, book):
+    """Writes what a finished run could not save after its last epoch, on a full disk, say."""
+    history, folder = training.state.history, book.folder
+    best = max(history, key=lambda row: row.test_accuracy)
+    if folder.predicted_accuracy() != history[-1].test_accuracy:
+        print("*** predictions.npz is not that of the last epoch: it is written now.")
+        book.save_predictions(evaluate_all(training, None)[-1])
+    if best is history[-1] and saved_best(training, folder) != best.epoch:
+        print("*** checkpoint_best.npz is not that of the best epoch: it is written now.")
+        book.save(folder.best)
+
+
+def saved_best(training, folder):
+    """The epoch of checkpoint_best.npz; None if the file is missing or damaged."""
+    if not folder.best.exists():
+        return None
+    try:
+        state = load_checkpoint(folder.best, training.settings, training.network)
+    except Unreadable:
+        raise
+    except UserError:
+        return None
+    return state.history[-1].epoch if state.history else None
 
 
 def start_run(arguments):

@@ -19,7 +19,6 @@ import os
 import shlex
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mnist_resnet9 as m
+from support.run_folder import read_metrics
 
 HELD_OUT = 10_000
 TEMPERATURES = (0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3)
@@ -77,24 +77,21 @@ def settings_of(flags, fold, folder):
 def measure(flags, data, fold, folder, halves=False):
     """(held-out errors, held-out loss, errors in training images, seconds an epoch)."""
     settings = settings_of(flags, fold, folder)
-    device = m.use_device(settings.device)
-    training = m.Run(settings, m.RESNET9, hold_out(data, fold, halves), device, ())
-    m.use_cores(settings.threads or m.available_cores())
-    start = time.perf_counter()
+    held_out = hold_out(data, fold, halves)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        status = training.train()
-    seconds = (time.perf_counter() - start) / settings.epochs_max
-    training.folder.close()
-    m.workers.close()
+        status = m.run(settings, scripts=(), data=held_out)
     if status:
         sys.exit(status)
-    _, accuracy, probs = training.evaluate(training.test_images, training.test_labels)
-    train_accuracy = training.state.history[-1].train_accuracy
-    errors = round((1 - accuracy) * len(training.test_images))
-    seen = min(len(training.images), m.TRAIN_EVALUATION_IMAGES)
-    train_errors = round((1 - train_accuracy) * seen)
+    run = Path(settings.save_dir) / settings.tag
+    last = read_metrics(run / "metrics.csv")
+    seconds = sum(row[6] for row in last[1:]) / settings.epochs_max
+    with np.load(run / "predictions.npz") as file:
+        probs, labels = file["probabilities"], file["labels"]
+    errors = int((probs.argmax(axis=1) != labels).sum())
+    seen = min(len(held_out.train_images), m.TRAIN_EVALUATION_IMAGES)
+    train_errors = round((1 - last[-1][3]) * seen)
     m.xp = np
-    return errors, best_loss(probs, training.test_labels), train_errors, seconds
+    return errors, best_loss(probs, labels), train_errors, seconds
 
 
 def compare(arguments):

@@ -18,7 +18,6 @@ import numpy as np
 
 SOURCE = Path(__file__).with_name("gpu.cu")
 BLOCKS = 264  # that a GPU is given at least to be busy: two for each of 132 multiprocessors
-BETA1 = {"sgd": 0.0, "adam": 0.9, "muon": 0.95}
 PREDICT_IMAGES = 1000  # at once
 PLAN_LENGTH = 5  # numbers of a step in the table: see gpu.cu
 BIAS, WEIGHT, MUON_WEIGHT = 0, 1, 2
@@ -384,9 +383,10 @@ class Trainer(Network):
     """
 
     def __init__(
-        self, device, settings, params, flat, moments, ema, ema_flat, images, labels, bumps
+        self, device, settings, params, flat, moments, ema, ema_flat, images, labels, bumps, beta1
     ):
         super().__init__(device, settings)
+        self.beta1 = beta1
         self.params, self.flat, self.moments = params, flat, moments
         self.ema, self.ema_flat = ema, ema_flat
         self.images, self.labels, self.bumps = images, labels, bumps
@@ -415,21 +415,13 @@ class Trainer(Network):
         """How many images step `number` of an epoch has: the last batch may be smaller."""
         return min(self.settings.batch_size, len(self.images) - number * self.settings.batch_size)
 
-    def begin_epoch(self, order, keys, rates, first_step, done=0):
-        """order: the images' numbers; keys: one for each step's random numbers; rates: learning
-        rates; first_step: steps before this epoch; done: steps of it that are already taken."""
-        settings, xp = self.settings, self.device.xp
-        beta1, beta2 = BETA1[settings.optimizer], settings.beta2
-        plan = np.empty((len(rates), PLAN_LENGTH))
-        for i, rate in enumerate(rates):
-            step = first_step + i
-            keep = min(settings.ema, (1 + step) / (10 + step))
-            shrink = 1 - rate * settings.weight_decay
-            adam_rate, correction = rate / (1 - beta1 ** (step + 1)), 1 - beta2 ** (step + 1)
-            plan[i] = rate, shrink, adam_rate, correction, 1 - keep
+    def begin_epoch(self, order, keys, plan, done=0):
+        """order: the images' numbers; keys and plan: see plan_of() in mnist_resnet9.py; done: steps
+        of the epoch that are already taken."""
+        xp = self.device.xp
         self.order[...] = xp.asarray(order.astype(np.int32))
         self.keys[...] = xp.asarray(np.asarray(keys, np.uint64))
-        self.plan[...] = xp.asarray(plan.astype(np.float32))
+        self.plan[...] = xp.asarray(np.asarray(plan, np.float32))
         self.next[...] = done
 
     def take(self, number):
@@ -445,7 +437,7 @@ class Trainer(Network):
             self.device,
             **dict(N=N, inverse=inverse(N), batch=settings.batch_size, plan=self.plan),
             **dict(order=self.order, keys=self.keys, next=self.next, now=self.now),
-            **dict(beta1=settings.momentum if sgd else BETA1[settings.optimizer]),
+            **dict(beta1=settings.momentum if sgd else self.beta1),
             **dict(beta2=settings.beta2, smoothing=settings.label_smoothing),
         )
         mask = self.dropout_mask(program, N) if settings.dropout else None
@@ -601,7 +593,7 @@ class Trainer(Network):
 class FastPath:
     """What a run needs of the two: begin_epoch and step, and predict with the mean weights."""
 
-    def __init__(self, device, settings, state, images, labels, bumps):
+    def __init__(self, device, settings, state, images, labels, bumps, beta1):
         ema = state.ema
         means = (ema, ema.flat) if ema is not None else (None, None)
         bumps = device.xp.ascontiguousarray(bumps)
@@ -615,21 +607,29 @@ class FastPath:
             images,
             labels,
             bumps,
+            beta1,
         )
-        self.begin_epoch, self.step = self.trainer.begin_epoch, self.trainer.take
+        self.begin_epoch = self.trainer.begin_epoch
         self.predict = Predictor(device, settings, state.averaged(), PREDICT_IMAGES)
 
+    def step(self, state, number):
+        """Takes a step, the next of the epoch. Returns its loss."""
+        state.step += 1
+        return self.trainer.take(number)
 
-def fast_path(settings, state, images, labels, bumps, is_resnet9):
+    def fetch(self):
+        """The state's arrays are those that the kernels write to, so there is nothing to fetch."""
+
+
+def fast_path(settings, state, images, labels, bumps, beta1):
     """The fast path of a run and "", or None and why this run takes the plain operations."""
     device = cuda()
-    reason = unsupported(settings, device.limit) if is_resnet9 else "another network than ResNet9"
+    reason = unsupported(settings, device.limit)
     if not reason:
         try:
-            return FastPath(device, settings, state, images, labels, bumps), ""
-        except (
-            Exception
-        ) as error:  # an old CUDA, a compiler that is missing: the plain operations go on
+            return FastPath(device, settings, state, images, labels, bumps, beta1), ""
+        except Exception as error:
+            # An old CUDA, or a compiler that is missing: the plain operations go on.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
     return None, f"plain operations: {reason}"
 

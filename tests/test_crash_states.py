@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import mnist_resnet9 as m
-from support import checkpoints, run_folder, storage, workers
+from support import bookkeeping, checkpoints, run_folder, storage, workers
+from support.bookkeeping import Bookkeeper
 
 FLAGS = ["--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"]
 FLAGS += ["--train-images", "64", "--batch-size", "32"]
@@ -78,7 +79,7 @@ def test_what_the_last_epoch_could_not_save_is_written_by_the_repeat(
     assert "***" not in capsys.readouterr().out.replace("*** The files", "")
 
     path.unlink()
-    monkeypatch.setattr(m, "write_file", fails(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(bookkeeping, "write_file", fails(OSError(errno.ENOSPC, "No space left on device")))
     assert train(whole.parent) == 1
     assert "was NOT written (No space left" in capsys.readouterr().err
 
@@ -168,7 +169,7 @@ def test_an_older_best_checkpoint_is_written_anew_by_the_repeat(tmp_path, capsys
     flags += ["--epochs-max", "3"]  # so each of them is far better than the one before
     assert m.main([*flags, "--save-dir", str(tmp_path / "whole")]) == 0
     wanted = (tmp_path / "whole" / "resnet9" / "checkpoint_best.npz").read_bytes()
-    real = m.write_file
+    real = bookkeeping.write_file
 
     def full(path, *rest):
         last = path.with_name("metrics.csv").read_text().count("\n") == 5
@@ -176,7 +177,7 @@ def test_an_older_best_checkpoint_is_written_anew_by_the_repeat(tmp_path, capsys
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, *rest)
 
-    monkeypatch.setattr(m, "write_file", full)
+    monkeypatch.setattr(bookkeeping, "write_file", full)
     command = [*flags, "--save-dir", str(tmp_path / "again")]
     best = tmp_path / "again" / "resnet9" / "checkpoint_best.npz"
     assert m.main(command) == 1
@@ -237,15 +238,15 @@ def test_too_little_memory_is_one_line_and_no_checkpoint_is_called_damaged(
 def test_a_run_that_cannot_be_saved_ends_and_can_be_continued(epochs, tmp_path, capsys):
     """It is computed for nothing. Here the folder was renamed while the run went on."""
     folder, moved = tmp_path / "resnet9", tmp_path / "moved"
-    real = m.Run.train_epoch
+    real = Bookkeeper.steps
 
     def rename_first(self, epoch):
         if epoch == 2:
             folder.rename(moved)
-        real(self, epoch)
+        return real(self, epoch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(m.Run, "train_epoch", rename_first)
+        patch.setattr(Bookkeeper, "steps", rename_first)
         flags = [*FLAGS, "--save-dir", str(tmp_path), "--epochs-max", "10"]
         assert m.main([*flags, "--unsaved-epochs", str(epochs)]) == 1
     output = capsys.readouterr()
@@ -281,12 +282,12 @@ def stop_worker_then_run():
     os.kill(m.workers.workers[0].process.pid, signal.SIGSTOP)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-real = m.Run.train_epoch
-def train_epoch(self, epoch):
+real = m.Bookkeeper.steps
+def steps(self, epoch):
     if epoch == 2:
         stop_worker_then_run()
-    real(self, epoch)
-m.Run.train_epoch = train_epoch
+    return real(self, epoch)
+m.Bookkeeper.steps = steps
 sys.exit(m.main(sys.argv[1:]))
 """
     flags = [*FLAGS, "--threads", "2", "--save-dir", str(tmp_path), "--epochs-max", "1000"]

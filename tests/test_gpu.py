@@ -385,21 +385,29 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
 
     uploads = []
 
-    def step(run, batch, rng, rate):
+    real_gradients, real_update = m.loss_and_gradients, m.update
+
+    def gradients(*arguments):
         uploads.append(device.uploads)
         with monkeypatch.context() as c:
             c.setattr(Array, "readable", False)
-            return m.Run.step(run, batch, rng, rate)
+            return real_gradients(*arguments)
 
-    class DeviceRun(m.Run):
-        use_device = staticmethod(lambda _: "a pretended GPU")
+    def update(*arguments):
+        with monkeypatch.context() as c:
+            c.setattr(Array, "readable", False)
+            return real_update(*arguments)
 
-    DeviceRun.step = step
+    monkeypatch.setattr(m, "loss_and_gradients", gradients)
+    monkeypatch.setattr(m, "update", update)
+    pretended = m.Machinery(lambda _: "GPU, pretended", m.use_cores, m.gpu_engine)
     for epochs in (1, 2):
         settings = m.Settings(tag="device", epochs_max=epochs, **given)
-        assert m.run(settings, kind=DeviceRun) == 0
+        assert m.run(settings, machinery=pretended) == 0
     assert len(uploads) == 4 and uploads[2] == uploads[3]  # within an epoch nothing is sent
     monkeypatch.setattr(m, "xp", np)
+    monkeypatch.setattr(m, "loss_and_gradients", real_gradients)
+    monkeypatch.setattr(m, "update", real_update)
     assert m.run(m.Settings(tag="cpu", epochs_max=2, device="cpu", **given)) == 0
     one, two = (
         np.array(run_folder.read_metrics(tmp_path / tag / "metrics.csv"))
@@ -407,7 +415,7 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     )
     np.testing.assert_allclose(one[:, :3], two[:, :3], rtol=1e-4)
     log = (tmp_path / "device" / "log.txt").read_text()
-    assert "a pretended GPU (plain operations: a pretended GPU); files" in log
+    assert "GPU, pretended (plain operations: a pretended GPU); files" in log
 
 
 def test_launches_of_a_training_step(device, sample, monkeypatch, capsys):
@@ -535,14 +543,15 @@ def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
 @pytest.mark.parametrize("first_step", [0, 30, 60, 99, 138])
 def test_the_clock_is_read_when_the_gpu_has_finished(first_step, monkeypatch):
     """Wherever a run continues: a read loss is what makes the program wait for the GPU."""
-    run, finished, said = object.__new__(m.Run), [], []
-    run.on_gpu, run.epoch_steps, run.first_step, run.first_time = True, 100, first_step, 0.0
-    run.state, bar = SimpleNamespace(step=first_step), SimpleNamespace(set_postfix=lambda **_: None)
-    monkeypatch.setattr(run, "check_finite", lambda *_: finished.append(run.state.step))
-    monkeypatch.setattr(run, "say_how_long", lambda _: said.append(run.state.step))
+    book, finished, said = object.__new__(m.Bookkeeper), [], []
+    book.on_gpu, book.epoch_steps, book.state = True, 100, SimpleNamespace(step=first_step)
+    book.bar = SimpleNamespace(set_postfix=lambda **_: None)
+    book.start_clock()
+    monkeypatch.setattr(book, "check_finite", lambda *_: finished.append(book.state.step))
+    monkeypatch.setattr(book, "say_how_long", lambda _: said.append(book.state.step))
     for _ in range(first_step, first_step + 100):
-        run.state.step += 1
-        run.watch(1.0, 1, (run.state.step - 1) % 100, bar)
+        book.state.step += 1
+        book.after_step(1.0)
     assert said == [first_step + min(51, 100 - first_step % 100)]
     assert said[0] in finished and len(finished) <= 3
 

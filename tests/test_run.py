@@ -410,17 +410,17 @@ def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
         "0.9",
     ]
     monkeypatch.chdir(m.ROOT)
-    save = m.Run.save
+    save = m.Bookkeeper.save
 
     def die_instead_of_saving(self, path):
         if self.state.step == 40 and path.name == "checkpoint_last.npz":
             raise SystemExit("killed after log and metrics, before the checkpoint")
         return save(self, path)
 
-    monkeypatch.setattr(m.Run, "save", die_instead_of_saving)
+    monkeypatch.setattr(m.Bookkeeper, "save", die_instead_of_saving)
     with pytest.raises(SystemExit):
         m.main(flags)
-    monkeypatch.setattr(m.Run, "save", save)
+    monkeypatch.setattr(m.Bookkeeper, "save", save)
     assert m.main(flags) == 0
     assert_same_run(folder, tmp_path / "resnet9")
     epochs = [

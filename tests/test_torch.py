@@ -15,6 +15,7 @@ from test_run import SMALL, arrays, assert_same_run
 import mnist_resnet9 as m
 import plot_figs
 from support import run_folder, storage
+from support.checkpoints import read_checkpoint
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -129,15 +130,43 @@ def pair(tmp_path, sample):
     """Makes the same run in both versions: (ours, PyTorch's)."""
 
     def make(dtype=np.float64, **given):
-        network = m.RESNET9._replace(init_params=lambda settings: m.init_params(settings, dtype))
-        kinds = {"ours": m.Run, "torch": t.TorchRun}
+        settings = t.TorchSettings(save_dir=str(tmp_path), threads=1, **given)
         runs = []
-        for tag, kind in kinds.items():
-            settings = t.TorchSettings(tag=tag, save_dir=str(tmp_path), threads=1, **given)
-            runs.append(kind(settings, network, sample, "CPU", ()))
+        for kind in (Ours, Theirs):
+            params = m.init_params(settings, dtype)
+            moments = np.zeros((1 if settings.optimizer == "sgd" else 2, params.flat.size), dtype)
+            state = m.State(params, moments, m.Parameters(params) if settings.ema else None)
+            run = m.Run(settings, m.RESNET9, state, *m.split(sample, settings), total_steps=100)
+            runs.append(kind(run, torch.device("cpu")))
         return runs
 
     return make
+
+
+class Ours:
+    """A step of the script, as PyTorch's engine takes it."""
+
+    def __init__(self, run, device):
+        self.run, self.settings = run, run.settings
+
+    def learn(self, images, labels, rng, rate):
+        loss, gradients = m.loss_and_gradients(
+            self.run.state.params, images, labels, self.settings, rng, self.run.network
+        )
+        m.update(self.run.state, gradients, self.settings, rate)
+        return loss
+
+    def predict(self, images):
+        return m.predict(self.run.state.averaged(), images, self.settings)
+
+
+class Theirs(t.Engine):
+    def learn(self, images, labels, rng, rate):
+        keeps = m.decay_keeps(rate, self.settings)
+        takes = 1 - m.ema_keeps(self.settings, self.run.state.step)
+        loss = super().learn(images, labels, rng, rate, keeps, takes)
+        self.run.state.step += 1
+        return loss
 
 
 def step_both(runs, steps, rate=1e-3, seed=7):
@@ -153,7 +182,7 @@ def step_both(runs, steps, rate=1e-3, seed=7):
 
 
 def assert_together(runs, tolerance=1e-8):
-    ours, theirs = (run.state for run in runs)
+    ours, theirs = (one.run.state for one in runs)
     assert ours.step == theirs.step
     np.testing.assert_allclose(ours.params.flat, theirs.params.flat, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(ours.moments, theirs.moments, rtol=tolerance, atol=tolerance)
@@ -172,7 +201,7 @@ def assert_together(runs, tolerance=1e-8):
 def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, rng, given):
     run, theirs = pair(**given)
     images, labels = batch(rng, 20)
-    params = run.state.params
+    params = run.run.state.params
     expected = m.predict(params, images, run.settings)
     found = theirs.net(theirs.to_input(images)).detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
@@ -182,7 +211,7 @@ def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, r
     assert theirs.learn(
         images, labels, m.random_stream(0, m.STEP, 1, 0), 0.0
     ).item() == pytest.approx(loss, rel=1e-9)
-    assert np.array_equal(theirs.state.params.flat, params.flat)  # at rate 0
+    assert np.array_equal(theirs.run.state.params.flat, params.flat)  # at rate 0
     named = dict(theirs.net.named_parameters())
     assert list(named) == list(params) and len(named) == 18
     for name, w in named.items():
@@ -207,18 +236,24 @@ def test_ten_steps_of_the_pytorch_version_stay_with_ours(pair, given):
     runs = pair(channels=(4, 16, 16, 16), dropout=0.5, **given)
     step_both(runs, range(10))
     if given.get("momentum") == 0:  # without momentum PyTorch does not write down the last gradient
-        runs[0].state.moments[...] = runs[1].state.moments
+        runs[0].run.state.moments[...] = runs[1].run.state.moments
     assert_together(runs)
 
 
-def test_each_version_continues_the_others_checkpoint(pair):
+def test_each_version_continues_the_others_checkpoint(pair, tmp_path):
     given = dict(channels=(4, 16, 16, 16), dropout=0.5, ema=0.9)
     runs = pair(**given)
     step_both(runs, range(5))
-    for run, other in zip(runs, reversed(runs)):
-        run.save(other.folder.last)
     swapped = pair(**given)
-    assert all(run.resumed and run.state.step == 5 for run in swapped)
+    for one, other in zip(runs, reversed(swapped)):
+        packed = m.checkpoint_of(one.run.state, one.settings)
+        (tmp_path / "checkpoint.npz").write_bytes(packed)
+        views = other.run.state.views()
+        arrays, other.run.state.step, _ = read_checkpoint(tmp_path / "checkpoint.npz", views, {})
+        for name, a in arrays.items():
+            views[name][...] = a
+    swapped = [type(one)(one.run, torch.device("cpu")) for one in swapped]
+    assert all(one.run.state.step == 5 for one in swapped)
     step_both(swapped, range(5, 10))
     step_both(runs, range(5, 10))
     assert_together((runs[0], swapped[0]))
@@ -228,12 +263,10 @@ def test_each_version_continues_the_others_checkpoint(pair):
 def test_both_evaluate_alike(pair, sample):
     runs = pair(np.float32, ema=0.9)
     for run in runs:
-        run.state.ema.flat += 0.01 * np.random.default_rng(3).standard_normal(
-            run.state.ema.flat.size
-        )
-    (loss, accuracy, probs), theirs = [
-        run.evaluate(sample.test_images[:250], sample.test_labels[:250]) for run in runs
-    ]
+        mean = run.run.state.ema.flat
+        mean += 0.01 * np.random.default_rng(3).standard_normal(mean.size)
+    images, labels = sample.test_images[:250], sample.test_labels[:250]
+    (loss, accuracy, probs), theirs = [m.scores(run.predict(images), labels) for run in runs]
     assert theirs[:2] == (pytest.approx(loss, rel=1e-4), accuracy) and type(theirs[1]) is float
     np.testing.assert_allclose(theirs[2], probs, atol=1e-4)
 
@@ -242,7 +275,7 @@ def test_both_evaluate_alike(pair, sample):
 def test_on_a_blank_image_max_pooling_ties_and_the_two_differ_on_purpose(pair, pool):
     run, theirs = pair(dropout=0.0, pool=pool)
     images, labels = np.zeros((4, 28, 28), np.uint8), np.arange(4)
-    loss, gradients = m.loss_and_gradients(run.state.params, images, labels, run.settings)
+    loss, gradients = m.loss_and_gradients(run.run.state.params, images, labels, run.settings)
     assert theirs.learn(images, labels, m.random_stream(0, m.STEP), 0.0).item() == pytest.approx(
         loss, rel=1e-9
     )
@@ -294,15 +327,15 @@ def torch_main(*flags):
 def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsys):
     flags = ("--epochs-max", "3", *flags.split())
     assert torch_main("--save-dir", tmp_path / "whole", *flags) == 0
-    step = t.TorchRun.step
+    step = t.Engine.step
 
-    def step_and_interrupt(run, *rest):
-        loss = step(run, *rest)
-        if run.state.step in (2, 7):  # in the first and in the last epoch
+    def step_and_interrupt(engine, state, number):
+        loss = step(engine, state, number)
+        if state.step in (2, 7):  # in the first and in the last epoch
             os.kill(os.getpid(), signal.SIGINT)
         return loss
 
-    monkeypatch.setattr(t.TorchRun, "step", step_and_interrupt)
+    monkeypatch.setattr(t.Engine, "step", step_and_interrupt)
     parts = ("--save-dir", tmp_path / "parts", *flags)
     assert [torch_main(*parts), torch_main(*parts), torch_main(*parts)] == [130, 130, 0]
     assert_same_run(tmp_path / "whole" / "torch_resnet9", tmp_path / "parts" / "torch_resnet9")

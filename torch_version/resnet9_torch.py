@@ -38,18 +38,21 @@ except ImportError as error:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mnist_resnet9 import (
+    RESNET9,
     SCRIPTS,
     SHARD_IMAGES,
-    Run,
+    STEP,
+    Machinery,
     Settings,
     augment,
+    beta1_of,
     device_stream,
     dropout,
-    ema_keeps,
     init_params,
     main,
-    orthogonal,  # fmt: skip
+    orthogonal,
     parse_settings,
+    random_stream,
     run,
     shards_of,
     takes_muon,
@@ -169,69 +172,112 @@ def load_weights(path, settings):
     return params
 
 
-class TorchRun(Run):
-    """A run whose steps PyTorch takes. Parameters, moments and mean are the arrays of `state`, seen
-    as tensors."""
+def use_cores(count):
+    """Like the one of mnist_resnet9.py, but for PyTorch's threads."""
+    prepare_process()
+    # Their number can change the last digits here.
+    torch.set_num_threads(count)
 
-    use_device = staticmethod(use_device)
 
-    @staticmethod
-    def use_cores(count):
-        prepare_process()
-        torch.set_num_threads(count)  # their number can change the last digits here
+def torch_engine(run, where):
+    return Engine(run, torch.device("cuda" if where.startswith("GPU") else "cpu")), where
 
-    def __init__(self, settings, network, data, device, scripts):
-        folder = project_path(settings.save_dir) / settings.tag
-        if settings.weights and not any(folder.glob("checkpoint_*.npz")):
-            weights = load_weights(settings.weights, settings)
-            network = network._replace(init_params=lambda _: weights)
-        super().__init__(settings, network, data, device, scripts)
-        self.on_gpu = device.startswith("GPU")
-        self.device = torch.device("cuda" if self.on_gpu else "cpu")
 
-        state, self.copies = self.state, []
+class Engine:
+    """Takes the steps of a run with PyTorch: what train() of mnist_resnet9.py asks an engine for.
+
+    Parameters, moments and mean are the arrays of the run's state, seen as tensors: the same memory
+    on the CPU, copies on a GPU, which fetch() brings back."""
+
+    def __init__(self, run, device):
+        self.run, self.settings, self.device, self.copies = run, run.settings, device, []
+        state, settings = run.state, run.settings
+        self.dtype = state.params.flat.dtype
         self.flat, self.ema = self.tensor(state.params.flat), None
         self.net = self.evaluated = build(settings, self.flat, state.params)
         if settings.ema:
             self.ema = self.tensor(state.ema.flat)
             self.evaluated = build(settings, self.ema, state.params)
+        parameters, beta1 = self.net.parameters(), beta1_of(settings)
         if settings.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(
-                self.net.parameters(), momentum=settings.momentum, fused=True
-            )
+            names = ("momentum_buffer",)
+            self.optimizer = torch.optim.SGD(parameters, momentum=settings.momentum, fused=True)
         else:
-            self.beta1 = 0.95 if settings.optimizer == "muon" else 0.9
-            self.optimizer = torch.optim.Adam(
-                self.net.parameters(), betas=(self.beta1, settings.beta2), fused=True
-            )
-        moments = ("momentum_buffer",) if settings.optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
-        for moment, array in zip(moments, state.moments):
+            names, betas = ("exp_avg", "exp_avg_sq"), (beta1, settings.beta2)
+            self.optimizer = torch.optim.Adam(parameters, betas=betas, fused=True)
+        # So a checkpoint holds what the optimizer remembers.
+        for moment, array in zip(names, state.moments):
             views = named_views(self.tensor(array), state.params)
             for name, w in self.net.named_parameters():
-                self.optimizer.state[w][moment] = views[
-                    name
-                ]  # so the checkpoint holds what the optimizer remembers
-                self.optimizer.state[w]["step"] = torch.tensor(
-                    float(state.step), device=self.device
-                )
+                memory = self.optimizer.state[w]
+                memory[moment] = views[name]
+                memory["step"] = torch.tensor(float(state.step), device=self.device)
 
     def tensor(self, array):
-        """The array as a tensor on the device: the same memory on the CPU, a copy on a GPU, which
-        save() fetches."""
         tensor = torch.from_numpy(array)
         self.copies.append((tensor, tensor.to(self.device)))
         return self.copies[-1][1]
 
-    def save(self, path):
+    def fetch(self):
+        """Brings what a checkpoint holds back from a GPU."""
         for here, there in self.copies:
             here.copy_(there)
-        return super().save(path)
+
+    def begin_epoch(self, order, _keys, plan, done):
+        self.order, self.plan = order, plan
+
+    def step(self, state, number):
+        """Learns from a batch of the epoch. Returns its loss."""
+        settings, B = self.settings, self.settings.batch_size
+        images, labels = self.run.train
+        batch = self.order[number * B : (number + 1) * B]
+        epoch = state.step // len(self.plan) + 1
+        rng = random_stream(settings.seed, STEP, epoch, number)
+        rate, keeps, _, _, takes = self.plan[number]
+        loss = self.learn(images[batch], labels[batch], rng, rate, keeps, takes)
+        state.step += 1
+        return loss
+
+    def learn(self, images, labels, rng, rate, keeps, takes):
+        """Forward, loss, backward and update. keeps: the share of themselves that decaying weights
+        keep; takes: the share that the mean of the weights takes from the new ones."""
+        settings, state = self.settings, self.run.state
+        x, mask = self.draw(images, rng)
+        self.optimizer.zero_grad()
+        labels = torch.tensor(labels, dtype=torch.long, device=self.device)
+        loss = F.cross_entropy(self.net(x, mask), labels, label_smoothing=settings.label_smoothing)
+        loss.backward()
+        with torch.no_grad():
+            # Like AdamW's, for SGD too: decoupled from the gradient, biases left out.
+            if settings.weight_decay:
+                for name, w in self.net.named_parameters():
+                    if name.endswith("weight"):
+                        w.mul_(keeps)
+            self.optimizer.param_groups[0]["lr"] = rate
+            before = self.flat.clone() if settings.optimizer == "muon" else None
+            self.optimizer.step()
+            if before is not None:
+                self.orthogonal_steps(named_views(before, state.params), rate)
+            if settings.ema:
+                self.ema.lerp_(self.flat, takes)
+        return loss.detach()
+
+    def orthogonal_steps(self, before, rate):
+        """Puts Muon's steps from `before` in place of Adam's, between two hidden layers.
+
+        torch.optim.Muon takes matrices only, and computes in bfloat16."""
+        beta1 = beta1_of(self.settings)
+        for name, w in self.net.named_parameters():
+            if takes_muon(name, w):
+                mean = w.grad.lerp(self.optimizer.state[w]["exp_avg"], beta1).flatten(1)  # (K, 9C)
+                length = 0.2 * max(mean.shape) ** 0.5
+                w.copy_(before[name] - rate * length * orthogonal(mean.T).T.reshape(w.shape))
 
     def to_input(self, images):
         """(N, 28, 28) pixels 0…255 → (N, 1, 28, 28). In memory channels come last: that is
         faster."""
-        x = torch.from_numpy(to_input(images, self.state.params.flat.dtype)).permute(2, 3, 0, 1)
-        return x.to(self.device, memory_format=torch.channels_last)
+        x = torch.from_numpy(to_input(images, self.dtype))
+        return x.permute(2, 3, 0, 1).to(self.device, memory_format=torch.channels_last)
 
     def draw(self, images, rng):
         """The images augmented, and dropout's mask: both from the random streams of the shards that
@@ -242,68 +288,34 @@ class TorchRun(Run):
             x, stream = images[shard], device_stream(key)
             if settings.augment or settings.elastic:
                 x = augment(x, settings.augment, stream, settings.elastic)
-            ones = np.ones((len(x), self.net.fc9.in_features), self.state.params.flat.dtype)
+            ones = np.ones((len(x), self.net.fc9.in_features), self.dtype)
             parts.append((x, dropout(ones, settings.dropout, stream)[1]))
         x, masks = zip(*parts)
         mask = torch.from_numpy(np.concatenate(masks)).to(self.device) if settings.dropout else None
         return self.to_input(np.concatenate(x)), mask
 
-    def learn(self, images, labels, rng, rate):
-        """Forward, loss, backward and update."""
-        settings, state = self.settings, self.state
-        x, mask = self.draw(images, rng)
-        self.optimizer.zero_grad()
-        labels = torch.tensor(labels, dtype=torch.long, device=self.device)
-        loss = F.cross_entropy(self.net(x, mask), labels, label_smoothing=settings.label_smoothing)
-        loss.backward()
-        with torch.no_grad():
-            if (
-                settings.weight_decay
-            ):  # like AdamW's, for SGD too: decoupled from the gradient, biases left out
-                for name, w in self.net.named_parameters():
-                    if name.endswith("weight"):
-                        w.mul_(1 - rate * settings.weight_decay)
-            self.optimizer.param_groups[0]["lr"] = rate
-            before = self.flat.clone() if settings.optimizer == "muon" else None
-            self.optimizer.step()
-            if before is not None:
-                self.orthogonal_steps(named_views(before, state.params), rate)
-            if settings.ema:
-                self.ema.lerp_(self.flat, 1 - ema_keeps(settings, state.step))
-        state.step += 1
-        return loss.detach()
-
-    def orthogonal_steps(self, before, rate):
-        """Puts Muon's steps from `before` in place of Adam's, between two hidden layers:
-        torch.optim.Muon takes matrices
-        only, and computes in bfloat16."""
-        for name, w in self.net.named_parameters():
-            if takes_muon(name, w):
-                mean = w.grad.lerp(self.optimizer.state[w]["exp_avg"], self.beta1).flatten(
-                    1
-                )  # (K, 9C)
-                w.copy_(
-                    before[name]
-                    - rate * 0.2 * max(mean.shape) ** 0.5 * orthogonal(mean.T).T.reshape(w.shape)
-                )
-
     @torch.inference_mode()
-    def evaluate(self, images, labels):
-        parts = [
-            images[start : start + EVALUATION_BATCH]
-            for start in range(0, len(images), EVALUATION_BATCH)
-        ]
-        logits = torch.cat([self.evaluated(self.to_input(part)) for part in parts]).cpu()
-        labels = torch.tensor(labels, dtype=torch.long)
-        accuracy = (logits.argmax(1) == labels).double().mean()
-        return F.cross_entropy(logits, labels).item(), accuracy.item(), logits.softmax(1).numpy()
+    def predict(self, images):
+        """(N, 28, 28) pixels 0…255 → logits (N, 10), without dropout."""
+        starts = range(0, len(images), EVALUATION_BATCH)
+        parts = [images[start : start + EVALUATION_BATCH] for start in starts]
+        logits = [self.evaluated(self.to_input(part)) for part in parts]
+        return torch.cat(logits).cpu().numpy()
 
 
 def start(arguments):
     settings = parse_settings(arguments, TorchSettings)
-    settings = replace(settings, tag=f"torch_{settings.tag.removeprefix('torch_')}",
-                       weights=settings.weights and user_path(settings.weights))  # fmt: skip
-    return run(settings, scripts=(Path(__file__).resolve(), *SCRIPTS), kind=TorchRun)
+    settings = replace(
+        settings,
+        tag=f"torch_{settings.tag.removeprefix('torch_')}",
+        weights=settings.weights and user_path(settings.weights),
+    )
+    network, folder = RESNET9, project_path(settings.save_dir) / settings.tag
+    if settings.weights and not any(folder.glob("checkpoint_*.npz")):
+        weights = load_weights(settings.weights, settings)
+        network = RESNET9._replace(init_params=lambda _: weights)
+    scripts = (Path(__file__).resolve(), *SCRIPTS)
+    return run(settings, network, scripts, Machinery(use_device, use_cores, torch_engine))
 
 
 if __name__ == "__main__":

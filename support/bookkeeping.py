@@ -1,0 +1,210 @@
+"""What a run does beside learning: its files, its log, its clock, and the wish to stop.
+
+train() in mnist_resnet9.py calls these in the order in which they stand: goes_on, steps,
+after_step, epoch_is_whole, end_epoch, finish. A first reading may skip this file.
+"""
+
+import math
+import shlex
+import sys
+import time
+
+from tqdm import tqdm
+
+from support import ROOT, UserError, terminal
+from support.checkpoints import Epoch
+from support.run_folder import duration, log_header, log_line, write_metrics
+from support.settings import project_path
+from support.storage import pack_arrays, write_file
+
+
+class Bookkeeper:
+    """Keeps the books of a run.
+
+    folder: its RunFolder. state: all that the training changes. pack(state): the bytes of a
+    checkpoint. rate_of(step): its learning rate. images, evaluated: how many an epoch learns from
+    and how many it is evaluated on. on_gpu: whether the losses come from one."""
+
+    def __init__(self, settings, folder, state, pack, rate_of, images, evaluated, on_gpu):
+        self.settings, self.folder, self.state = settings, folder, state
+        self.pack, self.rate_of, self.on_gpu = pack, rate_of, on_gpu
+        self.images, self.evaluated = images, evaluated
+        # The last step of an epoch may have fewer images.
+        self.epoch_steps = math.ceil(images / settings.batch_size)
+        self.total_steps = self.epoch_steps * settings.epochs_max
+        # The number of the signal that asked for an end, or 0.
+        self.stop = 0
+        # Epochs in a row that could not be saved.
+        self.unsaved = 0
+        lost = [math.nan] * (3 if settings.validation_images else 2)
+        self.metrics = folder.restore_metrics(state.history, lost)
+        self.start_clock()
+
+    def is_finished(self):
+        return len(self.state.history) > self.settings.epochs_max
+
+    def say_start(self, data, where, continued):
+        """The first lines of the log. where: what computes, in words."""
+        settings, folder = self.settings, self.folder
+        for note in data.notes:
+            folder.log(f"*** {note}")
+        steps = f"{self.images:,} images, {self.epoch_steps} steps an epoch"
+        folder.log(f"{settings.tag}: {data.name}, {steps}")
+        size = self.state.params.flat.size
+        folder.log(f"{size:,} parameters; {where}; files in {terminal.shown(folder.path)}")
+        if continued:
+            folder.log(f"Continuing after step {self.state.step:,} of {self.total_steps:,}.")
+        folder.log(log_header(settings.validation_images))
+
+    def start_clock(self):
+        self.first_step, self.first_time = self.state.step, time.perf_counter()
+
+    def goes_on(self):
+        """Whether there is another epoch to begin."""
+        lost = self.unsaved >= self.settings.unsaved_epochs
+        return not (self.stop or lost or self.is_finished())
+
+    def steps(self, epoch):
+        """The numbers of the steps of this epoch that are still to do, until somebody asks to stop.
+
+        They come with a progress bar."""
+        self.start_time = time.perf_counter()
+        # 0, or where this epoch was interrupted.
+        self.done = self.state.step - (epoch - 1) * self.epoch_steps
+        with tqdm(
+            range(self.done, self.epoch_steps),
+            f"epoch {epoch}",
+            initial=self.done,
+            total=self.epoch_steps,
+            unit="step",
+            leave=False,
+            disable=None,
+            dynamic_ncols=True,
+        ) as self.bar:
+            for number in self.bar:
+                yield number
+                if self.stop:
+                    return
+
+    def after_step(self, loss):
+        """Checks and shows the loss, and says once how long the run takes."""
+        taken = self.state.step - self.first_step
+        # A GPU's first steps take longer than the others, so more of them are timed.
+        enough = 51 if self.on_gpu else 20
+        timed = min(enough, self.epoch_steps - self.first_step % self.epoch_steps)
+        # Reading a number makes a GPU finish all its work first, as the clock needs it.
+        if not self.on_gpu or taken % 50 == 1 or taken == timed:
+            epoch, number = divmod(self.state.step - 1, self.epoch_steps)
+            self.check_finite(loss, f"epoch {epoch + 1}, step {number + 1}")
+            self.bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+        if taken == timed:
+            self.say_how_long((time.perf_counter() - self.first_time) / timed)
+
+    def check_finite(self, loss, where):
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {float(loss)} at {where}: "
+                f"learning rate {self.settings.learning_rate:g} is probably too high; "
+                f"the checkpoints in {self.folder.path} are those from before; "
+                "try a lower one, with another --tag"
+            )
+
+    def say_how_long(self, step_seconds):
+        epochs_left = self.settings.epochs_max + 1 - len(self.state.history)
+        # In steps: forward is a third of one.
+        evaluation = self.evaluated / self.settings.batch_size / 3
+        steps = self.total_steps - self.state.step + evaluation * epochs_left
+        self.folder.log(
+            f"About {duration(step_seconds * steps)} to epoch {self.settings.epochs_max} "
+            "on this machine. Ctrl-C is safe: the same command continues."
+        )
+
+    def epoch_is_whole(self):
+        """Whether all steps of the epoch that was begun are taken."""
+        return self.state.step == len(self.state.history) * self.epoch_steps
+
+    def end_epoch(self, evaluate):
+        """Evaluates, logs and saves. evaluate: see evaluate_all() in mnist_resnet9.py.
+
+        The checkpoint comes last: a crash before it leaves only what restore() removes."""
+        settings, state, folder = self.settings, self.state, self.folder
+        epoch = len(state.history)
+        if epoch == 0:
+            self.start_time, self.done = time.perf_counter(), self.epoch_steps
+        trained = time.perf_counter() - self.start_time
+        train, test, validation, predictions = evaluate()
+        finite = state.is_finite()
+        self.check_finite(train[0] + test[0] if finite else math.nan, f"epoch {epoch}")
+        seconds = time.perf_counter() - self.start_time
+
+        seen = max(0, self.images - self.done * settings.batch_size)
+        best = test[1] > max((row.test_accuracy for row in state.history), default=-1)
+        row = Epoch(epoch, self.rate_of(max(0, state.step - 1)), *train, *test)
+        state.history.append(row)
+        self.metrics.append([*row, seconds, seen / seconds, *validation])
+        # What the epoch would have taken, had it not been interrupted.
+        whole = trained * self.images / max(1, seen) + seconds - trained
+        folder.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
+
+        folder.write(folder.path / "metrics.csv", lambda path: write_metrics(path, self.metrics))
+        self.save_predictions(predictions)
+        if best:
+            self.save(folder.best)
+        else:
+            folder.write_unsaved(folder.best)
+        self.unsaved = 0 if self.save(folder.last) else self.unsaved + 1
+        if epoch == 0:
+            self.start_clock()
+
+    def save_predictions(self, predictions):
+        packed = pack_arrays(**predictions)
+        path = self.folder.path / "predictions.npz"
+        self.folder.write(path, lambda path: write_file(path, packed))
+
+    def save(self, path):
+        """Writes a checkpoint. Returns whether it could."""
+        checkpoint = self.pack(self.state)
+        previous = self.folder.previous if path == self.folder.last else None
+        return self.folder.write(path, lambda path: write_file(path, checkpoint, previous))
+
+    def finish(self):
+        """The last line of the log. Returns the exit status."""
+        if self.is_finished():
+            return self.finished()
+        return self.stopped() if self.stop else self.given_up()
+
+    def finished(self):
+        folder = self.folder
+        figures = f"python {terminal.shown(ROOT / 'plot_figs.py')} {self.settings.tag}"
+        if folder.path.parent != project_path(type(self.settings).save_dir):
+            figures += f" --save-dir {shlex.quote(terminal.shown(folder.path.parent))}"
+        folder.log(f"Finished. {self.result()} Figures: {figures}")
+        if not folder.write_unsaved():
+            print("*** Some files were not written: see above.", file=sys.stderr)
+            return 1
+        return 0
+
+    def stopped(self):
+        """Saves what there is after a stop signal."""
+        saved = self.save(self.folder.last)
+        what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
+        again = terminal.this_command()
+        self.folder.log(f"Stopped after step {self.state.step:,}; {what}. To continue: {again}")
+        return 128 + self.stop
+
+    def given_up(self):
+        """Ends a run whose epochs would be lost one after the other."""
+        self.folder.log(
+            f"*** The last {self.unsaved} epochs could not be saved, so the run ends here. "
+            f"Make room in {terminal.shown(self.folder.path)}; to continue from what is saved: "
+            f"{terminal.this_command()}"
+        )
+        return 1
+
+    def result(self):
+        last = self.state.history[-1]
+        best = max(self.state.history, key=lambda row: row.test_accuracy)
+        return (
+            f"Test accuracy {last.test_accuracy:.2%} at the last epoch ({last.epoch}), "
+            f"{best.test_accuracy:.2%} at the best ({best.epoch})."
+        )
