@@ -19,6 +19,16 @@ settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True
 settings.load_profile("ci" if "CI" in os.environ else "dev")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def project_folder():
+    """The tests run there, wherever pytest was started: paths in flags begin at the user's
+    folder."""
+    before = os.getcwd()
+    os.chdir(ROOT)
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(20240229)

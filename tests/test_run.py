@@ -6,47 +6,40 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from programs import start
 
 import mnist_resnet9 as m
 from benchmarks import share_run
 from support import run_folder
 
-SMALL = (
-    "--data-dir",
-    "data/sample",
-    "--channels",
-    "4,16,16,16",
-    "--train-images",
-    "640",
-    "--batch-size",
-    "32",
-)
+SMALL = "--channels 4,16,16,16 --train-images 640 --batch-size 32 --device cpu".split()
+SMALL += ["--data-dir", str(m.ROOT / "data" / "sample")]
+# With these, the run that nothing disturbed.
+WHOLE = "--epochs-max 3 --augment 1 --ema 0.9".split()
 
 
 def train(save, *flags):
-    command = [
-        sys.executable,
-        "mnist_resnet9.py",
-        *SMALL,
-        "--device",
-        "cpu",
-        "--save-dir",
-        str(save),
-        *flags,
-    ]
-    return subprocess.run(command, cwd=m.ROOT, capture_output=True, text=True, timeout=120)
+    return start("mnist_resnet9.py", *SMALL, "--save-dir", save, *flags)
+
+
+def train_here(save, *flags):
+    """The same in this process, where a test can change parts of the program."""
+    return m.main([*SMALL, "--save-dir", str(save), *flags])
 
 
 def arrays(path):
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files if name not in ("settings", "sha256")}
+
+
+def epochs_in_log(folder):
+    starts = [line[:5].strip() for line in (folder / "log.txt").read_text().splitlines()]
+    return [int(start) for start in starts if start.isdigit()]
 
 
 def assert_same_run(a, b):
@@ -62,7 +55,7 @@ def assert_same_run(a, b):
 def whole(tmp_path_factory):
     """A run of three epochs that nothing disturbed."""
     save = tmp_path_factory.mktemp("whole")
-    result = train(save, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
+    result = train(save, *WHOLE)
     assert result.returncode == 0, result.stderr
     return save / "resnet9", result.stdout
 
@@ -71,22 +64,18 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
     folder, out = whole
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["augment"] == 1 and config["data"]["name"] == "MNIST sample"
-    code = {
-        path.relative_to(folder / "code").as_posix() for path in (folder / "code").rglob("*.py")
-    }
+    copy = folder / "code"
+    code = {path.relative_to(copy).as_posix() for path in copy.rglob("*.py")}
     support = {f"support/{path.name}" for path in (m.ROOT / "support").glob("*.py")}
-    assert (
-        code == {"mnist_resnet9.py", "plot_figs.py", *support} and "support/workers.py" in support
-    )
+    assert "support/workers.py" in support
+    assert code == {"mnist_resnet9.py", "plot_figs.py", *support}
     rows = run_folder.read_metrics(folder / "metrics.csv")
-    assert [row[0] for row in rows] == [0, 1, 2, 3] and rows[0][2] == pytest.approx(
-        math.log(10), abs=0.6
-    )
+    assert [row[0] for row in rows] == [0, 1, 2, 3]
+    assert rows[0][2] == pytest.approx(math.log(10), abs=0.6)
     predictions = arrays(folder / "predictions.npz")
     np.testing.assert_allclose(predictions["probabilities"].sum(axis=1), 1, rtol=1e-5)
-    assert (predictions["predictions"] == predictions["labels"]).mean() == pytest.approx(
-        rows[-1][5]
-    )
+    right = predictions["predictions"] == predictions["labels"]
+    assert right.mean() == pytest.approx(rows[-1][5])
     assert (folder / "log.txt").read_text() == out
     assert "MNIST sample" in out and "Ctrl-C is safe" in out
     assert not list(folder.glob("*.part*"))
@@ -94,26 +83,8 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
 
 def test_the_saved_copy_of_the_program_still_runs(whole, tmp_path):
     folder, _ = whole
-    command = [
-        sys.executable,
-        folder / "code" / "mnist_resnet9.py",
-        *SMALL,
-        "--data-dir",
-        m.ROOT / "data" / "sample",
-    ]
-    command += [
-        "--device",
-        "cpu",
-        "--save-dir",
-        tmp_path,
-        "--epochs-max",
-        "3",
-        "--augment",
-        "1",
-        "--ema",
-        "0.9",
-    ]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    flags = [*SMALL, *WHOLE, "--save-dir", tmp_path]
+    result = start(folder / "code" / "mnist_resnet9.py", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same_run(folder, tmp_path / "resnet9")
 
@@ -145,12 +116,13 @@ def test_a_run_of_weights_alone_is_not_continued(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "resnet9")
     assert m.main(["resnet9", "--save-dir", str(tmp_path)], share_run.main) == 0
     paths = [tmp_path / "resnet9" / name for name in ("checkpoint_last.npz", "config.json")]
-    before, flags = [path.read_bytes() for path in paths], ("--augment", "1", "--ema", "0.9")
-    finished = train(tmp_path, "--epochs-max", "3", *flags)
+    before = [path.read_bytes() for path in paths]
+    finished = train(tmp_path, *WHOLE)
     assert finished.returncode == 0 and "take another --tag" in finished.stdout
-    longer = train(tmp_path, "--epochs-max", "4", *flags)
+    longer = train(tmp_path, *WHOLE, "--epochs-max", "4")
     assert longer.returncode == 2 and "the weights alone" in longer.stderr
-    assert train(tmp_path, "--epochs-max", "2", *flags).returncode == 0  # finished all the more
+    # With fewer it is finished all the more.
+    assert train(tmp_path, *WHOLE, "--epochs-max", "2").returncode == 0
     assert [path.read_bytes() for path in paths] == before
 
 
@@ -177,34 +149,24 @@ def test_only_a_finished_run_is_made_small(whole, tmp_path, capsys):
 def test_the_same_command_on_a_finished_run_says_so(whole):
     folder, _ = whole
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    result = train(folder.parent, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
-    assert (
-        result.returncode == 0
-        and "is finished" in result.stdout
-        and "--epochs-max" in result.stdout
-    )
+    result = train(folder.parent, *WHOLE)
+    assert result.returncode == 0
+    assert "is finished" in result.stdout and "--epochs-max" in result.stdout
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_another_experiment_under_the_same_tag_is_refused(whole):
     folder, _ = whole
     before = (folder / "config.json").read_bytes()
-    result = train(
-        folder.parent, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--dropout", "0.5"
-    )
+    result = train(folder.parent, *WHOLE, "--dropout", "0.5")
     assert result.returncode == 2 and "dropout 0.9, not 0.5" in result.stderr and not result.stdout
     assert result.stderr.count("\n") == 1 and (folder / "config.json").read_bytes() == before
 
 
 def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(whole, tmp_path):
     folder, _ = whole
-    assert train(tmp_path, "--epochs-max", "1", "--augment", "1", "--ema", "0.9").returncode == 0
-    assert (
-        train(
-            tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9", "--threads", "1"
-        ).returncode
-        == 0
-    )
+    assert train(tmp_path, *WHOLE, "--epochs-max", "1").returncode == 0
+    assert train(tmp_path, *WHOLE, "--threads", "1").returncode == 0
     assert_same_run(folder, tmp_path / "resnet9")
 
 
@@ -218,41 +180,20 @@ def test_where_processes_cannot_be_copied_the_bits_are_the_same(whole, tmp_path)
     source, choice = path.read_text(), '"fork" if sys.platform == "linux" else "spawn"'
     assert choice in source
     path.write_text(source.replace(choice, '"spawn"'))
-    flags = [
-        *SMALL,
-        "--data-dir",
-        m.ROOT / "data" / "sample",
-        "--epochs-max",
-        "3",
-        "--augment",
-        "1",
-        "--ema",
-        "0.9",
-    ]
-    command = [
-        sys.executable,
-        tmp_path / "mnist_resnet9.py",
-        *flags,
-        "--device",
-        "cpu",
-        "--threads",
-        "2",
-    ]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    flags = [*SMALL, *WHOLE, "--threads", "2"]
+    result = start(tmp_path / "mnist_resnet9.py", *flags, cwd=tmp_path)
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert_same_run(whole[0], tmp_path / "save" / "resnet9")
 
 
 def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
     """A run on 640 images that holds 200 out is a run on the 440 others, and one more column."""
-    flags = ("--epochs-max", "2", "--save-dir", str(tmp_path))
-    assert train(tmp_path, *flags, "--tag", "fewer", "--train-images", "440").returncode == 0
-    result = train(tmp_path, *flags, "--tag", "held_out", "--validation-images", "200")
-    assert (
-        result.returncode == 0
-        and "440 images, 14 steps" in result.stdout
-        and "valid acc" in result.stdout
-    )
+    fewer = "--epochs-max 2 --tag fewer --train-images 440".split()
+    assert train(tmp_path, *fewer).returncode == 0
+    held_out = "--epochs-max 2 --tag held_out --validation-images 200".split()
+    result = train(tmp_path, *held_out)
+    assert result.returncode == 0
+    assert "440 images, 14 steps" in result.stdout and "valid acc" in result.stdout
     assert_same_run(tmp_path / "fewer", tmp_path / "held_out")
     settings = m.Settings(channels=(4, 16, 16, 16))
     params = m.load_checkpoint(tmp_path / "held_out" / "checkpoint_last.npz", settings).params
@@ -265,12 +206,7 @@ def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
         run_folder.read_metrics(path)[-1][-1] == pytest.approx(accuracy)
         and f"{accuracy:.2%}" in result.stdout
     )
-    assert (
-        train(
-            tmp_path, *flags, "--tag", "held_out", "--validation-images", "200", "--epochs-max", "3"
-        ).returncode
-        == 0
-    )
+    assert train(tmp_path, *held_out, "--epochs-max", "3").returncode == 0
     assert [len(row) for row in run_folder.read_metrics(path)] == [9] * 4
 
 
@@ -280,38 +216,24 @@ def test_a_run_from_before_a_setting_came_in_is_continued(whole, tmp_path):
     config = json.loads(path.read_text())
     del config["settings"]["validation_images"]
     path.write_text(json.dumps(config))
-    result = train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
+    result = train(tmp_path, *WHOLE)
     assert result.returncode == 0 and "is finished" in result.stdout, result.stderr
 
 
 def test_a_finished_run_says_only_what_is_possible(tmp_path, capsys):
     for schedule, possible in (("constant", "raise --epochs-max"), ("one_cycle", "another --tag")):
-        flags = f"""--tag {schedule} --schedule {schedule} --epochs-max 1 --train-images 64
-                    --channels 2,4,4,4 --threads 1 --device cpu --data-dir data/sample""".split()
+        flags = f"--tag {schedule} --schedule {schedule} --epochs-max 1 --train-images 64".split()
+        flags += "--channels 2,4,4,4 --threads 1".split()
         for _ in range(2):
-            assert m.main([*flags, "--save-dir", str(tmp_path)]) == 0
+            assert train_here(tmp_path, *flags) == 0
         assert "is finished" in (out := capsys.readouterr().out) and possible in out
-        refused = m.main([*flags, "--save-dir", str(tmp_path), "--epochs-max", "2"])
+        refused = train_here(tmp_path, *flags, "--epochs-max", "2")
         assert (refused == 2) == (schedule == "one_cycle")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_stopped_within_an_epoch_it_continues_bit_for_bit(whole, tmp_path, monkeypatch, capsys):
     folder, _ = whole
-    flags = [
-        *SMALL,
-        "--device",
-        "cpu",
-        "--save-dir",
-        str(tmp_path),
-        "--epochs-max",
-        "3",
-        "--augment",
-        "1",
-        "--ema",
-        "0.9",
-    ]
-    monkeypatch.chdir(m.ROOT)
     update, calls = m.update, []
 
     def update_and_interrupt(state, *rest):
@@ -321,15 +243,12 @@ def test_stopped_within_an_epoch_it_continues_bit_for_bit(whole, tmp_path, monke
             os.kill(os.getpid(), signal.SIGINT if state.step == 7 else signal.SIGTERM)
 
     monkeypatch.setattr(m, "update", update_and_interrupt)
-    assert m.main(flags) == 130 and calls == list(range(1, 8))
+    assert train_here(tmp_path, *WHOLE) == 130 and calls == list(range(1, 8))
     assert "To continue" in capsys.readouterr().out
-    assert m.main(flags) == 143 and calls[-1] == 33
-    assert m.main(flags) == 0 and calls == list(range(1, 61))
+    assert train_here(tmp_path, *WHOLE) == 143 and calls[-1] == 33
+    assert train_here(tmp_path, *WHOLE) == 0 and calls == list(range(1, 61))
     assert_same_run(folder, tmp_path / "resnet9")
-    epochs = [
-        line[:5].strip() for line in (tmp_path / "resnet9" / "log.txt").read_text().splitlines()
-    ]
-    assert [e for e in epochs if e.isdigit()] == ["0", "1", "2", "3"]
+    assert epochs_in_log(tmp_path / "resnet9") == [0, 1, 2, 3]
 
 
 @pytest.fixture
@@ -347,7 +266,6 @@ def clock(monkeypatch):
     monkeypatch.setattr(m, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(m, "update", slow(update, 1))
     monkeypatch.setattr(m, "evaluate", slow(evaluate, 10))
-    monkeypatch.chdir(m.ROOT)
 
 
 def stop_when(monkeypatch, name, condition):
@@ -369,11 +287,10 @@ def stop_when(monkeypatch, name, condition):
 def test_the_time_left_is_right_after_a_stop_near_the_end_of_an_epoch(
     clock, tmp_path, monkeypatch, capsys
 ):
-    flags = [*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "3"]
     stop_when(monkeypatch, "update", lambda state, *_: state.step == 33)
-    assert m.main(flags) == 130
+    assert train_here(tmp_path, "--epochs-max", "3") == 130
     capsys.readouterr()
-    assert m.main(flags) == 0
+    assert train_here(tmp_path, "--epochs-max", "3") == 0
     lines = capsys.readouterr().out.splitlines()
     about, second = (
         next(i for i, line in enumerate(lines) if line.startswith(start))
@@ -385,31 +302,14 @@ def test_the_time_left_is_right_after_a_stop_near_the_end_of_an_epoch(
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_stop_after_the_last_step_leaves_a_finished_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(m.ROOT)
     stop_when(monkeypatch, "checkpoint_of", lambda state, settings: state.step == 20)
-    assert (
-        m.main([*SMALL, "--device", "cpu", "--save-dir", str(tmp_path), "--epochs-max", "1"]) == 0
-    )
+    assert train_here(tmp_path, "--epochs-max", "1") == 0
     out = capsys.readouterr().out
     assert "Finished." in out and "Stopped" not in out
 
 
 def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
     folder, _ = whole
-    flags = [
-        *SMALL,
-        "--device",
-        "cpu",
-        "--save-dir",
-        str(tmp_path),
-        "--epochs-max",
-        "3",
-        "--augment",
-        "1",
-        "--ema",
-        "0.9",
-    ]
-    monkeypatch.chdir(m.ROOT)
     save = m.Bookkeeper.save
 
     def die_instead_of_saving(self, path):
@@ -419,19 +319,16 @@ def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(m.Bookkeeper, "save", die_instead_of_saving)
     with pytest.raises(SystemExit):
-        m.main(flags)
+        train_here(tmp_path, *WHOLE)
     monkeypatch.setattr(m.Bookkeeper, "save", save)
-    assert m.main(flags) == 0
+    assert train_here(tmp_path, *WHOLE) == 0
     assert_same_run(folder, tmp_path / "resnet9")
-    epochs = [
-        line[:5].strip() for line in (tmp_path / "resnet9" / "log.txt").read_text().splitlines()
-    ]
-    assert [e for e in epochs if e.isdigit()] == ["0", "1", "2", "3"]
+    assert epochs_in_log(tmp_path / "resnet9") == [0, 1, 2, 3]
 
 
 def test_the_sample_is_learnt_in_seconds(tmp_path):
-    flags = """--train-images 0 --channels 4,16,32,64 --epochs-max 3 --dropout 0.5
-               --learning-rate 3e-3 --schedule one_cycle""".split()
+    flags = "--train-images 0 --channels 4,16,32,64 --epochs-max 3 --dropout 0.5".split()
+    flags += "--learning-rate 3e-3 --schedule one_cycle".split()
     result = train(tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     assert run_folder.read_metrics(tmp_path / "resnet9" / "metrics.csv")[-1][5] > 0.95
@@ -439,14 +336,10 @@ def test_the_sample_is_learnt_in_seconds(tmp_path):
 
 def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     result = train(tmp_path, "--learning-rate", "1000", "--optimizer", "sgd")
-    assert (
-        result.returncode == 2
-        and "learning rate 1000" in result.stderr
-        and result.stderr.count("\n") == 1
-    )
-    assert all(
-        np.isfinite(a).all() for a in arrays(tmp_path / "resnet9" / "checkpoint_last.npz").values()
-    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "learning rate 1000" in result.stderr
+    kept = arrays(tmp_path / "resnet9" / "checkpoint_last.npz")
+    assert all(np.isfinite(array).all() for array in kept.values())
 
 
 @pytest.mark.parametrize("recipe", m.RECIPES)
@@ -488,7 +381,6 @@ BAD = {
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(m.ROOT)
     given = flags.split()
     where = [] if "--save-dir" in given else ["--save-dir", str(tmp_path / "save")]
     assert m.main(["--data-dir", "data/sample", "--device", "cpu", *where, *given]) == 2
@@ -512,28 +404,15 @@ def test_device_gpu_without_a_gpu_says_why(capsys):
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
     (tmp_path / "resnet9").mkdir()
     (tmp_path / "resnet9" / "thesis.tex").write_text("years of work")
-    assert (
-        m.main(
-            [
-                "--data-dir",
-                str(m.ROOT / "data/sample"),
-                "--device",
-                "cpu",
-                "--save-dir",
-                str(tmp_path),
-            ]
-        )
-        == 2
-    )
+    assert train_here(tmp_path) == 2
     assert "something else than a run" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "resnet9").iterdir()] == ["thesis.tex"]
 
 
 def damage(path):
     content = bytearray(path.read_bytes())
-    content[content.index(b"conv5.weight.npy") + 1000] ^= (
-        255  # within that array, not in a header that nobody reads
-    )
+    # Within that array, not in a header that nobody reads.
+    content[content.index(b"conv5.weight.npy") + 1000] ^= 255
     path.write_bytes(bytes(content))
     return bytes(content)
 
@@ -542,12 +421,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_continues(whole, tm
     shutil.copytree(whole[0], tmp_path / "resnet9")
     before = (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes()
     content = damage(tmp_path / "resnet9" / "checkpoint_last.npz")
-    result = train(tmp_path, "--epochs-max", "3", "--augment", "1", "--ema", "0.9")
-    assert (
-        result.returncode == 0
-        and "is damaged" in result.stderr
-        and "checkpoint_previous.npz, step 40" in result.stderr
-    )
+    result = train(tmp_path, *WHOLE)
+    assert result.returncode == 0 and "is damaged" in result.stderr
+    assert "checkpoint_previous.npz, step 40" in result.stderr
     assert (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes() == before
     assert (tmp_path / "resnet9" / "checkpoint_damaged.npz").read_bytes() == content
     assert_same_run(whole[0], tmp_path / "resnet9")
@@ -557,16 +433,13 @@ def test_two_damaged_checkpoints_are_reported_and_not_overwritten(whole, tmp_pat
     shutil.copytree(whole[0], tmp_path / "resnet9")
     paths = [tmp_path / "resnet9" / f"checkpoint_{which}.npz" for which in ("last", "previous")]
     contents = [damage(path) for path in paths]
-    result = train(tmp_path, "--epochs-max", "4", "--augment", "1", "--ema", "0.9")
-    assert (
-        result.returncode == 2 and "is damaged" in result.stderr and result.stderr.count("\n") == 1
-    )
+    result = train(tmp_path, *WHOLE, "--epochs-max", "4")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "is damaged" in result.stderr
     assert [path.read_bytes() for path in paths] == contents
 
 
 def test_help_explains_every_setting():
-    out = subprocess.run(
-        [sys.executable, "mnist_resnet9.py", "--help"], cwd=m.ROOT, capture_output=True, text=True
-    ).stdout
+    out = start("mnist_resnet9.py", "--help").stdout
     for f in fields(m.Settings):
         assert f"--{f.name.replace('_', '-')} " in out
