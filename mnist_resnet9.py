@@ -1142,6 +1142,20 @@ def load_checkpoint(path, settings, network=RESNET9, to_continue=False):
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────
 
+BETA1 = {"sgd": 0.0, "adam": 0.9, "muon": 0.95}
+
+
+def plan_of_step(step, rate, settings):
+    """The numbers that change from step to step, as support/gpu.py takes them."""
+    t = step + 1
+    return (
+        rate,
+        1 - rate * settings.weight_decay,
+        rate / (1 - BETA1[settings.optimizer] ** t),
+        1 - settings.beta2**t,
+        1 - ema_keeps(settings, step),
+    )
+
 
 class Run:
     """A training run: its data, its folder and its state, new or from the last checkpoint."""
@@ -1210,9 +1224,11 @@ class Run:
         """The GPU's fast path (support/gpu.py) or None, and why a GPU has to do without it."""
         if not self.on_gpu:
             return None, ""
-        smooth, is_resnet9 = bumps(28, 28, xp), self.network is RESNET9
+        if self.network is not RESNET9:
+            return None, "plain operations: another network than ResNet9"
+        beta1 = BETA1[self.settings.optimizer]
         return gpu.fast_path(
-            self.settings, self.state, self.images, self.labels, smooth, is_resnet9
+            self.settings, self.state, self.images, self.labels, bumps(28, 28, xp), beta1
         )
 
     def train(self):
@@ -1264,15 +1280,13 @@ class Run:
             random_stream(settings.seed, STEP, epoch, step).integers(2**63)
             for step in range(self.epoch_steps)
         ]
-        rates = [
-            learning_rate(first + step, self.total_steps, settings)
-            for step in range(self.epoch_steps)
-        ]
-        self.fast.begin_epoch(order, keys, rates, first, done)
+        steps = range(first, first + self.epoch_steps)
+        rates = [learning_rate(step, self.total_steps, settings) for step in steps]
+        plan = [plan_of_step(step, rate, settings) for step, rate in zip(steps, rates)]
+        self.fast.begin_epoch(order, keys, plan, done)
 
     def fast_step(self, step):
-        self.state.step += 1
-        return self.fast.step(step)
+        return self.fast.step(self.state, step)
 
     def step(self, batch, rng, rate):
         """Learns from the images with these indices. Returns their loss."""

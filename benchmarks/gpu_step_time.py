@@ -36,7 +36,8 @@ def our_step(m, data, settings, fast=False):
     steps = -(-len(images) // N)
 
     if fast:
-        path, why = m.gpu.fast_path(settings, state, images, labels, m.bumps(28, 28, m.xp), True)
+        bumps, beta1 = m.bumps(28, 28, m.xp), m.BETA1[settings.optimizer]
+        path, why = m.gpu.fast_path(settings, state, images, labels, bumps, beta1)
         if path is None:
             raise m.UserError(why)
         keys = [
@@ -46,9 +47,10 @@ def our_step(m, data, settings, fast=False):
     def fast_step():
         number = state.step % (len(images) // N)  # whole batches only, as the other sides
         if number == 0:
-            path.begin_epoch(order, keys, [settings.learning_rate] * steps, state.step)
-        state.step += 1
-        return path.step(number)
+            coming = range(state.step, state.step + steps)
+            plan = [m.plan_of_step(step, settings.learning_rate, settings) for step in coming]
+            path.begin_epoch(order, keys, plan)
+        return path.step(state, number)
 
     def step():
         start = state.step % (len(images) // N) * N

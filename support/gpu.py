@@ -18,7 +18,6 @@ import numpy as np
 
 SOURCE = Path(__file__).with_name("gpu.cu")
 BLOCKS = 264  # that a GPU is given at least to be busy: two for each of 132 multiprocessors
-BETA1 = {"sgd": 0.0, "adam": 0.9, "muon": 0.95}
 PREDICT_IMAGES = 1000  # at once
 PLAN_LENGTH = 5  # numbers of a step in the table: see gpu.cu
 BIAS, WEIGHT, MUON_WEIGHT = 0, 1, 2
@@ -378,26 +377,26 @@ class Predictor(Network):
 class Trainer(Network):
     """Training steps, one CUDA graph each. Changes params, moments and ema in place.
 
-    params and ema: name → array, views of one flat vector in their order (flat, ema_flat); ema may
-    be None. moments: (1 or 2, parameters). images and labels: all that are trained on, in bytes.
-    bumps: what augmentation bends with.
+    params and ema of the state: name → array, views of one vector (flat) in their order; ema may be
+    None. moments: (1 or 2, parameters). images and labels: all that are trained on, in bytes.
+    bumps: what augmentation bends with. beta1: what adam and muon keep of the mean gradient.
     """
 
-    def __init__(
-        self, device, settings, params, flat, moments, ema, ema_flat, images, labels, bumps
-    ):
+    def __init__(self, device, settings, state, images, labels, bumps, beta1):
         super().__init__(device, settings)
-        self.params, self.flat, self.moments = params, flat, moments
-        self.ema, self.ema_flat = ema, ema_flat
-        self.images, self.labels, self.bumps = images, labels, bumps
+        self.params, self.moments, self.ema = state.params, state.moments, state.ema
+        self.flat = state.params.flat
+        self.images, self.labels = images, labels
+        self.bumps = device.xp.ascontiguousarray(bumps)
+        self.beta1 = settings.momentum if settings.optimizer == "sgd" else beta1
         xp, steps = device.xp, -(-len(images) // settings.batch_size)
         self.order = xp.empty(len(images), np.int32)
         self.keys = xp.empty(steps, np.uint64)
         self.plan = xp.empty((steps, PLAN_LENGTH), np.float32)
         self.losses = xp.empty(steps, np.float32)
-        self.gradient = xp.empty(flat.size, np.float32)
+        self.gradient = xp.empty(self.flat.size, np.float32)
         self.next, self.now = xp.zeros(1, np.int32), xp.zeros(1, np.int32)  # step of the epoch
-        kinds = [np.full(a.size, self.kind_of(name), np.uint8) for name, a in params.items()]
+        kinds = [np.full(a.size, self.kind_of(name), np.uint8) for name, a in self.params.items()]
         self.kinds = xp.asarray(np.concatenate(kinds))
         self.programs = {}
         for N in {self.images_of(number) for number in (0, steps - 1)}:
@@ -415,21 +414,15 @@ class Trainer(Network):
         """How many images step `number` of an epoch has: the last batch may be smaller."""
         return min(self.settings.batch_size, len(self.images) - number * self.settings.batch_size)
 
-    def begin_epoch(self, order, keys, rates, first_step, done=0):
-        """order: the images' numbers; keys: one for each step's random numbers; rates: learning
-        rates; first_step: steps before this epoch; done: steps of it that are already taken."""
-        settings, xp = self.settings, self.device.xp
-        beta1, beta2 = BETA1[settings.optimizer], settings.beta2
-        plan = np.empty((len(rates), PLAN_LENGTH))
-        for i, rate in enumerate(rates):
-            step = first_step + i
-            keep = min(settings.ema, (1 + step) / (10 + step))
-            shrink = 1 - rate * settings.weight_decay
-            adam_rate, correction = rate / (1 - beta1 ** (step + 1)), 1 - beta2 ** (step + 1)
-            plan[i] = rate, shrink, adam_rate, correction, 1 - keep
+    def begin_epoch(self, order, keys, plan, done=0):
+        """order: the images' numbers. keys: one for each step's random numbers. plan (steps, 5):
+        what changes from step to step, computed by the script in float64: the learning rate, what
+        decay leaves of a weight, adam's rate and correction, and what ema takes of the new weights.
+        done: steps of the epoch that are already taken."""
+        xp = self.device.xp
         self.order[...] = xp.asarray(order.astype(np.int32))
         self.keys[...] = xp.asarray(np.asarray(keys, np.uint64))
-        self.plan[...] = xp.asarray(plan.astype(np.float32))
+        self.plan[...] = xp.asarray(np.asarray(plan, np.float32))
         self.next[...] = done
 
     def take(self, number):
@@ -440,13 +433,13 @@ class Trainer(Network):
     def program(self, N):
         """One step with N images, from the images to the update."""
         settings, params = self.settings, self.params
-        sgd = settings.optimizer == "sgd"
         program = Program(
             self.device,
             **dict(N=N, inverse=inverse(N), batch=settings.batch_size, plan=self.plan),
             **dict(order=self.order, keys=self.keys, next=self.next, now=self.now),
-            **dict(beta1=settings.momentum if sgd else BETA1[settings.optimizer]),
-            **dict(beta2=settings.beta2, smoothing=settings.label_smoothing),
+            # 1 − beta is computed here, in double: near 1 a float would lose most of its digits.
+            **dict(beta1=self.beta1, fresh1=1 - self.beta1, fresh2=1 - settings.beta2),
+            **dict(smoothing=settings.label_smoothing),
         )
         mask = self.dropout_mask(program, N) if settings.dropout else None
         x = program.empty(28, 28, N)
@@ -475,7 +468,8 @@ class Trainer(Network):
             f"update<{('sgd', 'adam', 'muon').index(settings.optimizer)}>",
             blocks_of(self.flat.size),
             256,
-            **dict(w=self.flat, dw=self.gradient, moments=self.moments, ema=self.ema_flat),
+            **dict(w=self.flat, dw=self.gradient, moments=self.moments),
+            **dict(ema=None if self.ema is None else self.ema.flat),
             **dict(kinds=self.kinds, size=self.flat.size),
             **dict(image_losses=losses, losses=self.losses),
         )
@@ -601,32 +595,26 @@ class Trainer(Network):
 class FastPath:
     """What a run needs of the two: begin_epoch and step, and predict with the mean weights."""
 
-    def __init__(self, device, settings, state, images, labels, bumps):
-        ema = state.ema
-        means = (ema, ema.flat) if ema is not None else (None, None)
-        bumps = device.xp.ascontiguousarray(bumps)
-        self.trainer = Trainer(
-            device,
-            settings,
-            state.params,
-            state.params.flat,
-            state.moments,
-            *means,
-            images,
-            labels,
-            bumps,
-        )
-        self.begin_epoch, self.step = self.trainer.begin_epoch, self.trainer.take
-        self.predict = Predictor(device, settings, state.averaged(), PREDICT_IMAGES)
+    def __init__(self, device, settings, state, images, labels, bumps, beta1):
+        self.trainer = Trainer(device, settings, state, images, labels, bumps, beta1)
+        self.begin_epoch = self.trainer.begin_epoch
+        evaluated = state.params if state.ema is None else state.ema
+        self.predict = Predictor(device, settings, evaluated, PREDICT_IMAGES)
+
+    def step(self, state, number):
+        """Takes step `number` of the epoch, which must be the next one. Returns its loss."""
+        loss = self.trainer.take(number)
+        state.step += 1
+        return loss
 
 
-def fast_path(settings, state, images, labels, bumps, is_resnet9):
-    """The fast path of a run and "", or None and why this run takes the plain operations."""
+def fast_path(settings, state, images, labels, bumps, beta1):
+    """The fast path of a run of ResNet9 and "", or None and why it takes the plain operations."""
     device = cuda()
-    reason = unsupported(settings, device.limit) if is_resnet9 else "another network than ResNet9"
+    reason = unsupported(settings, device.limit)
     if not reason:
         try:
-            return FastPath(device, settings, state, images, labels, bumps), ""
+            return FastPath(device, settings, state, images, labels, bumps, beta1), ""
         except (
             Exception
         ) as error:  # an old CUDA, a compiler that is missing: the plain operations go on
