@@ -33,25 +33,23 @@ def our_step(m, data, settings, fast=False):
     images, labels = m.xp.asarray(data.train_images), m.xp.asarray(data.train_labels)
     order = m.xp.asarray(m.random_stream(settings.seed, m.ORDER, 1).permutation(len(images)))
     state, N = m.init_state(settings), settings.batch_size
-    steps = -(-len(images) // N)
+    whole = len(images) // N  # batches of an epoch; on no side there are smaller ones
+    total = -(-len(images) // N) * settings.epochs_max
+    run = m.Run(settings, m.RESNET9, state, (images, labels), (), (), total)
 
     if fast:
-        path, why = m.gpu.fast_path(settings, state, images, labels, m.bumps(28, 28, m.xp), True)
+        path, why = m.gpu_engine(run, "GPU")
         if path is None:
             raise m.UserError(why)
-        keys = [
-            m.random_stream(settings.seed, m.STEP, 1, step).integers(2**63) for step in range(steps)
-        ]
 
     def fast_step():
-        number = state.step % (len(images) // N)  # whole batches only, as the other sides
+        epoch, number = divmod(state.step, whole)
         if number == 0:
-            path.begin_epoch(order, keys, [settings.learning_rate] * steps, state.step)
-        state.step += 1
-        return path.step(number)
+            path.begin_epoch(order, *m.plan_of(run, epoch + 1))
+        return path.step(state, number)
 
     def step():
-        start = state.step % (len(images) // N) * N
+        start = state.step % whole * N
         batch = order[start : start + N]
         rng = m.random_stream(settings.seed, m.STEP, 1, state.step)
         loss, gradients = m.loss_and_gradients(

@@ -616,21 +616,22 @@ __global__ void __launch_bounds__(256)
 // ── Optimizers ──────────────────────────────────────────────────────────────────────────────────
 // What changes from step to step is a row of `plan`, numbered as below.
 
-enum { RATE, SHRINK, ADAM_RATE, CORRECTION, RENEW, PLAN_LENGTH };
+enum { RATE, SHRINK, ADAM_RATE, CORRECTION, EMA_TAKES, PLAN_LENGTH };
 enum { SGD, ADAM, MUON };
 enum { BIAS, WEIGHT, MUON_WEIGHT };
 
-__device__ void adam_moments(float dw, float& m, float& v, float beta1, float beta2) {
-  m += (1 - beta1) * (dw - m);
-  v += (1 - beta2) * (dw * dw - v);
+// fresh1 and fresh2 are 1 − beta1 and 1 − beta2: what the moments take of the new gradient.
+__device__ void adam_moments(float dw, float& m, float& v, float fresh1, float fresh2) {
+  m += fresh1 * (dw - m);
+  v += fresh2 * (dw * dw - v);
 }
 
 // All parameters but those of Muon; the mean of the batch's losses; and the counter of steps.
 template <int OPTIMIZER>
 __global__ void __launch_bounds__(256)
     update(float* w, const float* dw, float* moments, float* ema, const unsigned char* kinds,
-           int size, float beta1, float beta2, const float* plan, const float* image_losses, int N,
-           float* losses, const int* now, int* next) {
+           int size, float beta1, float fresh1, float fresh2, const float* plan,
+           const float* image_losses, int N, float* losses, const int* now, int* next) {
   __shared__ float scratch[256];
   int i = blockIdx.x * 256 + threadIdx.x;
   const float* row = plan + now[0] * PLAN_LENGTH;
@@ -642,12 +643,12 @@ __global__ void __launch_bounds__(256)
       value -= row[RATE] * moments[i];
     } else {
       float m = moments[i], v = moments[size + i];
-      adam_moments(slope, m, v, beta1, beta2);
+      adam_moments(slope, m, v, fresh1, fresh2);
       moments[i] = m, moments[size + i] = v;
       value -= row[ADAM_RATE] * m / (sqrtf(v / row[CORRECTION]) + 1e-8f);
     }
     w[i] = value;
-    if (ema) ema[i] += row[RENEW] * (value - ema[i]);
+    if (ema) ema[i] += row[EMA_TAKES] * (value - ema[i]);
   }
   if (blockIdx.x == 0) {
     float mine = 0;
@@ -666,7 +667,8 @@ __global__ void __launch_bounds__(256)
 // X = the running mean of dw, one step ahead, and 32 rows' part of G.
 template <int R, int K>
 __global__ void __launch_bounds__(256) muon_mean(const float* dw, float* m, float* v, float* X,
-                                                 float* parts, float beta1, float beta2) {
+                                                 float* parts, float beta1, float fresh1,
+                                                 float fresh2) {
   constexpr int KP = round_up(K, 16), ROW = row_of_4x8(KP), TILES = KP / 16;
   __shared__ float strip[32 * ROW];
   int first = blockIdx.x * 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -675,9 +677,9 @@ __global__ void __launch_bounds__(256) muon_mean(const float* dw, float* m, floa
     float x = 0;
     if (r < R && c < K) {
       float slope = dw[i], mean = m[i], square = v[i];
-      adam_moments(slope, mean, square, beta1, beta2);
+      adam_moments(slope, mean, square, fresh1, fresh2);
       m[i] = mean, v[i] = square;
-      x = (1 - beta1) * slope + beta1 * mean;
+      x = fresh1 * slope + beta1 * mean;
     }
     X[first * KP + at] = strip[at / KP * ROW + c] = x;
   }
@@ -784,7 +786,7 @@ __global__ void __launch_bounds__(128)
       int r = first + lane / 4 + i / 2 * 8, c = 8 * n + lane % 4 * 2 + i % 2, at = r * K + c;
       if (r < R && c < K) {
         w[at] = w[at] * row[SHRINK] - size * acc[0][n][i];
-        if (ema) ema[at] += row[RENEW] * (w[at] - ema[at]);
+        if (ema) ema[at] += row[EMA_TAKES] * (w[at] - ema[at]);
       }
     }
 }

@@ -377,27 +377,26 @@ class Predictor(Network):
 class Trainer(Network):
     """Training steps, one CUDA graph each. Changes params, moments and ema in place.
 
-    params and ema: name → array, views of one flat vector in their order (flat, ema_flat); ema may
-    be None. moments: (1 or 2, parameters). images and labels: all that are trained on, in bytes.
-    bumps: what augmentation bends with.
+    params and ema of the state: name → array, views of one vector (flat) in their order; ema may be
+    None. moments: (1 or 2, parameters). images and labels: all that are trained on, in bytes.
+    bumps: what augmentation bends with. beta1: what adam and muon keep of the mean gradient.
     """
 
-    def __init__(
-        self, device, settings, params, flat, moments, ema, ema_flat, images, labels, bumps, beta1
-    ):
+    def __init__(self, device, settings, state, images, labels, bumps, beta1):
         super().__init__(device, settings)
-        self.beta1 = beta1
-        self.params, self.flat, self.moments = params, flat, moments
-        self.ema, self.ema_flat = ema, ema_flat
-        self.images, self.labels, self.bumps = images, labels, bumps
+        self.params, self.moments, self.ema = state.params, state.moments, state.ema
+        self.flat = state.params.flat
+        self.images, self.labels = images, labels
+        self.bumps = device.xp.ascontiguousarray(bumps)
+        self.beta1 = settings.momentum if settings.optimizer == "sgd" else beta1
         xp, steps = device.xp, -(-len(images) // settings.batch_size)
         self.order = xp.empty(len(images), np.int32)
         self.keys = xp.empty(steps, np.uint64)
         self.plan = xp.empty((steps, PLAN_LENGTH), np.float32)
         self.losses = xp.empty(steps, np.float32)
-        self.gradient = xp.empty(flat.size, np.float32)
+        self.gradient = xp.empty(self.flat.size, np.float32)
         self.next, self.now = xp.zeros(1, np.int32), xp.zeros(1, np.int32)  # step of the epoch
-        kinds = [np.full(a.size, self.kind_of(name), np.uint8) for name, a in params.items()]
+        kinds = [np.full(a.size, self.kind_of(name), np.uint8) for name, a in self.params.items()]
         self.kinds = xp.asarray(np.concatenate(kinds))
         self.programs = {}
         for N in {self.images_of(number) for number in (0, steps - 1)}:
@@ -416,8 +415,10 @@ class Trainer(Network):
         return min(self.settings.batch_size, len(self.images) - number * self.settings.batch_size)
 
     def begin_epoch(self, order, keys, plan, done=0):
-        """order: the images' numbers; keys and plan: see plan_of() in mnist_resnet9.py; done: steps
-        of the epoch that are already taken."""
+        """order: the images' numbers. keys: one for each step's random numbers. plan (steps, 5):
+        what changes from step to step, computed by the script in float64: the learning rate, what
+        decay leaves of a weight, adam's rate and correction, and what ema takes of the new weights.
+        done: steps of the epoch that are already taken."""
         xp = self.device.xp
         self.order[...] = xp.asarray(order.astype(np.int32))
         self.keys[...] = xp.asarray(np.asarray(keys, np.uint64))
@@ -432,13 +433,13 @@ class Trainer(Network):
     def program(self, N):
         """One step with N images, from the images to the update."""
         settings, params = self.settings, self.params
-        sgd = settings.optimizer == "sgd"
         program = Program(
             self.device,
             **dict(N=N, inverse=inverse(N), batch=settings.batch_size, plan=self.plan),
             **dict(order=self.order, keys=self.keys, next=self.next, now=self.now),
-            **dict(beta1=settings.momentum if sgd else self.beta1),
-            **dict(beta2=settings.beta2, smoothing=settings.label_smoothing),
+            # 1 − beta is computed here, in double: near 1 a float would lose most of its digits.
+            **dict(beta1=self.beta1, fresh1=1 - self.beta1, fresh2=1 - settings.beta2),
+            **dict(smoothing=settings.label_smoothing),
         )
         mask = self.dropout_mask(program, N) if settings.dropout else None
         x = program.empty(28, 28, N)
@@ -467,7 +468,8 @@ class Trainer(Network):
             f"update<{('sgd', 'adam', 'muon').index(settings.optimizer)}>",
             blocks_of(self.flat.size),
             256,
-            **dict(w=self.flat, dw=self.gradient, moments=self.moments, ema=self.ema_flat),
+            **dict(w=self.flat, dw=self.gradient, moments=self.moments),
+            **dict(ema=None if self.ema is None else self.ema.flat),
             **dict(kinds=self.kinds, size=self.flat.size),
             **dict(image_losses=losses, losses=self.losses),
         )
@@ -594,35 +596,23 @@ class FastPath:
     """What a run needs of the two: begin_epoch and step, and predict with the mean weights."""
 
     def __init__(self, device, settings, state, images, labels, bumps, beta1):
-        ema = state.ema
-        means = (ema, ema.flat) if ema is not None else (None, None)
-        bumps = device.xp.ascontiguousarray(bumps)
-        self.trainer = Trainer(
-            device,
-            settings,
-            state.params,
-            state.params.flat,
-            state.moments,
-            *means,
-            images,
-            labels,
-            bumps,
-            beta1,
-        )
+        self.trainer = Trainer(device, settings, state, images, labels, bumps, beta1)
         self.begin_epoch = self.trainer.begin_epoch
-        self.predict = Predictor(device, settings, state.averaged(), PREDICT_IMAGES)
+        evaluated = state.params if state.ema is None else state.ema
+        self.predict = Predictor(device, settings, evaluated, PREDICT_IMAGES)
 
     def step(self, state, number):
-        """Takes a step, the next of the epoch. Returns its loss."""
+        """Takes step `number` of the epoch, which must be the next one. Returns its loss."""
+        loss = self.trainer.take(number)
         state.step += 1
-        return self.trainer.take(number)
+        return loss
 
     def fetch(self):
-        """The state's arrays are those that the kernels write to, so there is nothing to fetch."""
+        """The kernels write to the state's own arrays, so there is nothing to fetch."""
 
 
 def fast_path(settings, state, images, labels, bumps, beta1):
-    """The fast path of a run and "", or None and why this run takes the plain operations."""
+    """The fast path of a run of ResNet9 and "", or None and why it takes the plain operations."""
     device = cuda()
     reason = unsupported(settings, device.limit)
     if not reason:

@@ -79,7 +79,9 @@ def test_what_the_last_epoch_could_not_save_is_written_by_the_repeat(
     assert "***" not in capsys.readouterr().out.replace("*** The files", "")
 
     path.unlink()
-    monkeypatch.setattr(bookkeeping, "write_file", fails(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        bookkeeping, "write_file", fails(OSError(errno.ENOSPC, "No space left on device"))
+    )
     assert train(whole.parent) == 1
     assert "was NOT written (No space left" in capsys.readouterr().err
 

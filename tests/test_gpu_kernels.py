@@ -252,7 +252,55 @@ def test_normal_numbers_are_made_of_uniform_ones(cuda):
     assert np.array_equal(second.random((3, 3)).ravel(), gpu.Stream(cuda, 4).random(9))
 
 
+def adam64(gradients, settings, beta1, rate):
+    """Parameters and moments after steps with these gradients from 0, in float64."""
+    w, mean, square = np.zeros((3, len(gradients[0])))
+    for t, slope in enumerate(double(*gradients), 1):
+        mean += (1 - beta1) * (slope - mean)
+        square += (1 - settings.beta2) * (slope * slope - square)
+        corrected = square / (1 - settings.beta2**t)
+        w -= rate / (1 - beta1**t) * mean / (np.sqrt(corrected) + 1e-8)
+    return w, mean, square
+
+
+@pytest.mark.parametrize("beta2", [0.999, 0.99999, 0.999999])
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_moments_with_beta2_near_1(optimizer, beta2, cuda, rng):
+    """1 − beta2 in float32 would lose up to 17 of its 24 bits."""
+    settings, beta1 = m.Settings(optimizer=optimizer, beta2=beta2), BETA1[optimizer]
+    gradients = [floats(rng, 9 * 8 * 8) for _ in range(3)]
+    w, moments = np.zeros(576, np.float32), np.zeros((2, 576), np.float32)
+    plan = np.float32(plan_of(settings, 0, [1e-3] * 3))
+    betas = np.float32([beta1, 1 - beta1, 1 - beta2])
+    kinds, losses, now = np.zeros(576, np.uint8), np.zeros(3, np.float32), np.zeros(1, np.int32)
+    X, parts = cuda.xp.empty((96, 16)), cuda.xp.empty((3, 16, 16))
+    for step, dw in enumerate(gradients):
+        now[:] = step
+        if optimizer == "muon":  # its moments are moved by a kernel of their own
+            run(cuda, "muon_mean<72, 8>", 3, 256, dw, *moments, X, parts, *betas)
+            continue
+        sizes = np.int32(576), *betas, plan, losses, np.int32(1), losses, now, now.copy()
+        run(cuda, "update<1>", 3, 256, w, dw, moments, gpu.NULL, kinds, *sizes)
+    expected, mean, square = adam64(gradients, settings, beta1, 1e-3)
+    assert far(moments[0], mean) < 1e-6 and far(moments[1], square) < 1e-6
+    if optimizer == "adam":
+        assert far(w, expected) < 1e-6
+
+
 # ── Whole steps ───────────────────────────────────────────────────────────────────────────────────
+
+BETA1 = {"sgd": 0.0, "adam": 0.9, "muon": 0.95}
+
+
+def plan_of(settings, first, rates):
+    """What changes from step to step, for the steps from `first` on."""
+    beta1, beta2 = BETA1[settings.optimizer], settings.beta2
+    plan = []
+    for t, rate in enumerate(rates, first + 1):
+        ema_keeps = min(settings.ema, t / (9 + t))
+        shrink = 1 - rate * settings.weight_decay
+        plan.append((rate, shrink, rate / (1 - beta1**t), 1 - beta2**t, 1 - ema_keeps))
+    return plan
 
 
 class Keys:
@@ -284,22 +332,12 @@ class Both:
         self.trainer = self.make(cuda, self.state)
 
     def make(self, cuda, state):
-        ema = (dict(state.ema), state.ema.flat) if state.ema is not None else (None, None)
-        bumps = np.ascontiguousarray(m.bumps(28, 28, np))
-        return gpu.Trainer(
-            cuda,
-            self.settings,
-            dict(state.params),
-            state.params.flat,
-            state.moments,
-            *ema,
-            self.images,
-            self.labels,
-            bumps,
-        )
+        bumps, beta1 = m.bumps(28, 28, np), BETA1[self.settings.optimizer]
+        return gpu.Trainer(cuda, self.settings, state, self.images, self.labels, bumps, beta1)
 
     def begin(self, trainer, done=0):
-        trainer.begin_epoch(self.order, self.keys, self.rates, 0, done)
+        plan = plan_of(self.settings, 0, self.rates)
+        trainer.begin_epoch(self.order, self.keys, plan, done)
 
     def batch(self, step):
         return self.order[step * self.settings.batch_size :][: self.settings.batch_size]
@@ -520,14 +558,16 @@ def test_the_graph_computes_what_the_plain_operations_do(sample, monkeypatch, tm
     )
     images, labels = xp.asarray(sample.train_images[:40]), xp.asarray(sample.train_labels[:40])
     fast, plain = m.init_state(settings), m.init_state(settings)
-    path, why = gpu.fast_path(settings, fast, images, labels, m.bumps(28, 28, xp), True)
+    path, why = gpu.fast_path(settings, fast, images, labels, m.bumps(28, 28, xp), BETA1["muon"])
     assert path, why
     others = [xp.full(size, 7, np.uint8) for size in sizes]
 
     order, rates = np.arange(40)[::-1], [1e-3, 2e-3, 1e-3]
     streams = [m.random_stream(0, m.STEP, 1, step) for step in range(3)]
-    path.begin_epoch(order, [s.integers(2**63) for s in streams], rates, 0)
-    losses = [float(path.step(step)) for step in range(3)]
+    keys = [stream.integers(2**63) for stream in streams]
+    path.begin_epoch(order, keys, plan_of(settings, 0, rates))
+    losses = [float(path.step(fast, step)) for step in range(3)]
+    assert fast.step == 3
     logits = m.to_host(path.predict(xp.asarray(sample.test_images[:100])))
     assert all((other == 7).all() for other in others)
 
@@ -585,21 +625,22 @@ def test_a_run_on_the_fast_path_continues_with_the_same_bits(cuda, sample, tmp_p
         save_dir=str(tmp_path), train_images=40, batch_size=16, channels=SMALL, ema=0.9, augment=0.5
     )
 
-    class Run(m.Run):
-        use_device = staticmethod(lambda _: "GPU, emulated")
+    emulated = m.Machinery(lambda _: "GPU, emulated", m.use_cores, m.gpu_engine)
 
-    class Stopped(Run):
-        def begin_fast_epoch(self, epoch, order, done):
-            super().begin_fast_epoch(epoch, order, done)
-            if epoch == 2:
-                take = self.fast.step
-                self.fast.step = lambda step: (setattr(self, "stop", 15 * (step == 1)), take(step))[
-                    1
-                ]
+    def train(tag):
+        return m.run(m.Settings(tag=tag, epochs_max=2, **given), machinery=emulated)
 
-    assert m.run(m.Settings(tag="whole", epochs_max=2, **given), kind=Run) == 0
-    assert m.run(m.Settings(tag="parts", epochs_max=2, **given), kind=Stopped) == 128 + 15
-    assert m.run(m.Settings(tag="parts", epochs_max=2, **given), kind=Run) == 0
+    after_step = m.Bookkeeper.after_step
+
+    def stop_in_the_second_epoch(book, loss):
+        after_step(book, loss)
+        book.stop = 15 * (book.state.step == 5)
+
+    assert train("whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(m.Bookkeeper, "after_step", stop_in_the_second_epoch)
+        assert train("parts") == 128 + 15
+    assert train("parts") == 0
     whole, parts = (np.load(tmp_path / tag / "checkpoint_last.npz") for tag in ("whole", "parts"))
     for name in m.init_params(m.Settings(channels=SMALL)):
         assert np.array_equal(whole[name], parts[name]) and np.array_equal(
@@ -610,7 +651,7 @@ def test_a_run_on_the_fast_path_continues_with_the_same_bits(cuda, sample, tmp_p
     plain = {}
     monkeypatch.setattr(gpu, "fast_path", lambda *_: (None, "plain operations: asked for"))
     monkeypatch.setattr(m, "SHARD_IMAGES", 10**6)
-    assert m.run(m.Settings(tag="plain", epochs_max=2, **given), kind=Run) == 0
+    assert train("plain") == 0
     for tag in ("whole", "plain"):
         plain[tag] = np.loadtxt(tmp_path / tag / "metrics.csv", delimiter=",", skiprows=1)[:, 2:6]
     np.testing.assert_allclose(plain["whole"], plain["plain"], rtol=1e-3)
