@@ -18,33 +18,22 @@ scores are for a batch, a few images at a time. Training does three things, batc
 These three are a step. How far the update goes is the learning rate; by which rule, the optimizer.
 One pass over all training images is an epoch.
 
-The network has nine layers with weights. Letters, here and throughout: H, W rows and columns of the
-image, N images, C channels coming in, K channels (or classes) going out, F features of one image.
-A channel is one of several numbers that each pixel has, as the red, green and blue of a photograph.
+The network has nine layers with weights: eight 3×3 convolutions, four of them in two residual
+blocks, and a linear layer. It stands as a list in layers(), below: a line a layer.
 
-    layer          what it does                                  output                parameters
-    conv1          3×3 convolution, relu (below 0 becomes 0)     28, 28, N,  4                 40
-    conv2          3×3 convolution, relu                         28, 28, N, 16                592
-    conv3, conv4   residual block: relu(x + conv4(relu(conv3(x))))
-                                                                 28, 28, N, 16              4,640
-    pool           the largest (or the mean) of each 2×2 window  14, 14, N, 16
-    conv5          3×3 convolution, relu                         14, 14, N, 32              4,640
-    conv6          3×3 convolution, relu                         14, 14, N, 64             18,496
-    conv7, conv8   residual block                                14, 14, N, 64             73,856
-    pool           the largest (or the mean) of each 2×2 window   7,  7, N, 64
-    dropout        switches a random share of the features off    N, 3136
-    fc9            linear: the ten logits                         N, 10                     31,370
-
-The outputs are (H, W, N, K); at the end (N, F), with F = 7·7·64 = 3136, and (N, K). Rows and
-columns come first, so that shifts, windows and borders are slices of the first two axes. A
-convolution has 9·C·K weights and K biases: conv2 has 9·4·16 + 16 = 592 parameters.
+Letters, here and throughout: H, W rows and columns of the image, N images, C channels coming in, K
+channels (or classes) going out, F features of one image. A channel is one of several numbers that
+each pixel has, as the red, green and blue of a photograph. What goes from layer to layer is
+(H, W, N, C), at the end (N, F) and (N, K). Rows and columns come first, so that shifts, windows and
+borders are slices of the first two axes.
 
 How to read it. Every operation is a pair of functions: `y, cache = op(x, …)`, and directly below it
 `op_backward(dy, cache)`. dy is the gradient of the loss with respect to y and has y's shape; the
 backward function turns it into dx, dw and db, the gradients with respect to what went in: the input
 x, the weights w and the bias b, a number added to each output. The cache holds what the backward
-function will need from the forward one. That is all of backpropagation: the network calls the pairs
-in order, and then in reverse. What does not learn (files, processes, speed) is in support/.
+function will need from the forward one. That is all of backpropagation: forward() calls the pairs
+in the order of the list, and backward() in reverse. What does not learn (files, processes, speed)
+is in support/.
 """
 
 import functools
@@ -445,6 +434,18 @@ def linear_backward(dy, cache):
     return dx, dw, db
 
 
+def flatten(x):
+    """Every image as one row of features: (H, W, N, C) → (N, H·W·C)."""
+    H, W, N, C = x.shape
+    return x.transpose(2, 0, 1, 3).reshape(N, H * W * C), x.shape
+
+
+def flatten_backward(dy, shape):
+    """The same numbers in x's shape."""
+    H, W, N, C = shape
+    return dy.reshape(N, H, W, C).transpose(1, 2, 0, 3)
+
+
 def windows(x, size):
     """The size×size windows of x: (H, W, N, C) → (H/size, size, W/size, size, N, C).
 
@@ -621,29 +622,112 @@ class Parameters(dict):
             start += a.size
 
 
-def init_params(settings, dtype=np.float32):
-    """Random weights with variance 2 / (numbers that an output is summed from), and small biases.
+class Layer(NamedTuple):
+    """A line of the network: y, cache = op(x, *its parameters), and the op's backward pass."""
+
+    name: str
+    op: Callable
+    # op_backward(dy, cache) → dx; of a layer with parameters: dx, and the gradient of each.
+    op_backward: Callable
+    params: tuple = ()  # their names
+    start: Callable = lambda rng: ()  # their first values
+
+
+def layers(settings, rng=None):
+    """The network, from the image to the logits. To change it, change this list and nothing else.
+
+    rng switches dropout on, for training."""
+    c1, c2, c3, c4 = settings.channels
+    return [
+        # (28, 28, N, 1). Images are not learnt, so the first layer does without its dx.
+        conv("conv1", 1, c1, need_dx=False),  # (28, 28, N, 4)
+        conv("conv2", c1, c2),  # (28, 28, N, 16)
+        residual("conv3", "conv4", c2),  # (28, 28, N, 16)
+        pool("pool4", settings),  # (14, 14, N, 16)
+        conv("conv5", c2, c3),  # (14, 14, N, 32)
+        conv("conv6", c3, c4),  # (14, 14, N, 64)
+        residual("conv7", "conv8", c4),  # (14, 14, N, 64)
+        pool("pool8", settings),  # (7, 7, N, 64)
+        flat("features"),  # (N, 3136)
+        drop("dropout", settings, rng),  # (N, 3136)
+        fully_connected("fc9", 49 * c4, 10),  # (N, 10), the logits
+    ]
+
+
+def conv(name, C, K, k=3, need_dx=True):
+    """A k×k convolution and relu: from C channels to K."""
+
+    def start(rng):
+        # The biases start a little above 0: where all pixels under a kernel are 0, relu gets the
+        # bias alone, and its slope is then 1.
+        return he(rng, (k, k, C, K)), np.full(K, 0.01)
+
+    back = functools.partial(conv_block_backward, need_dx=need_dx)
+    return Layer(name, conv_block, back, (f"{name}.weight", f"{name}.bias"), start)
+
+
+def residual(first, second, C):
+    """A residual block of two 3×3 convolutions with these names: from C channels to C."""
+
+    def start(rng):
+        # The block adds its branch to its input, so the branch starts small: its second convolution
+        # at half size. (One after the other: each draws from the same rng.)
+        w1, w2 = he(rng, (3, 3, C, C)), he(rng, (3, 3, C, C), scale=0.5)
+        return w1, np.full(C, 0.01), w2, np.full(C, 0.01)
+
+    params = [f"{name}.{part}" for name in (first, second) for part in ("weight", "bias")]
+    return Layer(second, residual_block, residual_block_backward, tuple(params), start)
+
+
+def fully_connected(name, F, K, scale=0.1):
+    """A linear layer: from F features to K.
+
+    The last one starts small, so the first probabilities are near 1/10 and the first loss near
+    −ln(1/10) = 2.3."""
+
+    def start(rng):
+        return he(rng, (F, K), scale), np.zeros(K)
+
+    return Layer(name, linear, linear_backward, (f"{name}.weight", f"{name}.bias"), start)
+
+
+def pool(name, settings):
+    """The largest number of each 2×2 window, or their mean."""
+    pairs = {
+        "max": (max_pool2d, max_pool2d_backward),
+        "avg": (avg_pool2d, avg_pool2d_backward),
+    }
+    return Layer(name, *pairs[settings.pool])
+
+
+def flat(name):
+    """Every image as one row of features."""
+    return Layer(name, flatten, flatten_backward)
+
+
+def drop(name, settings, rng):
+    """Dropout, where there is an rng."""
+    return Layer(name, lambda x: dropout(x, settings.dropout, rng), dropout_backward)
+
+
+def he(rng, shape, scale=1):
+    """Random weights with variance scale² · 2 / (numbers that an output is summed from).
 
     Without the 2, an output would vary as much as what it is summed from. relu sets half of it to
     0, which halves the mean square; the 2 makes up for that. So the numbers neither grow nor shrink
-    from layer to layer: He's initialisation, arXiv:1502.01852. A residual block adds its branch to
-    its input, so the branch starts small: its second convolution at half size. fc9 starts small
-    too, so the first probabilities are near 1/10 and the first loss near −ln(1/10) = 2.3. The
-    convolutions' biases start a little above 0: where all pixels under a kernel are 0, relu gets
-    the bias alone, and its slope is then 1."""
-    rng = random_stream(settings.seed, INIT)  # its numbers depend on the seed alone
-    c1, c2, c3, c4 = settings.channels
-    shapes = [(1, c1), (c1, c2), (c2, c2), (c2, c2), (c2, c3), (c3, c4), (c4, c4), (c4, c4)]
+    from layer to layer: He's initialisation, arXiv:1502.01852."""
+    return rng.standard_normal(shape) * scale * math.sqrt(2 / math.prod(shape[:-1]))
+
+
+# The functions below take the network as an argument: layers(), or another function like it.
+
+
+def init_params(settings, dtype=np.float32, network=None):
+    """The first Parameters, random but for the biases. They depend on settings.seed alone."""
+    rng = random_stream(settings.seed, INIT)
     arrays = {}
-    for i, (C, K) in enumerate(shapes, start=1):
-        scale = 0.5 if i in (4, 8) else 1
-        arrays[f"conv{i}.weight"] = (
-            rng.standard_normal((3, 3, C, K)) * scale * math.sqrt(2 / (9 * C))
-        )
-        arrays[f"conv{i}.bias"] = np.full(K, 0.01)
-    F = 49 * c4
-    arrays["fc9.weight"] = rng.standard_normal((F, 10)) * 0.1 * math.sqrt(2 / F)
-    arrays["fc9.bias"] = np.zeros(10)
+    for layer in (network or layers)(settings):
+        arrays |= zip(layer.params, layer.start(rng))
     return Parameters({name: xp.asarray(a, dtype) for name, a in arrays.items()})
 
 
@@ -651,66 +735,25 @@ def dtype_of(params):
     return next(iter(params.values())).dtype
 
 
-POOLS = {
-    "max": (max_pool2d, max_pool2d_backward),
-    "avg": (avg_pool2d, avg_pool2d_backward),
-}
+def forward(network, params, x, settings, rng=None):
+    """x (28, 28, N, 1) → logits (N, 10), and the cache of every layer. With rng, dropout is on."""
+    caches = []
+    for layer in network(settings, rng):
+        x, cache = layer.op(x, *[params[name] for name in layer.params])
+        caches.append(cache)
+    return x, caches
 
 
-def forward(params, x, settings, rng=None):
-    """x (28, 28, N, 1) → logits (N, 10), caches. With rng, dropout is on."""
-    p = params
-    pool2d, _ = POOLS[settings.pool]
-    h, conv1 = conv_block(x, p["conv1.weight"], p["conv1.bias"])  # (28, 28, N, 4)
-    h, conv2 = conv_block(h, p["conv2.weight"], p["conv2.bias"])  # (28, 28, N, 16)
-    h, res34 = residual_block(
-        h, p["conv3.weight"], p["conv3.bias"], p["conv4.weight"], p["conv4.bias"]
-    )
-    h, pool4 = pool2d(h)  # (14, 14, N, 16)
-    h, conv5 = conv_block(h, p["conv5.weight"], p["conv5.bias"])  # (14, 14, N, 32)
-    h, conv6 = conv_block(h, p["conv6.weight"], p["conv6.bias"])  # (14, 14, N, 64)
-    h, res78 = residual_block(
-        h, p["conv7.weight"], p["conv7.bias"], p["conv8.weight"], p["conv8.bias"]
-    )
-    h, pool8 = pool2d(h)  # (7, 7, N, 64)
-    h = h.transpose(2, 0, 1, 3)  # (N, 7, 7, 64)
-    features, drop = dropout(h.reshape(len(h), -1), settings.dropout, rng)  # (N, 3136)
-    logits, fc9 = linear(features, p["fc9.weight"], p["fc9.bias"])  # (N, 10)
-    return logits, (conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, h.shape, drop, fc9)
-
-
-def backward(dlogits, caches, settings):
-    """dlogits (N, 10) → {name: gradient}. Read it beside forward: the same lines, bottom to top."""
-    d = {}
-    _, pool2d_backward = POOLS[settings.pool]
-    conv1, conv2, res34, pool4, conv5, conv6, res78, pool8, shape, drop, fc9 = caches
-    dfeatures, d["fc9.weight"], d["fc9.bias"] = linear_backward(dlogits, fc9)
-    dh = dropout_backward(dfeatures, drop).reshape(shape)  # (N, 7, 7, 64)
-    dh = dh.transpose(1, 2, 0, 3)  # (7, 7, N, 64)
-    dh = pool2d_backward(dh, pool8)
-    dh, d["conv7.weight"], d["conv7.bias"], d["conv8.weight"], d["conv8.bias"] = (
-        residual_block_backward(dh, res78)
-    )
-    dh, d["conv6.weight"], d["conv6.bias"] = conv_block_backward(dh, conv6)
-    dh, d["conv5.weight"], d["conv5.bias"] = conv_block_backward(dh, conv5)
-    dh = pool2d_backward(dh, pool4)
-    dh, d["conv3.weight"], d["conv3.bias"], d["conv4.weight"], d["conv4.bias"] = (
-        residual_block_backward(dh, res34)
-    )
-    dh, d["conv2.weight"], d["conv2.bias"] = conv_block_backward(dh, conv2)
-    _, d["conv1.weight"], d["conv1.bias"] = conv_block_backward(dh, conv1, need_dx=False)
+def backward(network, dlogits, caches, settings):
+    """dlogits (N, 10) → {name: gradient}. The same layers, from the last to the first."""
+    d, dy = {}, dlogits
+    for layer, cache in zip(reversed(network(settings)), reversed(caches)):
+        dx = layer.op_backward(dy, cache)
+        # dx of this layer is dy of the one before.
+        dy, *gradients = dx if layer.params else (dx,)
+        d |= zip(layer.params, gradients)
     return d
 
-
-class Network(NamedTuple):
-    """What the training needs to know of a network."""
-
-    init_params: Callable  # (settings, dtype) → Parameters
-    forward: Callable  # (params, x, settings, rng) → logits, caches
-    backward: Callable  # (dlogits, caches, settings) → {name: gradient}
-
-
-RESNET9 = Network(init_params, forward, backward)
 
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────
 
@@ -739,9 +782,9 @@ class State:
         return self.ema if self.ema is not None else self.params
 
 
-def init_state(settings, network=RESNET9):
+def init_state(settings, network=None):
     """The State before the first step: fresh parameters, moments 0."""
-    params = network.init_params(settings)
+    params = init_params(settings, network=network)
     rows = 1 if settings.optimizer == "sgd" else 2
     moments = xp.zeros((rows, params.flat.size), params.flat.dtype)
     return State(params, moments, Parameters(params) if settings.ema else None)
@@ -1043,7 +1086,7 @@ def gradients_of_shards(params, images, labels, settings, keys, network, shards)
     return results
 
 
-def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNET9):
+def loss_and_gradients(params, images, labels, settings, rng=None, network=None):
     """learn_from() on all cores: (mean loss, {name: gradient}) of a batch.
 
     images are (N, 28, 28) pixels 0…255, labels (N,) digits. rng, any NumPy generator, turns dropout
@@ -1051,7 +1094,7 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=RESNE
     shards = shards_of(len(images), SHARD_IMAGES)
     keys = rng.integers(2**63, size=len(shards)) if rng is not None else None  # a stream per shard
     work = functools.partial(
-        gradients_of_shards, dict(params), images, labels, settings, keys, network
+        gradients_of_shards, dict(params), images, labels, settings, keys, network or layers
     )
     results = over_cores(work, shards)
     loss, flat = results[0]
@@ -1066,14 +1109,14 @@ def logits_of_shards(params, images, settings, network, shards):
     prepared = winograd.prepare(params, to_learn=False)
     dtype = dtype_of(params)
     return [
-        network.forward(prepared, to_input(images[shard], dtype), settings)[0]
+        forward(network, prepared, to_input(images[shard], dtype), settings)[0]
         for _, shard in shards
     ]
 
 
-def predict(params, images, settings, network=RESNET9):
+def predict(params, images, settings, network=None):
     """Pixels 0…255 (N, 28, 28) → logits (N, 10), without dropout, in the dtype of params."""
-    work = functools.partial(logits_of_shards, dict(params), images, settings, network)
+    work = functools.partial(logits_of_shards, dict(params), images, settings, network or layers)
     return xp.concatenate(over_cores(work, shards_of(len(images), PREDICT_SHARD_IMAGES)))
 
 
@@ -1083,7 +1126,7 @@ TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the 
 PREDICT_IMAGES = 1024  # at once; what backward would need of all 10,000 fills many GB of a GPU
 
 
-def evaluate(params, images, labels, settings, network=RESNET9):
+def evaluate(params, images, labels, settings, network=None):
     """(mean loss, accuracy 0…1, probabilities (N, 10)) of images (N, 28, 28), without dropout."""
     parts = []
     for start in range(0, len(images), PREDICT_IMAGES):
@@ -1117,7 +1160,7 @@ def experiment_of(settings):
     return {name: value for name, value in asdict(settings).items() if name not in left_out}
 
 
-def load_checkpoint(path, settings, network=RESNET9, to_continue=False):
+def load_checkpoint(path, settings, network=None, to_continue=False):
     """The State that checkpoint_of() packed. UserError if it is damaged or of another network, or,
     to continue it, of another experiment."""
     state = init_state(settings, network)
@@ -1141,7 +1184,7 @@ class Run(NamedTuple):
     """What a training run learns from, and what it changes."""
 
     settings: Settings
-    network: Network
+    network: Callable  # layers(), or another function like it
     state: State
     train: tuple  # images and labels, on the device
     validation: tuple  # held out of the training images, to choose settings by; often none
@@ -1223,10 +1266,10 @@ def learn_from(params, images, labels, settings, rng, network, share=1.0):
     if rng is not None and (settings.augment or settings.elastic):
         images = augment(images, settings.augment, rng, settings.elastic)
     x = to_input(images, dtype_of(params))
-    logits, caches = network.forward(params, x, settings, rng)
+    logits, caches = forward(network, params, x, settings, rng)
     loss, cache = cross_entropy_loss(logits, labels, settings.label_smoothing)
     dlogits = cross_entropy_loss_backward(share, cache)
-    return loss * share, network.backward(dlogits, caches, settings)
+    return loss * share, backward(network, dlogits, caches, settings)
 
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────
@@ -1290,7 +1333,7 @@ def gpu_engine(run, where):
         return None, where
     beta1, smooth = beta1_of(run.settings), bumps(28, 28, xp)
     engine, why_not = None, "plain operations: another network than ResNet9"
-    if run.network is RESNET9:
+    if run.network is layers:
         engine, why_not = gpu.fast_path(run.settings, run.state, *run.train, smooth, beta1)
     return engine, f"{where} ({why_not})" if why_not else where
 
@@ -1319,12 +1362,13 @@ def open_folder(settings, data, device, scripts):
     return RunFolder(path, config, free, defaults, scripts)
 
 
-def run(settings, network=RESNET9, scripts=SCRIPTS, machinery=None, data=None):
+def run(settings, network=None, scripts=SCRIPTS, machinery=None, data=None):
     """Starts or continues the run that settings define. Returns the exit status.
 
     data, a Dataset, takes the place of the one in settings.data_dir."""
     machinery = machinery or Machinery(use_device, use_cores, gpu_engine)
     device = machinery.use_device(settings.device)
+    network = network or layers
     data = data or load_mnist(settings.data_dir)
     parts = split(data, settings)
     folder = open_folder(settings, data, device, scripts)

@@ -55,8 +55,6 @@ from matplotlib.ticker import (
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
 
 from mnist_resnet9 import (
-    POOLS,
-    RESNET9,
     Settings,
     conv2d,
     conv2d_backward,
@@ -64,15 +62,20 @@ from mnist_resnet9 import (
     conv_block_backward,
     cross_entropy_loss,
     cross_entropy_loss_backward,
+    init_params,
     linear,
     linear_backward,
     load_mnist,
     loss_and_gradients,
+    pool,
     predict,
     relu,
     relu_backward,
     softmax,
     to_input,
+)
+from mnist_resnet9 import (
+    layers as resnet9,
 )
 from support import ROOT, UserError, terminal
 from support.run_folder import METRICS, read_metrics
@@ -222,11 +225,11 @@ def find_network(params, settings):
     shapes = {name: a.shape for name, a in params.items()}
 
     def fits(network):
-        theirs = network.init_params(settings)
+        theirs = init_params(settings, network=network)
         return shapes == {name: a.shape for name, a in theirs.items()}
 
-    if fits(RESNET9):
-        return RESNET9
+    if fits(resnet9):
+        return resnet9
     return next((network for network in evolution() if fits(network)), None)
 
 
@@ -236,7 +239,7 @@ def evolution():
     folder = ROOT / "evolution"
     sys.path.append(str(folder))
     steps = [importlib.import_module(path.stem) for path in sorted(folder.glob("step[0-9]*.py"))]
-    return [step.NETWORK for step in steps]
+    return [step.layers for step in steps]
 
 
 # ── Curves ────────────────────────────────────────────────────────────────────────────────────────
@@ -499,7 +502,7 @@ def learn(params, images, labels, settings, shortcuts=True):
     alone, as in a plain deep network; forwards they are always there. Dropout is off.
     """
     y, dy, d, p = {}, {}, {}, params
-    pool2d, pool2d_backward = POOLS[settings.pool]
+    _, pool2d, pool2d_backward, *_ = pool("pool", settings)
 
     def conv(i):
         return p[f"conv{i}.weight"], p[f"conv{i}.bias"]
@@ -759,7 +762,7 @@ def measure_gradients(run, network, params, images, labels):
     settings = run.settings
     _, d = loss_and_gradients(params, images, labels, settings, network=network)
     lengths, plain = gradient_lengths(d), {}
-    if network is RESNET9:
+    if network is resnet9:
         found = gradient_lengths(learn(params, images, labels, settings, shortcuts=False).d)
         plain = {name: found[name] for name in lengths}
     return Gradients(run, lengths, plain)
@@ -825,7 +828,7 @@ def draw_run(run, load_data):
             yield "filters.png", draw_filters(run, params, data.test_images[0], data.test_labels[0])
         else:
             print(f"{run.folder.name} is a network without convolutions, so no filters.png")
-        if find_network(params, run.settings) is RESNET9:
+        if find_network(params, run.settings) is resnet9:
             yield "layers.png", draw_layers(run, params, *first_images(run, data, CANDIDATES))
         else:
             print(f"{run.folder.name} is not ResNet9, so no layers.png")

@@ -35,7 +35,7 @@ def our_step(m, data, settings, fast=False):
     state, N = m.init_state(settings), settings.batch_size
     whole = len(images) // N  # batches of an epoch; on no side there are smaller ones
     total = -(-len(images) // N) * settings.epochs_max
-    run = m.Run(settings, m.RESNET9, state, (images, labels), (), (), total)
+    run = m.Run(settings, m.layers, state, (images, labels), (), (), total)
 
     if fast:
         path, why = m.gpu_engine(run, "GPU")

@@ -51,8 +51,6 @@ class Clock:
                 home = winograd if name.startswith("winograd.") else m
                 function = getattr(home, name.removeprefix("winograd."))
                 setattr(home, function.__name__, self.wrap(function, kind, name))
-        m.POOLS["max"] = (m.max_pool2d, m.max_pool2d_backward)
-        self.network = m.RESNET9._replace(forward=m.forward, backward=m.backward)
 
     def wrap(self, function, kind, name):
         @functools.wraps(function)
@@ -86,7 +84,7 @@ def timed(work, shards):
 def measure(threads, batch, steps, clock=None):
     """Median seconds of a step, of its shards side by side, and of the shards one by one (as their
     cores computed)."""
-    settings, data, network = m.Settings(), m.load_mnist(), clock.network if clock else m.RESNET9
+    settings, data = m.Settings(), m.load_mnist()
     images, labels, state = (
         data.train_images[:batch],
         data.train_labels[:batch],
@@ -109,7 +107,7 @@ def measure(threads, batch, steps, clock=None):
                 times.clear()
         start = time.perf_counter()
         rng = m.random_stream(0, m.STEP, 1, step)
-        _, gradients = m.loss_and_gradients(state.params, images, labels, settings, rng, network)
+        _, gradients = m.loss_and_gradients(state.params, images, labels, settings, rng)
         m.update(state, gradients, settings, settings.learning_rate)
         whole.append(time.perf_counter() - start)
     m.over_cores = over_cores

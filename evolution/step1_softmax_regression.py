@@ -11,30 +11,25 @@ much brighter or darker the pictures should be.
 import sys
 
 import numpy as np
-from steps import flatten, run_step, to_params
+from steps import run_step
 
-from mnist_resnet9 import Network, linear, linear_backward
+from mnist_resnet9 import flat, fully_connected
 
 ADDS = "one linear layer, 784 pixels to 10 logits, trained with softmax and cross-entropy"
 
 
-def init_params(settings, dtype=np.float32):
+def layers(settings, rng=None):
+    return [
+        flat("pixels"),  # (N, 784)
+        fully_connected("fc1", 784, 10)._replace(start=zeros),  # (N, 10), the logits
+    ]
+
+
+def zeros(rng):
     # Here, and only here, zeros are a good start: without a hidden layer no two weights do the same
     # work.
-    return to_params({"fc1.weight": np.zeros((784, 10)), "fc1.bias": np.zeros(10)}, dtype)
+    return np.zeros((784, 10)), np.zeros(10)
 
-
-def forward(params, x, settings, rng=None):
-    """x (28, 28, N, 1) → logits (N, 10), cache."""
-    return linear(flatten(x), params["fc1.weight"], params["fc1.bias"])
-
-
-def backward(dlogits, cache, settings):
-    _, dw, db = linear_backward(dlogits, cache)  # dx is not needed: images are not learnt
-    return {"fc1.weight": dw, "fc1.bias": db}
-
-
-NETWORK = Network(init_params, forward, backward)
 
 if __name__ == "__main__":
-    sys.exit(run_step(1, ADDS, NETWORK))
+    sys.exit(run_step(1, ADDS, layers))

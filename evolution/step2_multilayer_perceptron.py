@@ -8,52 +8,26 @@ be one: x w1 w2 = x (w1 w2). With relu a unit is silent until its pattern is the
 composition can bend.
 """
 
-import math
 import sys
 
-import numpy as np
-from steps import flatten, run_step, to_params
+from steps import run_step
 
-from mnist_resnet9 import INIT, Network, linear, linear_backward, random_stream, relu, relu_backward
+from mnist_resnet9 import Layer, flat, fully_connected, relu, relu_backward
 
 ADDS = "a hidden layer of 128 units with relu"
 HIDDEN = 128
 
 
-def init_params(settings, dtype=np.float32):
-    """Random, so that the hidden units differ (equal ones would get equal gradients for ever); He's
-    size for relu."""
-    rng = random_stream(settings.seed, INIT)
-    arrays = {
-        "fc1.weight": rng.standard_normal((784, HIDDEN)) * math.sqrt(2 / 784),
-        "fc1.bias": np.zeros(HIDDEN),
-        "fc2.weight": rng.standard_normal((HIDDEN, 10))
-        * 0.1
-        * math.sqrt(2 / HIDDEN),  # small: first loss near ln 10
-        "fc2.bias": np.zeros(10),
-    }
-    return to_params(arrays, dtype)
+def layers(settings, rng=None):
+    return [
+        flat("pixels"),  # (N, 784)
+        # Random weights, so that the hidden units differ: equal ones would get equal gradients for
+        # ever. He's size for relu.
+        fully_connected("fc1", 784, HIDDEN, scale=1),  # (N, 128)
+        Layer("relu1", relu, relu_backward),
+        fully_connected("fc2", HIDDEN, 10),  # (N, 10), the logits
+    ]
 
-
-def forward(params, x, settings, rng=None):
-    """x (28, 28, N, 1) → logits (N, 10), caches."""
-    h, fc1 = linear(flatten(x), params["fc1.weight"], params["fc1.bias"])  # (N, 128)
-    h, act = relu(h)
-    logits, fc2 = linear(h, params["fc2.weight"], params["fc2.bias"])  # (N, 10)
-    return logits, (fc1, act, fc2)
-
-
-def backward(dlogits, caches, settings):
-    """Forward from bottom to top: what comes out of one line's backward pass goes into that of the
-    line above."""
-    fc1, act, fc2 = caches
-    dh, dw2, db2 = linear_backward(dlogits, fc2)  # dh (N, 128)
-    dh = relu_backward(dh, act)
-    _, dw1, db1 = linear_backward(dh, fc1)
-    return {"fc1.weight": dw1, "fc1.bias": db1, "fc2.weight": dw2, "fc2.bias": db2}
-
-
-NETWORK = Network(init_params, forward, backward)
 
 if __name__ == "__main__":
-    sys.exit(run_step(2, ADDS, NETWORK))
+    sys.exit(run_step(2, ADDS, layers))

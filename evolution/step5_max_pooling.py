@@ -14,43 +14,36 @@ dropout and weight decay, is mnist_resnet9.py itself:
 
 import sys
 
-from step4_residual_network import stage, stage_backward
-from steps import flatten, flatten_backward, run_step
+from steps import run_step
 
 from mnist_resnet9 import (
-    Network,
-    init_params,
-    linear,
-    linear_backward,
+    Layer,
+    conv,
+    flat,
+    fully_connected,
     max_pool2d,
     max_pool2d_backward,
+    residual,
 )
 
 ADDS = "max pooling in place of average pooling"
 
 
-def forward(params, x, settings, rng=None):
-    """x (28, 28, N, 1) → logits (N, 10), caches."""
-    h, stage1 = stage(params, x, 1)  # (28, 28, N, 16)
-    h, pool1 = max_pool2d(h)  # (14, 14, N, 16)
-    h, stage5 = stage(params, h, 5)  # (14, 14, N, 64)
-    h, pool5 = max_pool2d(h)  # (7, 7, N, 64)
-    logits, fc9 = linear(flatten(h), params["fc9.weight"], params["fc9.bias"])  # (N, 10)
-    return logits, (stage1, pool1, stage5, pool5, h.shape, fc9)
+def layers(settings, rng=None):
+    c1, c2, c3, c4 = settings.channels
+    return [
+        conv("conv1", 1, c1, need_dx=False),  # (28, 28, N, 4)
+        conv("conv2", c1, c2),  # (28, 28, N, 16)
+        residual("conv3", "conv4", c2),
+        Layer("pool4", max_pool2d, max_pool2d_backward),  # (14, 14, N, 16)
+        conv("conv5", c2, c3),  # (14, 14, N, 32)
+        conv("conv6", c3, c4),  # (14, 14, N, 64)
+        residual("conv7", "conv8", c4),
+        Layer("pool8", max_pool2d, max_pool2d_backward),  # (7, 7, N, 64)
+        flat("features"),  # (N, 3136)
+        fully_connected("fc9", 49 * c4, 10),  # (N, 10), the logits
+    ]
 
-
-def backward(dlogits, caches, settings):
-    d = {}
-    stage1, pool1, stage5, pool5, shape, fc9 = caches
-    dfeatures, d["fc9.weight"], d["fc9.bias"] = linear_backward(dlogits, fc9)
-    dh = max_pool2d_backward(flatten_backward(dfeatures, shape), pool5)  # (14, 14, N, 64)
-    dh = stage_backward(dh, stage5, d, 5)  # (14, 14, N, 16)
-    dh = max_pool2d_backward(dh, pool1)  # (28, 28, N, 16)
-    stage_backward(dh, stage1, d, 1)
-    return d
-
-
-NETWORK = Network(init_params, forward, backward)
 
 if __name__ == "__main__":
-    sys.exit(run_step(5, ADDS, NETWORK, pool="max"))
+    sys.exit(run_step(5, ADDS, layers, pool="max"))

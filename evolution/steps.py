@@ -15,23 +15,7 @@ from support.settings import project_path
 from support.storage import read_file
 
 
-def to_params(arrays, dtype):
-    """name → NumPy array becomes the Parameters that the training updates, on its device and in its
-    dtype."""
-    return m.Parameters({name: m.xp.asarray(a, dtype) for name, a in arrays.items()})
-
-
-def flatten(x):
-    """Every image as one row of features: (H, W, N, C) → (N, H·W·C)."""
-    return x.transpose(2, 0, 1, 3).reshape(x.shape[2], -1)
-
-
-def flatten_backward(dfeatures, shape):
-    H, W, N, C = shape
-    return dfeatures.reshape(N, H, W, C).transpose(1, 2, 0, 3)
-
-
-def run_step(number, adds, network, arguments=None, **fixed):
+def run_step(number, adds, layers, arguments=None, **fixed):
     """Trains the network of a step as mnist_resnet9.py trains ResNet9, with the same flags. Returns
     the exit status.
 
@@ -50,7 +34,7 @@ def run_step(number, adds, network, arguments=None, **fixed):
         for name, value in fixed.items():
             if getattr(asked, name) != value:
                 print(f"Step {number} has {name} {value}, whatever is asked for.")
-        status = m.run(settings, network, (*m.SCRIPTS, *sorted(HERE.glob("*.py"))))
+        status = m.run(settings, layers, (*m.SCRIPTS, *sorted(HERE.glob("*.py"))))
         if status == 0:
             save_dir = project_path(settings.save_dir)
             print(

@@ -36,13 +36,13 @@ def test_gradient_agrees_with_central_differences(step, rng):
     # Sixteen channels, since where all of a few are dead, neighbours tie in a pooling window.
     settings = m.Settings(channels=(2, 16, 16, 16), threads=1)
     images, labels = rng.integers(0, 256, (3, 28, 28)).astype(np.uint8), rng.integers(0, 10, 3)
-    params = step.NETWORK.init_params(settings, np.float64)
+    params = m.init_params(settings, np.float64, network=step.layers)
     params.flat += 0.01 * rng.standard_normal(
         params.flat.size
     )  # biases too, and weights that begin with 0
 
     def loss_and_gradients():
-        return m.loss_and_gradients(params, images, labels, settings, network=step.NETWORK)
+        return m.loss_and_gradients(params, images, labels, settings, network=step.layers)
 
     loss, gradients = loss_and_gradients()
     assert gradients.flat.dtype == np.float64 and gradients.keys() == params.keys()
@@ -61,9 +61,9 @@ def test_gradient_agrees_with_central_differences(step, rng):
 
 def test_parameters_and_activations_stay_float32(step, sample):
     settings = m.Settings(threads=1)
-    params = step.NETWORK.init_params(settings)
+    params = m.init_params(settings, network=step.layers)
     images, labels = sample.train_images[:64], sample.train_labels[:64]
-    loss, gradients = m.loss_and_gradients(params, images, labels, settings, network=step.NETWORK)
+    loss, gradients = m.loss_and_gradients(params, images, labels, settings, network=step.layers)
     assert params.flat.dtype == gradients.flat.dtype == loss.dtype == np.float32
     assert loss == pytest.approx(math.log(10), abs=0.6)
 
@@ -71,9 +71,9 @@ def test_parameters_and_activations_stay_float32(step, sample):
 def test_steps_4_and_5_are_resnet9_without_dropout(rng, sample, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     for script, pool in ((SCRIPTS[3], "avg"), (SCRIPTS[4], "max")):
-        network = importlib.import_module(script.stem).NETWORK
+        network = importlib.import_module(script.stem).layers
         settings = m.Settings(pool=pool, dropout=0.0, threads=1)
-        params = network.init_params(settings, np.float64)
+        params = m.init_params(settings, np.float64, network)
         batch = sample.train_images[:2], sample.train_labels[:2]
         loss, gradients = m.loss_and_gradients(params, *batch, settings, network=network)
         resnet9_loss, resnet9_gradients = m.loss_and_gradients(params, *batch, settings)
@@ -85,7 +85,7 @@ def test_a_step_trains_with_the_same_flags_and_can_be_continued(step, tmp_path, 
     number = int(step.__name__[4])
     flags = [*FEW, "--save-dir", str(tmp_path)]
     for _ in range(2):  # the second time it is finished, and says so
-        assert step.run_step(number, step.ADDS, step.NETWORK, flags) == 0
+        assert step.run_step(number, step.ADDS, step.layers, flags) == 0
     out = capsys.readouterr().out
     folder = tmp_path / f"evolution_{number}"
     rows = run_folder.read_metrics(folder / "metrics.csv")
@@ -144,9 +144,9 @@ def test_channels_are_not_those_of_a_step_without_resnet9(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(str(FOLDER))
     step = importlib.import_module("step1_softmax_regression")
     flags = [*FEW, "--save-dir", str(tmp_path), "--epochs-max", "1"]
-    assert step.run_step(1, step.ADDS, step.NETWORK, [*flags, "--channels", "2,4,4,4"]) == 0
+    assert step.run_step(1, step.ADDS, step.layers, [*flags, "--channels", "2,4,4,4"]) == 0
     assert "Step 1 has channels (4, 16, 32, 64), whatever" in capsys.readouterr().out
-    assert step.run_step(1, step.ADDS, step.NETWORK, [*flags, "--pool", "avg"]) == 0
+    assert step.run_step(1, step.ADDS, step.layers, [*flags, "--pool", "avg"]) == 0
 
 
 def test_what_a_step_has_of_its_own_no_flag_changes(tmp_path, monkeypatch, capsys):
@@ -154,7 +154,7 @@ def test_what_a_step_has_of_its_own_no_flag_changes(tmp_path, monkeypatch, capsy
     step = importlib.import_module("step4_residual_network")
     flags = [*FEW, "--save-dir", str(tmp_path), "--epochs-max", "1", "--pool", "max"]
     flags += ["--channels", "2,4,4,4"]
-    assert step.run_step(4, step.ADDS, step.NETWORK, flags, pool="avg") == 0
+    assert step.run_step(4, step.ADDS, step.layers, flags, pool="avg") == 0
     assert "Step 4 has pool avg, whatever is asked for." in capsys.readouterr().out
     config = json.loads((tmp_path / "evolution_4" / "config.json").read_text())
     assert config["settings"]["pool"] == "avg" and config["settings"]["dropout"] == 0

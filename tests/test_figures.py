@@ -398,10 +398,10 @@ def make_step(pool="max", channels=(4, 5, 6, 7), N=3, **kwargs):
 def test_the_step_that_is_drawn_is_that_of_the_network(pool, channels):
     params, images, labels, settings, step = make_step(pool, channels)
     x = m.to_input(images, np.float64)
-    logits, caches = m.forward(params, x, settings)
+    logits, caches = m.forward(m.layers, params, x, settings)
     loss, cache = m.cross_entropy_loss(logits, labels, settings.label_smoothing)
     dlogits = m.cross_entropy_loss_backward(1, cache)
-    d = m.backward(dlogits, caches, settings)
+    d = m.backward(m.layers, dlogits, caches, settings)
     assert np.array_equal(step.y["fc9"], logits) and step.loss == loss
     assert np.array_equal(step.dy["fc9"], dlogits)
     assert step.d.keys() == d.keys() == params.keys()
@@ -418,7 +418,7 @@ def test_the_gradient_of_the_image_is_its_slope():
     x, eps = step.y["image"], 1e-6
 
     def loss(x):
-        logits, _ = m.forward(params, x, settings)
+        logits, _ = m.forward(m.layers, params, x, settings)
         return m.cross_entropy_loss(logits, labels, settings.label_smoothing)[0]
 
     steep = np.argsort(-abs(step.dy["image"]), axis=None)[:10]
@@ -504,21 +504,22 @@ def test_layers_of_a_network_that_is_switched_off(run, sample, tmp_path):
 
 def test_the_network_of_a_checkpoint_is_found():
     settings = m.Settings(channels=(4, 5, 6, 7))
-    assert plot_figs.find_network(m.init_params(settings), settings) is m.RESNET9
+    assert plot_figs.find_network(m.init_params(settings), settings) is m.layers
     assert plot_figs.find_network(m.init_params(m.Settings()), settings) is None
     assert plot_figs.find_network({}, settings) is None
     steps = plot_figs.evolution()
-    for network in steps[:3]:  # the steps after these have ResNet9's parameters
-        assert plot_figs.find_network(network.init_params(settings), settings) is network
-    for network in steps[3:]:
-        assert plot_figs.find_network(network.init_params(settings), settings) is m.RESNET9
+    for number, network in enumerate(steps, 1):
+        params = m.init_params(settings, network=network)
+        # From step 4 on they have ResNet9's parameters.
+        expected = network if number < 4 else m.layers
+        assert plot_figs.find_network(params, settings) is expected
 
 
 def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys):
     add_run(save, "other")
     folder = add_run(save, "first_step", without=("predictions.npz",))
     network = plot_figs.evolution()[1]
-    params = network.init_params(m.Settings())
+    params = m.init_params(m.Settings(), network=network)
     storage.save_arrays(folder / "checkpoint_last.npz", **params, step=np.int64(0))
     add_run(save, "none", without=("*.npz",))
     assert draw(save, "real", "other", "first_step", "none") == 0

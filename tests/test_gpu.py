@@ -492,7 +492,6 @@ def test_launches_of_a_training_step(device, sample, monkeypatch, capsys):
         for function in (name, f"{name}_backward"):
             if hasattr(m, function):
                 monkeypatch.setattr(m, function, named_layer(getattr(m, function), function, layer))
-    monkeypatch.setitem(m.POOLS, "max", (m.max_pool2d, m.max_pool2d_backward))
     settings = m.Settings()
     state = m.init_state(settings)
     images, labels = (

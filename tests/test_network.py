@@ -146,7 +146,8 @@ def test_a_plain_dict_of_parameters_serves(rng):
 def test_predict_is_forward(sample, N):
     params, settings = m.init_params(m.Settings()), m.Settings()
     logits = m.predict(params, sample.test_images[:N], m.Settings())
-    expected = m.forward(params, m.to_input(sample.test_images[:N], np.float32), settings)[0]
+    x = m.to_input(sample.test_images[:N], np.float32)
+    expected, _ = m.forward(m.layers, params, x, settings)
     assert logits.shape == (N, 10) and logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 

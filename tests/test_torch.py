@@ -136,7 +136,7 @@ def pair(tmp_path, sample):
             params = m.init_params(settings, dtype)
             moments = np.zeros((1 if settings.optimizer == "sgd" else 2, params.flat.size), dtype)
             state = m.State(params, moments, m.Parameters(params) if settings.ema else None)
-            run = m.Run(settings, m.RESNET9, state, *m.split(sample, settings), total_steps=100)
+            run = m.Run(settings, m.layers, state, *m.split(sample, settings), total_steps=100)
             runs.append(kind(run, torch.device("cpu")))
         return runs
 

@@ -38,7 +38,6 @@ except ImportError as error:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mnist_resnet9 import (
-    RESNET9,
     SCRIPTS,
     SHARD_IMAGES,
     STEP,
@@ -310,12 +309,18 @@ def start(arguments):
         tag=f"torch_{settings.tag.removeprefix('torch_')}",
         weights=settings.weights and user_path(settings.weights),
     )
-    network, folder = RESNET9, project_path(settings.save_dir) / settings.tag
+    folder = project_path(settings.save_dir) / settings.tag
+    weights = None
     if settings.weights and not any(folder.glob("checkpoint_*.npz")):
         weights = load_weights(settings.weights, settings)
-        network = RESNET9._replace(init_params=lambda _: weights)
+
+    def engine_of(training, where):
+        if weights:
+            training.state.params.flat[...] = weights.flat
+        return torch_engine(training, where)
+
     scripts = (Path(__file__).resolve(), *SCRIPTS)
-    return run(settings, network, scripts, Machinery(use_device, use_cores, torch_engine))
+    return run(settings, scripts=scripts, machinery=Machinery(use_device, use_cores, engine_of))
 
 
 if __name__ == "__main__":
