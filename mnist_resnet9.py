@@ -43,7 +43,7 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Literal, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,6 @@ from support.settings import (
     check_folder_name,
     check_settings,
     project_path,
-    setting,
     settings_class,
 )
 from support.workers import Workers, available_cores, prepare_process
@@ -72,89 +71,39 @@ class Settings:
     """What defines a run. Edit the defaults here, or give flags: epochs_max is --epochs-max."""
 
     # the run and its data
-    tag: str = setting("resnet9", "name of the run; its files go to save/<tag>/")
-    seed: int = setting(
-        0, "start of all random numbers: the same seed gives the same run", between=(0, 2**63 - 1)
-    )
-    device: str = setting(
-        "auto", "auto takes the GPU if CuPy can use one", choices=("auto", "cpu", "gpu")
-    )
-    data_dir: str = setting(
-        "data", "folder with MNIST, in any form of data/README.md; downloaded there if missing"
-    )
-    save_dir: str = setting("save", "folder that holds one folder for each run")
-    train_images: int = setting(
-        0, "use only the first so many training images; 0 = all", between=(0, 10**9)
-    )
-    validation_images: int = setting(
-        0, "of these, hold out this many, the last, to choose settings by", between=(0, 10**9)
-    )
+    tag: str = "resnet9"  # name of the run; its files go to save/<tag>/
+    seed: int = 0  # start of all random numbers: the same seed gives the same run
+    device: Literal["auto", "cpu", "gpu"] = "auto"  # auto takes the GPU if CuPy can use one
+    data_dir: str = "data"  # folder with MNIST, in any form of data/README.md, or for its download
+    save_dir: str = "save"  # folder that holds one folder for each run
+    train_images: int = 0  # use only the first so many training images; 0 = all
+    validation_images: int = 0  # of these, hold out the last so many, to choose settings by
 
     # how it learns
-    epochs_max: int = setting(200, "passes over the training images", between=(1, 10**6))
-    batch_size: int = setting(
-        64,
-        "images in a step: fewer give more updates, more give faster matrix products",
-        between=(1, 10**6),
-    )
-    learning_rate: float = setting(
-        1e-4, "how far an update goes; with one_cycle, at its peak", between=(0, 1000)
-    )
-    optimizer: str = setting(
-        "adam",
-        "the rule that makes an update of a gradient: the functions of these names say how",
-        choices=("sgd", "adam", "muon"),
-    )
-    momentum: float = setting(0.9, "share of its last update that sgd keeps", between=(0, 0.9999))
-    beta2: float = setting(
-        0.999,
-        "share of its mean squared gradient that adam or muon keeps in a step",
-        between=(0, 0.999999),
-    )
-    weight_decay: float = setting(
-        0.0, "a step takes this share, times the learning rate, off each weight", between=(0, 1000)
-    )
-    schedule: str = setting(
-        "constant",
-        "one_cycle: the learning rate rises, then falls to 0",
-        choices=("constant", "one_cycle"),
-    )
-    warm_up: float = setting(0.3, "share of all steps in which one_cycle rises", between=(0, 0.9))
+    epochs_max: int = 200  # passes over the training images
+    batch_size: int = 64  # images in a step: fewer give more updates, more give faster products
+    learning_rate: float = 1e-4  # how far an update goes; with one_cycle, at its peak
+    optimizer: Literal["sgd", "adam", "muon"] = "adam"  # how a gradient becomes an update
+    momentum: float = 0.9  # share of its last update that sgd keeps
+    beta2: float = 0.999  # share of its mean squared gradient that adam or muon keeps in a step
+    weight_decay: float = 0.0  # share of each weight that a step takes off, times the learning rate
+    schedule: Literal["constant", "one_cycle"] = "constant"  # one_cycle: the rate rises, then falls
+    warm_up: float = 0.3  # share of all steps in which one_cycle rises
 
     # the network, and how it is kept from learning by heart
-    dropout: float = setting(
-        0.9, "share of the features that a training step switches off", between=(0, 0.9999)
-    )
-    pool: str = setting("max", "what a pooling window passes on", choices=("max", "avg"))
-    channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")
-    label_smoothing: float = setting(
-        0.0, "share of each label that is spread evenly over all ten classes", between=(0, 0.99)
-    )
-    augment: float = setting(
-        0.0, "random turn, scale, shear and shift: 1 = ±12°, ±2 pixels; 0 = off", between=(0, 10)
-    )
-    elastic: float = setting(
-        0.0, "random smooth bending of the images, in pixels (standard deviation)", between=(0, 10)
-    )
+    dropout: float = 0.9  # share of the features that a training step switches off
+    pool: Literal["max", "avg"] = "max"  # what a pooling window passes on: its maximum or its mean
+    channels: tuple = (4, 16, 32, 64)  # channels after conv1, conv2, conv5 and conv6
+    label_smoothing: float = 0.0  # share of each label that is spread evenly over all ten classes
+    augment: float = 0.0  # random turn, scale, shear and shift: 1 = ±12°, ±2 pixels; 0 = off
+    elastic: float = 0.0  # random smooth bending, in pixels (standard deviation); 0 = off
 
     # evaluation, and the machine
-    ema: float = setting(
-        0.0,
-        "evaluate with a running mean of the weights, which keeps this share of itself in a step; "
-        "0 = off",
-        between=(0, 0.999999),
-    )
-    threads: int = setting(
-        0,
-        "CPU cores to compute on, one process on each, without influence on the result; 0 = all",
-        between=(0, 256),
-    )
-    unsaved_epochs: int = setting(
-        3, "end the run when so many epochs in a row could not be saved", between=(1, 10**6)
-    )
+    ema: float = 0.0  # evaluate a running mean of the weights that keeps this share a step; 0 = off
+    threads: int = 0  # CPU cores to compute on, without influence on the result; 0 = all
 
     def __post_init__(self):
-        check_settings(self)
+        check_settings(self, RANGES)
         check_folder_name(self.tag)
         if len(self.channels) != 4 or not all(
             type(c) is int and 1 <= c <= 1024 for c in self.channels
@@ -164,6 +113,26 @@ class Settings:
                 "as 4,16,32,64"
             )
 
+
+# The least and the largest value that makes sense.
+RANGES = {
+    "seed": (0, 2**63 - 1),
+    "train_images": (0, 10**9),
+    "validation_images": (0, 10**9),
+    "epochs_max": (1, 10**6),
+    "batch_size": (1, 10**6),
+    "learning_rate": (0, 1000),
+    "momentum": (0, 0.9999),
+    "beta2": (0, 0.999999),
+    "weight_decay": (0, 1000),
+    "warm_up": (0, 0.9),
+    "dropout": (0, 0.9999),
+    "label_smoothing": (0, 0.99),
+    "augment": (0, 10),
+    "elastic": (0, 10),
+    "ema": (0, 0.999999),
+    "threads": (0, 256),
+}
 
 # What `--recipe NAME` changes before the other flags are applied. The values were chosen on
 # training images that were held out: docs/history.md.
@@ -194,14 +163,7 @@ RECIPES = {
 }
 
 # These say where and how a run is computed, not what: they may differ in a continued run.
-NOT_THE_EXPERIMENT = (
-    "device",
-    "data_dir",
-    "save_dir",
-    "epochs_max",
-    "threads",
-    "unsaved_epochs",
-)
+NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
 
 
 def parse_settings(arguments=(), kind=Settings, **preset):

@@ -17,6 +17,9 @@ from support.run_folder import duration, log_header, log_line, write_metrics
 from support.settings import project_path
 from support.storage import pack_arrays, write_file
 
+# After so many epochs in a row that could not be saved the run ends: it is computed for nothing.
+UNSAVED_EPOCHS = 3
+
 
 class Bookkeeper:
     """Keeps the books of a run.
@@ -61,7 +64,7 @@ class Bookkeeper:
 
     def goes_on(self):
         """Whether there is another epoch to begin."""
-        lost = self.unsaved >= self.settings.unsaved_epochs
+        lost = self.unsaved >= UNSAVED_EPOCHS
         return not (self.stop or lost or self.is_finished())
 
     def steps(self, epoch):

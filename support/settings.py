@@ -1,36 +1,60 @@
-"""A setting with its help and its range, and the command line on which every setting is a flag."""
+"""Settings written as a card, a line each, and the command line on which each of them is a flag.
+
+    dropout: float = 0.9  # share of the features that a training step switches off
+
+The comment is the help. Choices are in the type, as Literal["max", "avg"].
+"""
 
 import argparse
+import inspect
+import io
+import numbers
 import os
 import re
-from dataclasses import Field, dataclass, field, fields
+import textwrap
+import tokenize
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from support import ROOT, UserError
-
-
-def setting(default, help, between=None, choices=None):
-    """A dataclass field: its default, what it does, and which values make sense."""
-    if isinstance(default, list):  # dataclasses take none, as all objects would share it
-        default = tuple(default)
-    return field(default=default, metadata={"help": help, "between": between, "choices": choices})
 
 
 def settings_class(cls):
     """A frozen dataclass, however its defaults are written: they are there to be edited.
 
-    `dropout: float = 0.5` and `dropout = 0.5` are as good as `dropout: float = setting(0.5, …)`,
-    but for the help and the range. What is wrong with a value, check_settings() says."""
+    `dropout = 0.5` and `channels = [4, 8, 8, 8]` are as good as `dropout: float = 0.5` and a tuple.
+    What is wrong with a value, check_settings() says."""
+    comments, given = comments_of(cls), getattr(cls, "__annotations__", {})
     types = {}
     for name, default in list(vars(cls).items()):
         if name.startswith("_") or callable(default):
             continue
-        if not isinstance(default, Field):
-            default = setting(default, "edited by hand")
-            setattr(cls, name, default)
-        types[name] = cls.__annotations__.get(name, type(default.default))
+        # Dataclasses take no list, as all objects would share it.
+        default = tuple(default) if isinstance(default, list) else default
+        kind = given.get(name, type(default))
+        choices = get_args(kind) if get_origin(kind) is Literal else None
+        types[name] = type(choices[0]) if choices else kind
+        help = comments.get(name, "")
+        setattr(cls, name, field(default=default, metadata={"help": help, "choices": choices}))
     cls.__annotations__ = types
+    lines = [f"{name}: {comments[name]}" for name in types if name in comments]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", *lines])
     return dataclass(frozen=True)(cls)
+
+
+def comments_of(cls):
+    """{field: the comment behind it} in the source of a class; {} where the source is not there."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):
+        return {}
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        name = re.match(r"\s*(\w+)\s*[:=]", token.line)
+        if token.type == tokenize.COMMENT and name:
+            found[name[1]] = token.string.lstrip("# ")
+    return found
 
 
 KINDS = {
@@ -41,22 +65,34 @@ KINDS = {
 }
 
 
-def check_settings(settings):
-    """UserError if a field has a value of another type than its own, or one that makes no sense."""
+def check_settings(settings, ranges):
+    """UserError if a field has a value of another type than its own, or one that makes no sense.
+
+    ranges: {field: (least, largest)}."""
     for f in fields(settings):
-        value = getattr(settings, f.name)
-        if isinstance(value, list):
-            value = tuple(value)
-            object.__setattr__(settings, f.name, value)  # the way into a frozen dataclass
-        between = f.metadata.get("between")
+        value = as_python(getattr(settings, f.name))
+        # The way into a frozen dataclass.
+        object.__setattr__(settings, f.name, value)
         choices = f.metadata.get("choices")
         if type(value) is not f.type and (f.type, type(value)) != (float, int):
             kind = KINDS.get(f.type, f"of type {f.type.__name__}")
             raise UserError(f"{f.name} is {value!r}, but should be {kind}")
         if choices and value not in choices:
             raise UserError(f"{f.name} is {value!r}, but should be one of {', '.join(choices)}")
-        if between and not between[0] <= value <= between[1]:
-            raise UserError(f"{f.name} is {value}, but should be from {between[0]} to {between[1]}")
+        low, high = ranges.get(f.name, (value, value))
+        if not low <= value <= high:
+            raise UserError(f"{f.name} is {value}, but should be from {low} to {high}")
+
+
+def as_python(value):
+    """Lists as tuples, NumPy's numbers and texts as Python's."""
+    if isinstance(value, (list, tuple)):
+        return tuple(as_python(one) for one in value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 # Names that Windows keeps for devices, whatever follows them after a dot.
@@ -103,7 +139,7 @@ class Parser(argparse.ArgumentParser):
 
         epochs_max is --epochs-max."""
         for f in fields(kind):
-            choices = f.metadata.get("choices")
+            help, choices = f.metadata["help"], f.metadata["choices"]
             several = isinstance(f.default, tuple)
             default = ",".join(map(str, f.default)) if several else f.default
             self.add_argument(
@@ -112,7 +148,7 @@ class Parser(argparse.ArgumentParser):
                 choices=choices,
                 default=argparse.SUPPRESS,  # only what was given is in the result
                 metavar=None if choices else METAVARS.get(f.type),
-                help=f"{f.metadata.get('help', '')} (default: {default})".replace("%", "%%"),
+                help=f"{help} (default: {default})".replace("%", "%%"),
             )
         given = vars(self.parse_args(arguments))
         for name in given.keys() & {"data_dir", "save_dir"}:

@@ -249,8 +249,9 @@ def test_a_run_that_cannot_be_saved_ends_and_can_be_continued(epochs, tmp_path, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bookkeeper, "steps", rename_first)
+        patch.setattr(bookkeeping, "UNSAVED_EPOCHS", epochs)
         flags = [*FLAGS, "--save-dir", str(tmp_path), "--epochs-max", "10"]
-        assert m.main([*flags, "--unsaved-epochs", str(epochs)]) == 1
+        assert m.main(flags) == 1
     output = capsys.readouterr()
     assert f"The last {epochs} epochs could not be saved" in output.out
     assert f"    {1 + epochs}  " in output.out and f"    {2 + epochs}  " not in output.out

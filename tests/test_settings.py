@@ -1,9 +1,14 @@
 """The settings at the top of the script are there to be edited: what a slip there is answered with,
 and which ways to write a default are all the same."""
 
+import dataclasses
+import fractions
 import importlib.util
+import json
 import sys
+import types
 
+import numpy as np
 import pytest
 
 import mnist_resnet9 as m
@@ -33,32 +38,23 @@ def edited(tmp_path, monkeypatch):
     return load
 
 
-DROPOUT = """    dropout: float = setting(
-        0.9, "share of the features that a training step switches off", between=(0, 0.9999)
-    )
-"""
-CHANNELS = (
-    '    channels: tuple = setting((4, 16, 32, 64), "channels after conv1, conv2, conv5 and conv6")'
-)
-EPOCHS = '    epochs_max: int = setting(200, "passes over the training images", between=(1, 10**6))'
-
+CLASS = SOURCE[SOURCE.index("class Settings:") : SOURCE.index("def __post_init__")]
+CARD = {line.split(":")[0].strip(): line for line in CLASS.splitlines()}
+DROPOUT, CHANNELS, EPOCHS = CARD["dropout"], CARD["channels"], CARD["epochs_max"]
 
 SLIPS = {
-    "a text for a number": (DROPOUT, DROPOUT.replace("0.9,", '"0.5",'), "dropout is '0.5'"),
-    "out of range": (DROPOUT, DROPOUT.replace("0.9,", "1,"), "dropout is 1, but should be from 0"),
+    "a text for a number": (DROPOUT, DROPOUT.replace("0.9", '"0.5"'), "dropout is '0.5'"),
+    "out of range": (DROPOUT, DROPOUT.replace("0.9", "1"), "dropout is 1, but should be from 0"),
     "a float for a whole number": (EPOCHS, EPOCHS.replace("200", "10.0"), "epochs_max is 10.0"),
     "a number in quotes": (EPOCHS, EPOCHS.replace("200", '"50"'), "epochs_max is '50'"),
-    "a plain slip": (EPOCHS, "    epochs_max: int = 10.0", "epochs_max is 10.0"),
-    "a tag with a blank": ('setting("resnet9",', 'setting("my run",', "tag 'my run' cannot name"),
-    "an unknown device": (
-        '        "auto", "auto takes',
-        '        "cuda", "auto takes',
-        "auto, cpu",
-    ),
-    "an unknown pool": ('setting("max", "what', 'setting("average", "what', "one of max, avg"),
-    "three channels": ("(4, 16, 32, 64)", "(4, 16, 32)", "channels (4, 16, 32) should be four"),
-    "one channel": ("setting((4, 16, 32, 64),", "setting(16,", "channels is 16, but should be sev"),
-    "half a channel": ("(4, 16, 32, 64)", "[4, 16, 32.5, 64]", "channels (4, 16, 32.5, 64) should"),
+    "without its comment": (EPOCHS, "    epochs_max: int = 10.0", "epochs_max is 10.0"),
+    "true for a number": (EPOCHS, "    epochs_max: int = True", "epochs_max is True"),
+    "a tag with a blank": ('str = "resnet9"', 'str = "my run"', "tag 'my run' cannot name"),
+    "an unknown device": ('"gpu"] = "auto"', '"gpu"] = "cuda"', "auto, cpu"),
+    "an unknown pool": ('"avg"] = "max"', '"avg"] = "average"', "one of max, avg"),
+    "three channels": ("(4, 16, 32, 64)  #", "(4, 16, 32)  #", "channels (4, 16, 32) should be"),
+    "one channel": ("(4, 16, 32, 64)  #", "16  #", "channels is 16, but should be several"),
+    "half a channel": ("(4, 16, 32, 64)  #", "[4, 16, 32.5, 64]  #", "channels (4, 16, 32.5, 64)"),
     "a recipe's value": ("    warm_up=0.15,", '    warm_up="0.15",', "warm_up is '0.15'"),
     "a recipe's name": ("    warm_up=0.15,", "    warmup=0.15,", "recipe quick sets 'warmup'"),
 }
@@ -92,7 +88,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_a_default_may_be_written_in_any_way(way, edited, tmp_path):
     old, new = WAYS[way]
-    module = edited({old: new, DROPOUT: "    dropout: float = 0.5\n"})
+    module = edited({old: new, DROPOUT: "    dropout: float = 0.5"})
     expected = m.parse_settings(["--channels", "2,4,4,4", "--dropout", "0.5"])
     settings = module.parse_settings([])
     assert (settings.channels, settings.dropout) == (expected.channels, expected.dropout)
@@ -125,6 +121,50 @@ def test_edited_code_is_kept_beside_the_code_of_before(tmp_path, capsys, monkeyp
     script.write_text("first")  # changed back: what ran last was the second
     assert "code_2/, as they are in code_3/" in train(4)
     assert "changed since" in (folder / "log.txt").read_text()
+
+
+def test_the_card_is_a_line_a_setting_and_its_comments_are_the_help(edited):
+    for f in dataclasses.fields(m.Settings):
+        assert CARD[f.name].endswith(f"  # {f.metadata['help']}") and f.metadata["help"]
+        assert f"{f.name}: {f.metadata['help']}" in m.Settings.__doc__
+    module = edited({DROPOUT: DROPOUT + "\n    gain: float = 2.0  # 100 % new: a = b # c"})
+    added = {f.name: f for f in dataclasses.fields(module.Settings)}["gain"]
+    assert added.metadata["help"] == "100 % new: a = b # c" and added.type is float
+
+
+@pytest.mark.parametrize("source", ["none", "frozen"])
+def test_where_the_source_is_not_there_the_settings_work_without_help(source, monkeypatch):
+    """As in a script on standard input."""
+    module = types.ModuleType("nowhere")
+    module.__file__ = str(m.ROOT / "mnist_resnet9.py")
+    monkeypatch.setitem(sys.modules, "nowhere", module)
+    exec(compile(SOURCE, f"<{source}>", "exec"), vars(module))
+    assert module.parse_settings(["--dropout", "0.5"]).dropout == 0.5
+
+
+NUMBERS = {
+    "learning_rate": np.float64(1e-3),
+    "dropout": np.float32(0.5),
+    "epochs_max": np.int64(3),
+    "weight_decay": fractions.Fraction(1, 4),
+    "channels": np.array([2, 4, 4, 4]).tolist(),
+    "seed": np.uint8(7),
+    "tag": np.str_("mine"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_numpy_are_numbers(name):
+    value = getattr(m.Settings(**{name: NUMBERS[name]}), name)
+    kind = type(getattr(m.Settings(), name))
+    assert type(value) is kind and value == kind(NUMBERS[name])
+    json.dumps(value)
+
+
+@pytest.mark.parametrize("wrong", [{"epochs_max": np.float64(3)}, {"seed": np.bool_(True)}])
+def test_numbers_of_another_kind_are_refused(wrong):
+    with pytest.raises(m.UserError, match="should be a whole number"):
+        m.Settings(**wrong)
 
 
 @pytest.mark.parametrize("tag", ["CON", "nul", "com1.txt", "run.", ".hidden", "a/b", "ü"])

@@ -59,7 +59,7 @@ from mnist_resnet9 import (
 )
 from support import UserError
 from support.checkpoints import checksums
-from support.settings import project_path, setting, settings_class, user_path
+from support.settings import project_path, settings_class, user_path
 from support.workers import prepare_process
 
 EVALUATION_BATCH = 100  # images; larger ones leave the caches and are no faster
@@ -67,9 +67,7 @@ EVALUATION_BATCH = 100  # images; larger ones leave the caches and are no faster
 
 @settings_class
 class TorchSettings(Settings):
-    weights: str = setting(
-        "", "checkpoint, of either version, whose weights a new run starts from; empty = none"
-    )
+    weights: str = ""  # checkpoint of either version whose weights a new run starts from
 
 
 # ── The network ───────────────────────────────────────────────────────────────────────────────────
