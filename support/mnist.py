@@ -172,7 +172,7 @@ def find_mnist(data_dir):
     notes = ()
     found = find_files(folder)
     try:
-        arrays = read_files(folder, found)
+        contents = read_files(folder, found)
     except NoDownload as error:
         sample = ROOT / "data" / "sample"
         if kind_of(sample) != "folder":
@@ -185,8 +185,7 @@ def find_mnist(data_dir):
             f"Using the bundled sample: 4,000 images to train on, 1,000 to test, in {folder}.",
         )
         found = find_files(folder)
-        arrays = read_files(folder, found)
-    contents = {role: to_idx(arrays.pop(role)) for role in FILES}  # pop: no set is kept twice
+        contents = read_files(folder, found)
     hashes = {FILES[role].name: sha256(content) for role, content in contents.items()}
     name = name_dataset(folder, found.form, hashes)
     if not notes:
@@ -204,8 +203,11 @@ def sha256(content):
 
 
 def to_idx(array):
-    """The bytes of the idx file that holds an array of uint8; mnist_resnet9.read_idx() reads it."""
-    return np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes() + array.tobytes()
+    """The bytes of an idx file of uint8 that holds the array, for data that comes in another form.
+
+    mnist_resnet9.read_idx() reads it."""
+    head = np.array([0x800 + array.ndim, *array.shape], ">i4")
+    return head.tobytes() + array.astype(np.uint8).tobytes()
 
 
 # ── What the log and the figures say ──────────────────────────────────────────────────────────────
@@ -395,27 +397,30 @@ def reason(error):
 
 
 def read_files(folder, found):
-    """{role: array of uint8}: 28×28 images and digits. What MNIST lacks is downloaded first."""
+    """{role: bytes of an idx file of uint8}: 28×28 images and digits.
+
+    What MNIST lacks is downloaded first."""
     form, place, paths = found
-    arrays = {}
+    contents = {}
     share = len(FILES) // len(form.names)  # how many arrays a file has
     try:
         for i, name in enumerate(form.names):
             roles = list(FILES)[i * share : (i + 1) * share]
             if name in paths:
-                arrays.update(zip(roles, read_file(paths[name], name)))
+                contents.update(zip(roles, read_file(paths[name], name)))
     except Unfit as error:
         if form.is_mnist and is_own(folder, "data"):
             raise UserError(f"{error}; delete it and start again to download it anew") from None
         raise
     lacking = [name for name in form.names if name not in paths]
     if lacking:
-        refuse_to_complete(folder, found, arrays, lacking)
+        refuse_to_complete(folder, found, contents, lacking)
     for role in FILES:
-        if role not in arrays:
+        if role not in contents:
             download(FILES[role], place)
             path = place / f"{FILES[role].name}.gz"
-            arrays[role] = read_verified(path, images="images" in role)
+            contents[role] = read_verified(path, images="images" in role)
+    arrays = {role: array_of(content) for role, content in contents.items()}
     for part in ("train", "test"):
         images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
         if images != labels:
@@ -423,13 +428,17 @@ def read_files(folder, found):
                 f"{place} has {images} {part} images but {labels} labels; "
                 "are files of two sets mixed?"
             )
-    arrays = form.prepare(arrays)
-    return {role: digits(arrays[role]) if "labels" in role else arrays[role] for role in FILES}
+    for role, array in form.prepare(arrays).items():
+        if "labels" in role and array.ndim == 2:
+            array = array[:, 0]  # QMNIST's
+        if array is not arrays[role]:
+            contents[role] = to_idx(array)
+    return contents
 
 
-def refuse_to_complete(folder, found, arrays, lacking):
+def refuse_to_complete(folder, found, contents, lacking):
     """UserError unless the files that are there are MNIST's: only its other files can be had."""
-    foreign = [role for role, a in arrays.items() if sha256(to_idx(a)) != FILES[role].mnist]
+    foreign = [role for role, c in contents.items() if sha256(c) != FILES[role].mnist]
     if found.form is not FORMS[0] or foreign or is_own(folder, "data/sample"):
         raise UserError(
             f"{found.place} lacks {', '.join(lacking)} beside the files that it has; "
@@ -453,11 +462,11 @@ def one_line_errors(path, right):
 
 
 def read_file(path, name):
-    """The arrays in the file at path, of the kind that `name` in the table says."""
+    """The arrays in the file at path, of the kind that `name` in the table says, as idx files."""
     if name.endswith(".npz"):
-        return read_npz(path)
+        return [to_idx(array) for array in read_npz(path)]
     if name.endswith(".csv"):
-        return read_csv(path)
+        return [to_idx(array) for array in read_csv(path)]
     return [read_verified(path, images="images" in name)]
 
 
@@ -493,7 +502,7 @@ def idx_header(head):
 
 
 def read_verified(path, images):
-    """The array in the idx file at path: images (N, 28, 28) or labels (N,) of uint8.
+    """The bytes of the idx file at path, unpacked: images (N, 28, 28) or labels (N,) of uint8.
 
     QMNIST's labels are (N, 8) of int32, the first column being the digit.
     Unfit if the file is anything else."""
@@ -518,21 +527,21 @@ def read_verified(path, images):
     if len(content) != length:
         problem = "is cut short" if len(content) < length else "has bytes after its end"
         raise Unfit(f"{path} {problem}: its header announces {shape[0]} {what}")
-    array = np.frombuffer(content, kind, offset=start).reshape(shape)
     if not images:
-        check_digits(path, array if array.ndim == 1 else array[:, 0])
-    return array
+        labels = array_of(content)
+        check_digits(path, labels if labels.ndim == 1 else labels[:, 0])
+    return content
+
+
+def array_of(content):
+    kind, shape = idx_header(content[:20])
+    return np.frombuffer(content, kind, offset=4 + 4 * len(shape)).reshape(shape)
 
 
 def check_digits(path, labels):
     for label in (labels.min(), labels.max()):
         if not 0 <= label <= 9:
             raise Unfit(f"{path} has a label {label}, but {TAKES}")
-
-
-def digits(labels):
-    """(N,) uint8 of labels in any of their forms."""
-    return (labels if labels.ndim == 1 else labels[:, 0]).astype(np.uint8)
 
 
 def read_npz(path):
@@ -661,8 +670,8 @@ def download(file, folder):
                             raise OSError(f"not whole after {DOWNLOAD_SECONDS} seconds")
                 target.flush()
                 os.fsync(target.fileno())
-            array = read_verified(part, images="images" in file.name)
-            if sha256(to_idx(array)) != file.mnist:
+            content = read_verified(part, images="images" in file.name)
+            if sha256(content) != file.mnist:
                 raise OSError("its bytes are not MNIST's")
             part.replace(folder / f"{file.name}.gz")
             return

@@ -131,6 +131,15 @@ def test_gzipped_files_are_the_same_data(folder):
     assert m.load_mnist(folder).hashes == before.hashes
 
 
+def test_idx_files_are_handed_over_as_they_are_and_decoded_by_the_script(folder, monkeypatch):
+    """Only other forms are made into idx files."""
+    monkeypatch.delattr(mnist, "to_idx")
+    files, data = mnist.find_mnist(folder), m.load_mnist(folder)
+    for role, file in mnist.FILES.items():
+        assert files.contents[role] == (folder / file.name).read_bytes()
+        assert np.array_equal(m.read_idx(files.contents[role]), getattr(data, role))
+
+
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 DAMAGE = {
     "empty": (IMAGES, lambda b: b"", "no idx file"),
