@@ -3,7 +3,6 @@
 What a file holds is decided by its bytes, and in the end every form is the same four idx files.
 """
 
-import contextlib
 import gzip
 import hashlib
 import http.client
@@ -23,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support import ROOT, UserError
-from support.storage import write_file
+from support.storage import reason, refuse_lfs_pointer, write_file
 
 ROLES = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -46,7 +45,7 @@ MIRRORS = (
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
 DOWNLOAD_SECONDS = 300  # then the next mirror is asked
-MAX_DOWNLOAD = 2**25
+MAX_DOWNLOAD = 2**26  # bytes; the largest file has 47 million if a server unpacks it
 
 # The forms that a data set comes in, by their files' names in plain(): four idx files, or one for
 # training and one for the test, or one with all.
@@ -58,9 +57,13 @@ FORMS = {
     "Kaggle's MNIST": r"mnist-(train|test)-csv",
 }
 NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")  # in the order of ROLES
-NPZ = f"an npz file with the arrays {', '.join(NPZ_NAMES)}"
-CSV = "csv with the label and 784 pixels, whole numbers from 0 to 255, in each line"
-TAKES = "this network takes 28×28 images of uint8 with labels 0 to 9"
+
+# What the network takes, as the errors say it.
+SHAPE = (28, 28)
+TAKES = f"{SHAPE[0]}×{SHAPE[1]} images with pixels from 0 to 255, or 0 to 1, and labels 0 to 9"
+IDX = f"an idx file of {TAKES}"
+NPZ = f"an npz file with the arrays {', '.join(NPZ_NAMES)}: {TAKES}"
+CSV = f"csv with the label first in each line, or named in a line of headings: {TAKES}"
 
 # No file can fill the memory: no more is read of one, packed or unpacked.
 MAX_BYTES = 2**29  # EMNIST's digits as csv have some 440 million
@@ -95,27 +98,26 @@ def find_mnist(data_dir):
     serves, which .name and .notes say. UserError says in one line what else is wrong.
     """
     folder, sample = ROOT / os.path.expanduser(data_dir), ROOT / "data" / "sample"
+    found = find_files(folder)
     try:
-        return read_folder(folder)
+        return read_set(folder, found)
     except NoDownload as error:
         if not sample.is_dir():
             raise
-        if not is_own(folder, "data") or names_of_interest(folder):
+        if found.paths or not is_own(folder, "data"):
             raise UserError(f"{error}; --data-dir {sample} has a small part of MNIST") from None
         notes = (
             f"NOT MNIST: {error}.",
             f"Using the bundled sample: 4,000 images to train on, 1,000 to test, in {sample}.",
         )
-    return read_folder(sample)._replace(notes=notes)
+    return read_set(sample, find_files(sample))._replace(notes=notes)
 
 
-def read_folder(folder):
-    """The DataFiles of a folder. What MNIST lacks there is downloaded."""
-    found, notes = find_files(folder), []
-    usual = [folder / name for name in MNIST] + [folder / f"{name}.gz" for name in MNIST]
-    if any(path not in usual for path in found.paths.values()):
-        names = dict.fromkeys(printable(path.relative_to(folder)) for path in found.paths.values())
-        notes.append(f"Read {found.form} from {', '.join(names)} in {folder}.")
+def read_set(folder, found):
+    """The DataFiles of what was found in the folder. What MNIST lacks there is downloaded."""
+    notes = []
+    if found.form != "MNIST" or found.place != folder:
+        notes.append(f"Read {found.form} from {found.place}.")
     contents = read_files(folder, found, notes)
     hashes = {name: sha256(contents[role]) for role, name in zip(ROLES, MNIST)}
     name = name_of(folder, hashes)
@@ -124,7 +126,7 @@ def read_folder(folder):
         notes.append(
             f"{', '.join(others)} in {folder}: not MNIST's (other hashes); this run is on {name!r}."
         )
-    return DataFiles(name, hashes, tuple(notes), contents)
+    return DataFiles(name, hashes, tuple(dict.fromkeys(notes)), contents)
 
 
 def name_of(folder, hashes):
@@ -157,17 +159,6 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def printable(name):
-    """A file's name without what a terminal or a log could not show, and not too long."""
-    return "".join(c if c.isprintable() else "?" for c in str(name))[:100]
-
-
-def reason(error):
-    """An error's text in one line of bounded length."""
-    text = getattr(error, "strerror", None) or str(error) or repr(error)
-    return " ".join(text.split())[:200]
-
-
 # ── Finding the files ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -197,13 +188,22 @@ def find_files(folder):
             paths = {role: paths[role] for role in ROLES if role in paths}
             candidates.append(Found(form, place, paths))
     found = max(candidates, key=lambda found: len(found.paths))
-    others = names_of_interest(folder, and_folders=not is_own(folder, "data"))
-    if others and not found.paths:
+    if found.paths:
+        return found
+    # Other sets, and the sample, may have their folders in the default one.
+    own = is_own(folder, "data")
+    ignored = r"\.|readme|licen[cs]e|.*\.part$|__macosx$|thumbs\.db$|desktop\.ini$"
+    others = sorted(
+        "".join(c if c.isprintable() else "?" for c in name)
+        for name, is_file in names_in(folder)
+        if (is_file or not own) and not re.match(ignored, name.lower())
+    )
+    if others:
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         raise UserError(
-            f"{folder} holds {', '.join(map(printable, others[:8]))}{more}; it should hold MNIST's "
-            "four files, mnist.npz, or mnist_train.csv and mnist_test.csv, unpacked from any zip, "
-            f"or nothing, and MNIST is downloaded; {TAKES} (see data/README.md)"
+            f"{folder} holds {', '.join(others[:8])}{more}; it should hold MNIST's four files, "
+            "mnist.npz, or mnist_train.csv and mnist_test.csv, unpacked from any zip, or nothing, "
+            f"and MNIST is downloaded: {TAKES} (see data/README.md)"
         )
     return found
 
@@ -221,15 +221,6 @@ def roles_of(name):
     part = "train" if "train" in name else "test" if re.search("test|t10k", name) else ""
     kind = "images" if "images" in name else "labels" if "labels" in name else ""
     return [role for role in ROLES if role.startswith(part) and role.endswith(kind)]
-
-
-def names_of_interest(folder, and_folders=True):
-    """What is in the folder, without what every folder may have."""
-    ignored = r"\.|readme|licen[cs]e|.*\.part$|__macosx$|thumbs\.db$|desktop\.ini$"
-    if is_own(folder, "data"):
-        ignored += "|sample$"
-    there = sorted(name for name, is_file in names_in(folder) if is_file or and_folders)
-    return [name for name in there if not re.match(ignored, name.lower())]
 
 
 def names_in(folder):
@@ -259,7 +250,7 @@ def read_files(folder, found, notes):
     contents = {}
     try:
         for path in dict.fromkeys(found.paths.values()):
-            contents.update(read_file(path))
+            contents.update(read_file(path, notes))
     except Damaged as error:
         if is_own(folder, "data"):
             raise UserError(f"{error}; delete it and start again to download it anew") from None
@@ -274,7 +265,10 @@ def read_files(folder, found, notes):
     for role, file in lacking.items():
         contents[role] = download(file, found.place, notes)
     for part in ("train", "test"):
-        images, labels = (count(contents[f"{part}_{kind}"]) for kind in ("images", "labels"))
+        # An idx file has its first length there.
+        images, labels = (
+            int.from_bytes(contents[f"{part}_{kind}"][4:8], "big") for kind in ("images", "labels")
+        )
         if images != labels:
             raise UserError(
                 f"{found.place} has {images} {part} images but {labels} labels; "
@@ -285,38 +279,37 @@ def read_files(folder, found, notes):
     return contents
 
 
-def read_file(path):
+def read_file(path, notes):
     """{role: bytes of an idx file of uint8} of what the file at path holds.
 
     Those of an idx file are its own, if they can be taken as they are."""
     name = plain(path.name)
-    read, right = read_idx, "an idx file"
+    read, right = read_idx, IDX
     if name.endswith("npz"):
         read, right = read_npz, NPZ
     if name.endswith("csv"):
         read, right = read_csv, CSV
     contents = {}
-    with one_line_errors(path, right):
+    try:
         with open(path, "rb") as file:
             content = read_all(unpacked(file))
+        refuse_lfs_pointer(path, content)
         for role, array in zip(roles_of(name), read(content)):
-            a = images_of(array) if "images" in role else labels_of(array)
-            if name.startswith("emnist") and "images" in role:
-                a = a.transpose(0, 2, 1)  # rows and columns are swapped in the file
+            if "labels" in role:
+                a = labels_of(array)
+            else:
+                a = images_of(array)
+                if array.max() <= 1 < a.max():
+                    notes.append(f"The pixels of {path} are 0 to 1; they were multiplied by 255.")
+                if name.startswith("emnist"):
+                    a = a.transpose(0, 2, 1)  # rows and columns are swapped in the file
             contents[role] = content if read is read_idx and a is array else to_idx(a)
-    return contents
-
-
-@contextlib.contextmanager
-def one_line_errors(path, right):
-    """Makes a UserError of all that reading the file at path can raise; right: what it should be.
-
-    zipfile, zlib and NumPy raise many kinds on a damaged file."""
-    try:
-        yield
+        return contents
+    except UserError:
+        raise
     except Unfit as error:
-        raise UserError(f"{path} {error}; {TAKES}") from None
-    except Exception as error:
+        raise UserError(f"{path} {error}; it should be {right}") from None
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds on a damaged file
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise UserError(f"{path} cannot be read ({reason(error)})") from None
         raise Damaged(f"{path} is damaged ({reason(error)}); it should be {right}") from None
@@ -361,11 +354,6 @@ def to_idx(array):
     return head.tobytes() + array.astype(np.uint8).tobytes()
 
 
-def count(content):
-    """How many images or labels there are in the bytes of an idx file."""
-    return int.from_bytes(content[4:8], "big")
-
-
 def read_npz(content):
     """The four arrays of Keras's mnist.npz, in the order of ROLES. A pickle is never loaded."""
     arrays = []
@@ -378,38 +366,56 @@ def read_npz(content):
 
 
 def read_csv(content):
-    """Images and labels of a csv file: in each line the label, and 784 pixels row by row."""
-    # Excel sets UTF-8's mark at the start, which utf-8-sig leaves out.
-    text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", "replace")
-    if text.readline().lstrip()[:1].isdigit():
-        text.seek(0)  # there are no headings
+    """Images and labels of a csv file: in each line a label and the pixels, row by row."""
+    # Numbers may be quoted. Excel sets UTF-8's mark at the start, which utf-8-sig leaves out.
+    file = io.BytesIO(content.translate(None, b"\"'"))
+    text = io.TextIOWrapper(file, "utf-8-sig", "replace")
+    names = [name.strip() for name in text.readline().split(",")]
+    columns = 1 + SHAPE[0] * SHAPE[1]
+    if len(names) != columns:
+        raise ValueError(f"its first line has not {columns} columns, but {len(names)}")
+    # Headings differ, as the pixels of an image do not, and number the pixels but not the label.
+    unnumbered = [i for i, name in enumerate(names) if re.fullmatch(r"\D+", name)]
+    if not unnumbered or len(set(names)) < columns:
+        unnumbered = []
+        text.seek(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*no data")
-        # NumPy 2.0 takes 0.5 for 0, and says so in a warning.
-        warnings.filterwarnings("error", category=DeprecationWarning)
-        rows = np.loadtxt(text, np.uint8, comments=None, delimiter=",", ndmin=2)
+        rows = np.loadtxt(text, np.float32, comments=None, delimiter=",", ndmin=2)
     if not rows.size:
         raise ValueError("it has no images")
-    if rows.shape[1] != 785:
-        raise ValueError(f"it has {rows.shape[1]} columns")
-    return rows[:, 1:].reshape(-1, 28, 28), rows[:, 0]
+    label = unnumbered[0] if len(unnumbered) == 1 else 0
+    first, last = set(rows[:, 0].tolist()), set(rows[:, -1].tolist())
+    if len(unnumbered) != 1 and len(first) < len(last) and last <= set(range(10)):
+        raise Unfit("seems to have its labels in the last column")
+    return np.delete(rows, label, axis=1).reshape(-1, *SHAPE), rows[:, label]
 
 
 def images_of(array):
-    """The array, if it is one of images."""
-    if array.dtype != np.uint8 or array.shape[1:] != (28, 28) or not len(array):
+    """Images in any kind of number as uint8. Pixels from 0 to 1 are multiplied by 255."""
+    if array.dtype.kind not in "buif" or array.shape[1:] != SHAPE or not len(array):
         raise Unfit(f"holds {array.dtype} of {'×'.join(map(str, array.shape))}")
-    return array
+    low, high = array.min(), array.max()
+    if not (0 <= low and high <= 255):
+        raise Unfit(f"has pixels from {low:g} to {high:g}")
+    if 0 < high <= 1:
+        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    whole = array.astype(np.uint8, copy=False)
+    if not np.array_equal(whole, array):
+        raise Unfit(f"has pixels from {low:g} to {high:g} that are no whole numbers")
+    return whole
 
 
 def labels_of(array):
     """The digits in the array, if it is one of labels. QMNIST has them in the first of eight."""
     digits = array[:, 0] if array.shape[1:] == (8,) else array
-    if digits.dtype.kind not in "iu" or digits.ndim != 1 or not len(digits):
+    if digits.dtype.kind not in "uif" or digits.ndim != 1 or not len(digits):
         raise Unfit(f"holds {array.dtype} of {'×'.join(map(str, array.shape))} for labels")
-    for label in (digits.min(), digits.max()):
-        if not 0 <= label <= 9:
-            raise Unfit(f"has a label {label}")
+    others = digits[~np.isin(digits, range(10))]
+    if len(others):
+        raise Unfit(f"has a label {others[0]:g}")
+    if (digits == digits[0]).all():
+        raise Unfit(f"has no label but {digits[0]:g}")
     return digits
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import urllib.error
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from support import mnist
 NAMES = list(mnist.MNIST)
 IMAGES, LABELS = NAMES[:2]
 SAMPLE = m.ROOT / "data" / "sample"
-TAKES = "this network takes 28×28 images of uint8 with labels 0 to 9"
+TAKES = "28×28 images with pixels from 0 to 255, or 0 to 1, and labels 0 to 9"
 
 
 def idx(array, kind=8):
@@ -143,10 +144,13 @@ def test_another_data_set_is_named_after_its_folder_and_reported(before):
         (IMAGES, lambda b: b[:4] + b"\x7f\xff\xff\xff" + b[8:], "is damaged"),
         (IMAGES, lambda b: b[:4] + b"\xff\xff\xff\xff" + b[8:], "is damaged"),
         (IMAGES, lambda b: b[:4] + b"\0\0\0\0" + b[8:16], "holds uint8 of 0×28×28"),
-        (IMAGES, lambda b: idx(np.zeros((30, 32, 32))), f"holds uint8 of 30×32×32; {TAKES}"),
+        (IMAGES, lambda b: idx(np.zeros((30, 32, 32))), "holds uint8 of 30×32×32; it should"),
         (LABELS, lambda b: idx(np.zeros((30, 28, 28))), "holds uint8 of 30×28×28 for labels"),
         (LABELS, lambda b: idx(np.zeros((30, 3)), 12), "holds >i4 of 30×3 for labels"),
-        (LABELS, lambda b: b[:-1] + b"\x0a", f"has a label 10; {TAKES}"),
+        (LABELS, lambda b: b[:-1] + b"\x0a", "has a label 10; it should be an idx file"),
+        (LABELS, lambda b: idx(np.arange(30) % 10 / 2, 13), "has a label 0.5; it should be"),
+        (LABELS, lambda b: idx(np.full(30, np.nan), 13), "has a label nan; it should be"),
+        (LABELS, lambda b: idx(np.full(30, 7)), "has no label but 7; it should be an idx file"),
         (LABELS, lambda b: b[:4] + b"\0\0\0\x1d" + b[8:-1], "30 train images but 29 labels"),
     ],
 )
@@ -155,6 +159,7 @@ def test_what_is_no_file_of_digits_is_refused(folder, pack, name, damage, said):
     (folder / name).write_bytes(pack(content))
     error = error_of(folder)
     assert said in error and str(folder) in error and "delete" not in error
+    assert TAKES in error or "of two sets" in error
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", gzip.compress(b"\0" * 10000, mtime=0)[:-20]])
@@ -271,11 +276,11 @@ def test_a_part_of_mnist_where_the_download_fails_is_no_reason_for_the_sample(
     assert f"{IMAGES} is not in" in error_of("data")
 
 
-def test_a_folder_of_another_set_in_the_default_one_leaves_the_download_but_not_the_sample(
+def test_a_folder_of_another_set_in_the_default_one_is_not_in_the_way(
     root, folder, mirrors, small_mnist
 ):
     shutil.copytree(folder, root / "data" / "fashion")
-    assert "no network" in error_of("data")
+    assert m.load_mnist("data").name == "MNIST sample"
     serve(mirrors[0], small_mnist)
     assert m.load_mnist("data").name == "MNIST"
 
@@ -338,18 +343,19 @@ def test_the_home_folder_may_be_written_as_in_a_shell(folder, monkeypatch):
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize(
-    "spell, usual",
+    "spell",
     [
-        (lambda name: name, True),
-        (lambda name: f"{name}.gz", True),
-        (lambda name: name.replace("-idx", ".idx"), False),  # Kaggle's
-        (lambda name: f"MNIST/raw/{name}.gz", False),  # torchvision's
-        (lambda name: name.title(), False),
-        (lambda name: f"{name} (1).gz", False),  # downloaded twice
-        (lambda name: f"{name}(2)", False),
+        lambda name: name,
+        lambda name: f"{name}.gz",
+        lambda name: name.replace("-idx", ".idx"),  # Kaggle's
+        lambda name: f"MNIST/raw/{name}.gz",  # torchvision's
+        lambda name: f"raw/{name}.gz",  # torchvision's, of another set
+        lambda name: name.title(),
+        lambda name: f"{name} (1).gz",  # downloaded twice
+        lambda name: f"{name}(2)",
     ],
 )
-def test_names_may_be_spelled_as_the_world_does(folder, before, spell, usual, pack):
+def test_names_may_be_spelled_as_the_world_does(folder, before, spell, pack):
     """The first bytes say whether a file is packed, whatever its name."""
     for name in NAMES:
         content = (folder / name).read_bytes()
@@ -358,8 +364,9 @@ def test_names_may_be_spelled_as_the_world_does(folder, before, spell, usual, pa
         (folder / spell(name)).write_bytes(pack(content))
     data = m.load_mnist(folder)
     assert same(data, before) and data.hashes == before.hashes and data.name == "fashion"
-    assert len(data.notes) == (1 if usual else 2)
-    assert usual or spell(NAMES[0]) in data.notes[0]
+    below = "raw" in spell("")
+    assert len(data.notes) == 1 + below
+    assert not below or data.notes[0] == f"Read MNIST from {(folder / spell('')).parent}."
 
 
 def test_the_usual_name_comes_before_other_spellings(folder, before):
@@ -398,18 +405,23 @@ def test_kerass_file_is_read_and_mnist_in_it_is_mnist(folder, before, small_mnis
     save(folder / "mnist.npz", **arrays | {"y_test": arrays["y_test"].astype(np.int64)})
     data = m.load_mnist(folder)
     assert data.name == "MNIST" and same(data, before)
-    assert data.notes == (f"Read Keras's MNIST from mnist.npz in {folder}.",)
+    assert data.notes == (f"Read Keras's MNIST from {folder}.",)
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
         (lambda a: a.pop("y_test"), "'y_test.npy' in the archive"),
-        (lambda a: a.update(x_test=np.zeros((20, 32, 32), np.uint8)), f"20×32×32; {TAKES}"),
-        (lambda a: a.update(y_test=np.full(20, 26)), f"has a label 26; {TAKES}"),
+        (
+            lambda a: a.update(x_test=np.zeros((20, 32, 32), np.uint8)),
+            "uint8 of 20×32×32; it should",
+        ),
+        (lambda a: a.update(y_test=np.full(20, 26)), "has a label 26; it should"),
         (lambda a: a.update(y_test=np.eye(20)), "float64 of 20×20 for labels"),
         (lambda a: a.update(y_test=a["y_test"][1:]), "20 test images but 19 labels"),
         (lambda a: a.update(x_test=a["x_test"][:0]), "holds uint8 of 0×28×28"),
+        (lambda a: a.update(y_train=np.zeros(30)), "has no label but 0; it should be an npz file"),
+        (lambda a: a.update(y_test=np.full(20, None)), "Python objects, which are never loaded"),
     ],
 )
 def test_other_arrays_in_kerass_file_are_refused(folder, before, change, said):
@@ -459,7 +471,7 @@ def test_kaggles_csv_is_read_with_and_without_headings(
     write_csv(folder, before, lambda rows: csv(rows, head, end), change)
     data = m.load_mnist(folder)
     assert same(data, before) and data.name == "MNIST"
-    assert "Kaggle's MNIST from mnist_train.csv, mnist_test.csv" in data.notes[0]
+    assert data.notes == (f"Read Kaggle's MNIST from {folder}.",)
 
 
 def test_a_blank_before_the_first_label_makes_it_no_heading(folder, before):
@@ -473,25 +485,161 @@ ROW = b"7" + b",0" * 783 + b",9\n"
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"", "has no images"),
+        (b"", "first line has not 785 columns, but 1"),
         (HEAD.encode() + b"\n", "has no images"),
-        (b"<html>404</html>", "is damaged"),
-        (ROW[2:] + ROW[2:], "it has 784 columns"),
+        (b"<html>404</html>", "first line has not 785 columns, but 1"),
+        (ROW[2:] + ROW[2:], "first line has not 785 columns, but 784"),
         (ROW + ROW[2:], "number of columns changed from 785 to 784"),
         (ROW + b"8," + ROW, "number of columns changed from 785 to 786"),
-        (ROW.replace(b",", b";"), "could not convert"),
+        (ROW.replace(b",", b";"), "first line has not 785 columns, but 1"),
         (ROW + ROW.replace(b"9", b"nine"), "could not convert string 'nine'"),
-        (ROW + ROW.replace(b"7", b"26"), f"has a label 26; {TAKES}"),
-        (b"7" + b",0" * 10**5, "it has 100001 columns"),
+        (ROW + ROW.replace(b"7", b"26"), "has a label 26; it should"),
+        (b"7" + b",0" * 10**5, "first line has not 785 columns, but 100001"),
+        (
+            ROW * 2,
+            "has no label but 7; it should be csv with the label first in each line, or named",
+        ),
         (gzip.compress(ROW * 9, mtime=0)[:-9], "is damaged"),
     ],
 )
 def test_csv_that_is_something_else_is_refused(tmp_path, content, said):
     (tmp_path / "mnist_train.csv").write_bytes(content)
-    (tmp_path / "mnist_test.csv").write_bytes(ROW)
+    (tmp_path / "mnist_test.csv").write_bytes(ROW + ROW.replace(b"7", b"1"))
     error = error_of(tmp_path)
     assert said in error and "mnist_train.csv" in error and "download" not in error
-    assert TAKES in error or "it should be csv with the label" in error
+    assert "it should be csv with the label first in each line, or named" in error
+
+
+def label_last(head="", quote=""):
+    """Makes csv() of rows with the label in the last column."""
+
+    def write(rows):
+        rows = np.roll(rows, -1, axis=1)
+        content = csv(rows, head)
+        numbers = content if not quote else content.replace(b",", b'","')
+        return b"".join(b'"' + line + b'"\n' if quote else line + b"\n" for line in numbers.split())
+
+    return write
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+@pytest.mark.parametrize(
+    "head",
+    [
+        ",".join([*PIXELS, "label"]),
+        ",".join([*(f"pixel{i}" for i in range(784)), "class"]),  # OpenML's
+        ",".join([*map(str, range(784)), "Target"]),  # pandas'
+        ",".join([*(f"p_{i}" for i in range(784)), "the_digit"]),
+    ],
+)
+def test_headings_say_which_column_of_csv_is_the_label(folder, before, small_mnist, head, quote):
+    write_csv(folder, before, label_last(head, quote))
+    data = m.load_mnist(folder)
+    assert same(data, before) and data.name == "MNIST"
+
+
+@pytest.mark.parametrize("corner", [[0], [0, 1], [0, 1, 2, 3, 7]])
+@pytest.mark.parametrize("head", ["", ",".join([*(f"p{i}" for i in range(784)), "y1"])])
+def test_labels_in_the_last_column_without_headings_are_never_pixels(folder, before, corner, head):
+    """The first column then holds the first pixel, which may look like a label."""
+    images = before.train_images.copy()
+    images[:, 0, 0] = np.resize(corner, len(images))
+    data = replace(before, train_images=images)
+    write_csv(folder, data, label_last(head))
+    error = error_of(folder)
+    assert "label first in each line, or named in a line of headings" in error
+    assert "last column" in error or head
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        ",".join(map(str, range(785))),  # pandas' for an array
+        ",".join(["label"] + ["pixel"] * 784),
+    ],
+)
+def test_headings_that_do_not_tell_the_columns_apart_are_refused(folder, before, head):
+    write_csv(folder, before, lambda rows: csv(rows, head))
+    assert "mnist_train.csv" in error_of(folder)
+
+
+SCALES = {
+    "binary": lambda a: (a > 127).astype(np.uint8),
+    "boolean": lambda a: a > 127,
+    "float": lambda a: a / 255,
+    "half": lambda a: (a / 255).astype(np.float32),
+    "whole": lambda a: a.astype(float),
+    "int64": lambda a: a.astype(np.int64),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("form", ["idx", "npz", "csv"])
+def test_pixels_in_any_numbers_become_those_from_0_to_255(folder, before, small_mnist, form, scale):
+    if form == "csv":
+
+        def write(rows):
+            pixels = SCALES[scale](rows[:, 1:])
+            return csv(np.column_stack([rows[:, :1], pixels.astype(float)]))
+
+        write_csv(folder, before, write)
+    else:
+        arrays = arrays_of(before)
+        arrays |= {name: SCALES[scale](arrays[name]) for name in ("x_train", "x_test")}
+        remove_files(folder)
+        np.savez(folder / "mnist.npz", **arrays)
+    if form == "idx":
+        (folder / "mnist.npz").unlink()
+        kinds = {"b": 8, "u": 8, "f": 14, "i": 12}
+        for name, array in zip(NAMES, arrays.values()):
+            (folder / name).write_bytes(idx(array, kinds[array.dtype.kind]))
+    data = m.load_mnist(folder)
+    said = [note for note in data.notes if "are 0 to 1; they were multiplied by 255" in note]
+    if scale in ("binary", "boolean"):
+        assert np.array_equal(data.train_images, (before.train_images > 127) * np.uint8(255))
+        assert data.name == "fashion" and said
+    else:  # nothing is lost: it is MNIST again
+        assert same(data, before) and data.name == "MNIST"
+        files = 1 if form == "npz" else 2
+        assert len(said) == (files if scale in ("float", "half") else 0)
+
+
+@pytest.mark.parametrize("form", ["idx", "npz", "csv"])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda a: a / 127.5 - 1, "has pixels from -1 to 1; it should be"),
+        (lambda a: a * 257.0, "has pixels from 0 to 65535; it should be"),
+        (lambda a: a + 0.5, "has pixels from 0.5 to 255.5; it should be"),
+        (lambda a: a / 2, "has pixels from 0 to 127.5 that are no whole numbers; it should be"),
+        (lambda a: np.where(a == 0, np.nan, a), "has pixels from nan to nan; it should be"),
+    ],
+)
+def test_other_pixels_are_refused(folder, before, form, change, said):
+    arrays = arrays_of(before)
+    images = arrays["x_train"].copy()
+    images[0, :, :2] = 0, 255
+    arrays["x_train"] = images = change(images)
+    remove_files(folder)
+    if form == "csv":
+        write = csv(np.column_stack([arrays["y_train"], images.reshape(30, -1)]))
+        (folder / "mnist_train.csv").write_bytes(write)
+        (folder / "mnist_test.csv").write_bytes(ROW)
+    elif form == "npz":
+        np.savez(folder / "mnist.npz", **arrays)
+    else:
+        (folder / IMAGES).write_bytes(idx(images, 14))
+    error = error_of(folder)
+    assert said in error and TAKES in error
+
+
+@pytest.mark.parametrize("name", [IMAGES, f"{IMAGES}.gz", "mnist.npz", "mnist_train.csv"])
+def test_a_git_lfs_pointer_is_called_what_it_is(root, name):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11490434\n"
+    (root / "data" / name).write_bytes(pointer)
+    error = error_of("data")
+    assert f"{name} is only git-lfs's pointer to the file; `git lfs pull` fetches it" in error
+    assert "delete" not in error
 
 
 def write_qmnist(folder, data):
@@ -509,7 +657,7 @@ def test_qmnist_is_read_by_its_own_names(folder, before):
     write_qmnist(folder, before)
     data = m.load_mnist(folder)
     assert same(data, before) and data.name == "fashion"
-    assert "Read QMNIST from qmnist-train-images-idx3-ubyte.gz" in data.notes[0]
+    assert data.notes[0] == f"Read QMNIST from {folder}."
     (folder / "qmnist-test-labels-idx2-int").unlink()
     assert "lacks the test labels of QMNIST" in error_of(folder)
 
@@ -550,6 +698,15 @@ def test_a_download_takes_the_first_mirror_that_sends_the_right_bytes(
         content = (tmp_path / "new" / f"{name}.gz").read_bytes()
         assert content == answers[f"{mnist.MIRRORS[1]}{name}.gz"]
     assert len(os.listdir(tmp_path / "new")) == 4
+
+
+def test_a_mirror_may_send_a_file_unpacked(tmp_path, mirrors, small_mnist):
+    for name in NAMES:
+        mirrors[0][f"{mnist.MIRRORS[0]}{name}.gz"] = small_mnist[name]
+    (tmp_path / "new").mkdir()
+    assert m.load_mnist(tmp_path / "new").name == "MNIST"
+    assert sorted(os.listdir(tmp_path / "new")) == sorted(NAMES)
+    assert mnist.MAX_DOWNLOAD > 47_040_016  # bytes of the largest
 
 
 def test_wrong_bytes_from_every_mirror_are_never_kept(tmp_path, mirrors):
