@@ -119,7 +119,7 @@ def read_set(folder, found):
     if found.form != "MNIST" or found.place != folder:
         notes.append(f"Read {found.form} from {found.place}.")
     contents = read_files(folder, found, notes)
-    hashes = {name: sha256(contents[role]) for role, name in zip(ROLES, MNIST)}
+    hashes = {file: sha256(contents[role]) for role, file in zip(ROLES, MNIST)}
     name = name_of(folder, hashes)
     others = [file for file in MNIST if hashes[file] != MNIST[file]]
     if others:
@@ -155,8 +155,31 @@ def is_own(folder, name):
     return os.path.realpath(folder) == os.path.realpath(ROOT / name)
 
 
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
+def sha256(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def hashes_of(arrays):
+    """MNIST's file name → SHA-256 of the idx file that the array makes, in the order of ROLES."""
+    return {
+        file: sha256(idx_head(array), np.ascontiguousarray(array))
+        for file, array in zip(MNIST, arrays)
+    }
+
+
+def note_on_pixels(images, mean, deviation):
+    """(a note,) where these are not the images' own, with pixels scaled to 0…1; else ()."""
+    some = images[:: 1 + len(images) // 5000] / 255
+    own_mean, own_deviation = some.mean(), some.std()
+    if max(abs(own_mean - mean), abs(own_deviation - deviation)) < 0.01:
+        return ()
+    return (
+        f"The network's input is normalised by PIXEL_MEAN {mean} and PIXEL_STD {deviation} of "
+        f"mnist_resnet9.py; in these images they are {own_mean:.3f} and {own_deviation:.3f}.",
+    )
 
 
 # ── Finding the files ─────────────────────────────────────────────────────────────────────────────
@@ -350,8 +373,12 @@ def to_idx(array):
     """The bytes of an idx file of uint8 that holds the array, for data that comes in another form.
 
     mnist_resnet9.read_idx() reads it."""
-    head = np.array([0x800 + array.ndim, *array.shape], ">i4")
-    return head.tobytes() + array.astype(np.uint8).tobytes()
+    return idx_head(array) + array.astype(np.uint8).tobytes()
+
+
+def idx_head(array):
+    """The bytes before the numbers."""
+    return np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes()
 
 
 def read_npz(content):

@@ -48,11 +48,12 @@ def arrays_of(data):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A data set of another origin: random images in MNIST's format."""
+    """A data set in MNIST's format: random images, of MNIST's mean and deviation."""
     folder, rng = tmp_path / "fashion", np.random.default_rng(0)
     folder.mkdir()
     for part, N in (("train", 30), ("t10k", 20)):
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (N, 28, 28))))
+        images = rng.integers(192, 256, (N, 28, 28)) * (rng.random((N, 28, 28)) < 0.149)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(rng.integers(0, 10, N)))
     return folder
 
@@ -129,6 +130,81 @@ def test_idx_files_are_handed_over_as_they_are_and_decoded_by_the_script(folder,
 def test_another_data_set_is_named_after_its_folder_and_reported(before):
     assert before.name == "fashion" and "not MNIST's" in before.notes[0]
     assert before.train_images.shape == (30, 28, 28) and before.train_labels.dtype == np.uint8
+
+
+def test_images_of_another_mean_or_deviation_than_the_script_has_are_reported(
+    folder, before, sample, monkeypatch
+):
+    assert len(before.notes) == len(sample.notes) == 1
+    halves = np.zeros((30, 28, 28))
+    halves[:, 14:] = 204  # 0.8, so that mean and deviation are 0.4
+    (folder / IMAGES).write_bytes(idx(halves))
+    note = m.load_mnist(folder).notes[-1]
+    assert "by PIXEL_MEAN 0.1307 and PIXEL_STD 0.3081 of mnist_resnet9.py" in note
+    assert note.endswith("in these images they are 0.400 and 0.400.")
+    monkeypatch.setattr(m, "PIXEL_MEAN", 0.4)  # as whoever reads the note may do
+    monkeypatch.setattr(m, "PIXEL_STD", 0.4)
+    assert len(m.load_mnist(folder).notes) == 1
+
+
+def test_what_is_trained_on_says_which_data_it_is_and_not_what_was_read(
+    sample, tmp_path, monkeypatch, capsys
+):
+    """A student's edit of load_mnist: two classes only."""
+    find, start = (
+        m.load_mnist,
+        ["--data-dir", "data/sample", "--save-dir", tmp_path, "--threads", 1],
+    )
+    start += ["--train-images", 64, "--channels", "2,2,2,2", "--epochs-max", 1, "--device", "cpu"]
+    assert sample.hashes == sample.files.hashes == mnist.SAMPLE
+
+    def two_classes(data_dir):
+        data = find(data_dir)
+        train, test = data.train_labels < 2, data.test_labels < 2
+        return replace(
+            data,
+            train_images=data.train_images[train],
+            train_labels=data.train_labels[train],
+            test_images=data.test_images[test],
+            test_labels=data.test_labels[test],
+        )
+
+    assert m.main(start) == 0
+    monkeypatch.setattr(m, "load_mnist", two_classes)
+    assert m.main([*start, "--epochs-max", 2]) == 2
+    error = capsys.readouterr().err
+    assert "another experiment: it has data 'MNIST sample', not 'MNIST sample, changed'" in error
+    assert m.main([*start, "--tag", "two"]) == 0
+    assert "MNIST sample, changed, 64 images" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert m.main([*start, "--tag", "two", "--epochs-max", 2]) == 2  # nor the other way round
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a[::-1],
+        lambda a: a.transpose(0, 2, 1),
+        lambda a: 255 - a,
+        lambda a: np.pad(a, ((0, 0), (2, 2), (2, 2))),
+        lambda a: a / np.float32(255),
+        lambda a: a[:10],
+    ],
+)
+def test_any_change_of_the_images_changes_their_hash_and_the_name(sample, change):
+    data = replace(sample, train_images=change(sample.train_images))
+    assert data.name == "MNIST sample, changed"
+    assert [data.hashes[name] == sample.hashes[name] for name in NAMES] == [False] + 3 * [True]
+    same = replace(sample, train_images=np.asfortranarray(sample.train_images))
+    assert same.name == "MNIST sample" and same.hashes == sample.hashes
+
+
+def test_mnist_in_an_edited_shape_is_no_damaged_file(root, folder, small_mnist, monkeypatch):
+    """support/mnist.py with another SHAPE, for 32×32 images: MNIST is not to be deleted."""
+    shutil.copytree(folder, root / "data", dirs_exist_ok=True)
+    monkeypatch.setattr(mnist, "SHAPE", (32, 32))
+    error = error_of("data")
+    assert f"{IMAGES} holds uint8 of 30×28×28; it should be" in error and "delete" not in error
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
