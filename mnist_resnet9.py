@@ -52,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves i
 from support import ROOT, UserError, gpu, terminal, winograd
 from support.bookkeeping import Bookkeeper
 from support.checkpoints import Unreadable, pack_checkpoint, read_checkpoint
-from support.mnist import find_mnist
+from support.mnist import DataFiles, find_mnist, hashes_of, note_on_pixels
 from support.run_folder import RunFolder
 from support.settings import (
     Parser,
@@ -238,13 +238,30 @@ def to_host(a):
 
 @dataclass(frozen=True)
 class Dataset:
-    name: str  # what figures and logs call it
-    hashes: dict  # file name → SHA-256 of the decompressed file
-    notes: tuple  # what the user should know about where the data came from
+    files: DataFiles  # what the arrays were read from
     train_images: Any  # (60000, 28, 28) uint8, pixels 0…255
     train_labels: Any  # (60000,) uint8, the digits 0…9
     test_images: Any  # (10000, 28, 28) uint8
     test_labels: Any  # (10000,) uint8
+
+    @functools.cached_property
+    def hashes(self):
+        """File name → SHA-256 of an idx file of the arrays: what is trained on, not what was read.
+
+        By these a run knows its data again."""
+        arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        return hashes_of(arrays)
+
+    @property
+    def name(self):
+        """What figures and logs call it."""
+        changed = self.hashes != self.files.hashes  # by whoever has edited load_mnist, say
+        return f"{self.files.name}, changed" if changed else self.files.name
+
+    @property
+    def notes(self):
+        """What the user should know about it."""
+        return self.files.notes + note_on_pixels(self.train_images, PIXEL_MEAN, PIXEL_STD)
 
 
 def read_idx(content):
@@ -262,14 +279,16 @@ def load_mnist(data_dir="data"):
     """The data set in data_dir (relative to this script), downloaded first where it is missing."""
     files = find_mnist(data_dir)
     arrays = {role: read_idx(content) for role, content in files.contents.items()}
-    return Dataset(files.name, files.hashes, files.notes, **arrays)
+    return Dataset(files, **arrays)
 
 
-PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, with pixels scaled to 0…1
+# Of MNIST's 60,000 training images, with pixels scaled to 0…1. A run on other data says in its log
+# what these are there.
+PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081
 
 
 def to_input(images, dtype):
-    """Pixels 0…255 (N, 28, 28) → the network's input (28, 28, N, 1): mean 0, variance 1 over MNIST.
+    """Pixels 0…255 (N, 28, 28) → the network's input (28, 28, N, 1), of mean 0 and variance 1.
 
     dtype, the kind of number in an array, is float32 in training and float64 in exact tests."""
     x = images.astype(dtype) / 255

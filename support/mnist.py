@@ -1,24 +1,20 @@
-"""MNIST in every form that people have it in: found, downloaded where missing, verified, named.
+"""MNIST in the forms that people have it in: found, downloaded where missing, verified, named.
 
-FORMS is the one place that knows the names of files. What the files hold is decided by their bytes,
-and in the end every form is the same four idx files.
+What a file holds is decided by its bytes, and in the end every form is the same four idx files.
 """
 
-import contextlib
 import gzip
 import hashlib
 import http.client
 import io
 import itertools
-import math
 import os
 import re
-import stat
 import time
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Callable
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,122 +22,51 @@ import numpy as np
 from tqdm import tqdm
 
 from support import ROOT, UserError
+from support.storage import reason, refuse_lfs_pointer, write_file
 
-try:
-    import lzma
-except ImportError:  # some Pythons are built without it, and only .xz files need it
-    lzma = None
+ROLES = ("train_images", "train_labels", "test_images", "test_labels")
 
+# MNIST's files in this order, and the SHA-256 of their decompressed bytes.
+MNIST = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+# The files of the sample in data/sample.
+SAMPLE = {
+    "train-images-idx3-ubyte": "0393ef47a54d9409156f803f9dadf5db43946dfc63ea96181bda88036556bfd8",
+    "train-labels-idx1-ubyte": "406364f750f5359332e38c570a6469f84c3c60c099416f6b656a2351fbbf5158",
+    "t10k-images-idx3-ubyte": "c6b89a3fbb98245a30317cdbd6f149b356cce15753cb61c604857636990a65db",
+    "t10k-labels-idx1-ubyte": "2062e20a1fa5d7a7e4369877d332ecc151eeb3bb4a7feb6da696628cde98bd8c",
+}
 MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
 DOWNLOAD_SECONDS = 300  # then the next mirror is asked
+MAX_DOWNLOAD = 2**26  # bytes; the largest file has 47 million if a server unpacks it
 
-# No file can fill the memory: nothing larger is read, whatever a header or a packed stream claims.
-MAX_IMAGES = 500_000  # the largest set known here, all digits of NIST, has 402,953
-MAX_LINE = 2**14  # bytes of a line of csv; 785 numbers with commas are 3,140 at most
-MAX_NPZ = 2**26  # bytes of mnist.npz, which is 11 MB packed and 55 MB unpacked
-MAX_NAMES = 100_000  # names in a folder
+# The forms that a data set comes in, by their files' names in plain(): four idx files, or one for
+# training and one for the test, or one with all.
+FORMS = {
+    "MNIST": r"(train|t10k)-(images-idx3|labels-idx1)-ubyte",
+    "QMNIST": r"qmnist-(train|test)-(images-idx3-ubyte|labels-idx2-int)",
+    "EMNIST digits": r"emnist-digits-(train|test)-(images-idx3|labels-idx1)-ubyte",
+    "Keras's MNIST": r"mnist-npz",
+    "Kaggle's MNIST": r"mnist-(train|test)-csv",
+}
+NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")  # in the order of ROLES
 
-TAKES = "this network takes 28×28 images of uint8 with labels 0 to 9"
+# What the network takes, as the errors say it.
+SHAPE = (28, 28)
+TAKES = f"{SHAPE[0]}×{SHAPE[1]} images with pixels from 0 to 255, or 0 to 1, and labels 0 to 9"
+IDX = f"an idx file of {TAKES}"
+NPZ = f"an npz file with the arrays {', '.join(NPZ_NAMES)}: {TAKES}"
+CSV = f"csv with the label first in each line, or named in a line of headings: {TAKES}"
 
-
-class IdxFile(NamedTuple):
-    """An idx file's name, and the SHA-256 of its decompressed bytes in MNIST and in the sample."""
-
-    name: str
-    mnist: str
-    sample: str
-
-
-FILES = {
-    "train_images": IdxFile("train-images-idx3-ubyte",
-                            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-                            "0393ef47a54d9409156f803f9dadf5db43946dfc63ea96181bda88036556bfd8"),
-    "train_labels": IdxFile("train-labels-idx1-ubyte",
-                            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-                            "406364f750f5359332e38c570a6469f84c3c60c099416f6b656a2351fbbf5158"),
-    "test_images": IdxFile("t10k-images-idx3-ubyte",
-                           "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-                           "c6b89a3fbb98245a30317cdbd6f149b356cce15753cb61c604857636990a65db"),
-    "test_labels": IdxFile("t10k-labels-idx1-ubyte",
-                           "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-                           "2062e20a1fa5d7a7e4369877d332ecc151eeb3bb4a7feb6da696628cde98bd8c"),
-}  # fmt: skip
-
-
-def turn_images(arrays):
-    """EMNIST's images lie on their side in the file: rows and columns are swapped."""
-    turned = {role: a.transpose(0, 2, 1) for role, a in arrays.items() if "images" in role}
-    return arrays | turned
-
-
-def leave_out_test_images(arrays):
-    """xnist without the images that QMNIST tests with.
-
-    xnist has every digit of NIST, those too. Column 5 of both files of labels is the digit's number
-    in NIST, by which they are found."""
-    train, test = arrays["train_labels"], arrays["test_labels"]
-    if train.ndim == 1 or test.ndim == 1:
-        raise UserError("xnist's and QMNIST's labels should have eight columns, not one")
-    keep = ~np.isin(train[:, 5], test[:, 5])
-    if not keep.any():
-        raise UserError("all images of xnist are test images of QMNIST; none is left to train on")
-    return arrays | {role: arrays[role][keep] for role in ("train_images", "train_labels")}
-
-
-class Form(NamedTuple):
-    """A form that a data set comes in.
-
-    names: four files for train_images, train_labels, test_images and test_labels; or two, for
-    training and test; or one with all. The end of a name says how to read it: .npz, .csv, or idx.
-    """
-
-    what: str  # as messages call it
-    names: tuple
-    is_mnist: bool = True  # whether this is what the files should hold
-    prepare: Callable = lambda arrays: arrays  # what is done to the arrays after reading
-    remark: str = ""  # and how the log says that
-
-
-QMNIST_TEST = ("qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int")
-
-# Of those that are whole in a folder, the first is taken.
-FORMS = (
-    Form("MNIST", tuple(file.name for file in FILES.values())),
-    Form(
-        "xnist with QMNIST's test set",
-        ("xnist-images-idx3-ubyte", "xnist-labels-idx2-int", *QMNIST_TEST),
-        False,
-        leave_out_test_images,
-        "The test images, which xnist holds too, were left out of the training images.",
-    ),
-    Form(
-        "QMNIST",
-        ("qmnist-train-images-idx3-ubyte", "qmnist-train-labels-idx2-int", *QMNIST_TEST),
-        False,
-    ),
-    Form(
-        "EMNIST digits",
-        (
-            "emnist-digits-train-images-idx3-ubyte",
-            "emnist-digits-train-labels-idx1-ubyte",
-            "emnist-digits-test-images-idx3-ubyte",
-            "emnist-digits-test-labels-idx1-ubyte",
-        ),
-        False,
-        turn_images,
-        "EMNIST stores its images transposed; they were turned.",
-    ),
-    Form("Keras's MNIST", ("mnist.npz",)),
-    Form("Kaggle's MNIST", ("mnist_train.csv", "mnist_test.csv")),
-)
-NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")  # in the order of FILES
-CSV = "csv with the label and 784 pixels, whole numbers from 0 to 255, in each line"
-
-# Where below the folder the files may lie too: torchvision's folders, and that of EMNIST's zip.
-SUBFOLDERS = ("MNIST/raw", "raw", "QMNIST/raw", "EMNIST/raw", "gzip")
+# No file can fill the memory: no more is read of one, packed or unpacked.
+MAX_BYTES = 2**29  # EMNIST's digits as csv have some 440 million
 
 
 class DataFiles(NamedTuple):
@@ -150,15 +75,19 @@ class DataFiles(NamedTuple):
     name: str  # what figures and logs call it
     hashes: dict  # MNIST's file name → SHA-256 of the idx file
     notes: tuple  # what the user should know about where the data came from
-    contents: dict  # train_images, train_labels, test_images, test_labels → bytes of the idx file
+    contents: dict  # role → bytes of the idx file
 
 
 class NoDownload(UserError):
     """MNIST is not there, and no mirror sent it."""
 
 
-class Unfit(UserError):
-    """A file that is damaged, or is something else than its name says."""
+class Damaged(UserError):
+    """A file that is not what its name says: cut short, say, or an error page of a server."""
+
+
+class Unfit(ValueError):
+    """A whole file of something else than digits. It may be what somebody wants to keep."""
 
 
 def find_mnist(data_dir):
@@ -168,30 +97,57 @@ def find_mnist(data_dir):
     own. Where the default folder, data, is empty and there is no network, the sample in data/sample
     serves, which .name and .notes say. UserError says in one line what else is wrong.
     """
-    folder = ROOT / os.path.expanduser(data_dir)
-    notes = ()
+    folder, sample = ROOT / os.path.expanduser(data_dir), ROOT / "data" / "sample"
     found = find_files(folder)
     try:
-        arrays = read_files(folder, found)
+        return read_set(folder, found)
     except NoDownload as error:
-        sample = ROOT / "data" / "sample"
-        if kind_of(sample) != "folder":
+        if not sample.is_dir():
             raise
-        if not is_own(folder, "data") or names_of_interest(folder):
+        if found.paths or not is_own(folder, "data"):
             raise UserError(f"{error}; --data-dir {sample} has a small part of MNIST") from None
-        folder = sample
         notes = (
             f"NOT MNIST: {error}.",
-            f"Using the bundled sample: 4,000 images to train on, 1,000 to test, in {folder}.",
+            f"Using the bundled sample: 4,000 images to train on, 1,000 to test, in {sample}.",
         )
-        found = find_files(folder)
-        arrays = read_files(folder, found)
-    contents = {role: to_idx(arrays.pop(role)) for role in FILES}  # pop: no set is kept twice
-    hashes = {FILES[role].name: sha256(content) for role, content in contents.items()}
-    name = name_dataset(folder, found.form, hashes)
-    if not notes:
-        notes = (*origin(folder, found), *strangers(folder, hashes, name))
-    return DataFiles(name, hashes, notes, contents)
+    return read_set(sample, find_files(sample))._replace(notes=notes)
+
+
+def read_set(folder, found):
+    """The DataFiles of what was found in the folder. What MNIST lacks there is downloaded."""
+    notes = []
+    if found.form != "MNIST" or found.place != folder:
+        notes.append(f"Read {found.form} from {found.place}.")
+    contents = read_files(folder, found, notes)
+    hashes = {file: sha256(contents[role]) for role, file in zip(ROLES, MNIST)}
+    name = name_of(folder, hashes)
+    others = [file for file in MNIST if hashes[file] != MNIST[file]]
+    if others:
+        notes.append(
+            f"{', '.join(others)} in {folder}: not MNIST's (other hashes); this run is on {name!r}."
+        )
+    return DataFiles(name, hashes, tuple(dict.fromkeys(notes)), contents)
+
+
+def name_of(folder, hashes):
+    """MNIST, its sample, or the folder's name.
+
+    UserError where the program's own folders hold anything else than they should. In any other
+    folder a set may share files with MNIST: its labels, with noise on the images, say."""
+    if hashes == MNIST:
+        return "MNIST"
+    if hashes == SAMPLE:
+        return "MNIST sample"
+    for own, right in (("data", MNIST), ("data/sample", SAMPLE)):
+        if is_own(folder, own):
+            wrong = ", ".join(file for file in right if hashes[file] != right[file])
+            raise UserError(
+                f"{folder}: {wrong} should be as in data/README.md but is not (SHA-256 differs); "
+                "delete and start again to download MNIST anew, or keep another data set in "
+                "another --data-dir"
+            )
+    name = Path(os.path.abspath(folder)).name or "data"
+    return f"{name} (not MNIST)" if name.lower().startswith("mnist") else name
 
 
 def is_own(folder, name):
@@ -199,415 +155,295 @@ def is_own(folder, name):
     return os.path.realpath(folder) == os.path.realpath(ROOT / name)
 
 
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
+def sha256(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
-def to_idx(array):
-    """The bytes of the idx file that holds an array of uint8; mnist_resnet9.read_idx() reads it."""
-    return np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes() + array.tobytes()
+def hashes_of(arrays):
+    """MNIST's file name → SHA-256 of the idx file that the array makes, in the order of ROLES."""
+    return {
+        file: sha256(idx_head(array), np.ascontiguousarray(array))
+        for file, array in zip(MNIST, arrays)
+    }
 
 
-# ── What the log and the figures say ──────────────────────────────────────────────────────────────
-
-
-def name_dataset(folder, form, hashes):
-    """MNIST, its sample, or the folder's name; the form's in the default folder.
-
-    UserError where the program's own folders hold anything else than they should. In any other
-    folder a set may share files with MNIST: its labels, with noise on the images, say."""
-    again = (
-        "delete and start again to download anew, or keep another data set in another --data-dir"
+def note_on_pixels(images, mean, deviation):
+    """(a note,) where these are not the images' own, with pixels scaled to 0…1; else ()."""
+    some = images[:: 1 + len(images) // 5000] / 255
+    own_mean, own_deviation = some.mean(), some.std()
+    if max(abs(own_mean - mean), abs(own_deviation - deviation)) < 0.01:
+        return ()
+    return (
+        f"The network's input is normalised by PIXEL_MEAN {mean} and PIXEL_STD {deviation} of "
+        f"mnist_resnet9.py; in these images they are {own_mean:.3f} and {own_deviation:.3f}.",
     )
-    for name, home, advice in (
-        ("MNIST", "data", again),
-        ("MNIST sample", "data/sample", "take them from the repository again"),
-    ):
-        files = {f.name: f.mnist if name == "MNIST" else f.sample for f in FILES.values()}
-        wrong = [file for file in files if hashes[file] != files[file]]
-        if not wrong:
-            return name
-        if form.is_mnist and is_own(folder, home):
-            raise UserError(
-                f"{folder}: {', '.join(wrong)} should have {name}'s contents but has not "
-                f"(SHA-256 differs); {advice}"
-            )
-    if is_own(folder, "data"):
-        return form.what
-    name = Path(os.path.abspath(folder)).name or "data"
-    return f"{name} (not MNIST)" if name.lower().startswith("mnist") else name
-
-
-def strangers(folder, hashes, name):
-    """A note about the files that are not MNIST's, where there are any."""
-    others = [file.name for file in FILES.values() if hashes[file.name] != file.mnist]
-    if not others:
-        return ()
-    which = "The files" if len(others) == len(FILES) else f"Of the files, {', '.join(others)}"
-    return (f"{which} in {folder} are not MNIST's (other hashes); this run is on {name!r}.",)
-
-
-def origin(folder, found):
-    """A note about the files that were read, where they are not simply MNIST's four."""
-    usual = all(path in (folder / n, folder / f"{n}.gz") for n, path in found.paths.items())
-    if found.form is FORMS[0] and usual:
-        return ()
-    names = ", ".join(printable(path.relative_to(folder)) for path in found.paths.values())
-    return (f"Read {found.form.what} from {names} in {folder}. {found.form.remark}".strip(),)
-
-
-def printable(name):
-    """A file's name without what a terminal or a log could not show, and not too long."""
-    return "".join(c if c.isprintable() else "?" for c in str(name))[:100]
 
 
 # ── Finding the files ─────────────────────────────────────────────────────────────────────────────
 
 
 class Found(NamedTuple):
-    form: Form
+    form: str
     place: Path  # the folder with the files
-    paths: dict  # those of form.names that are there → path
+    paths: dict  # role → path of the file that has it; empty where nothing is there
 
 
 def find_files(folder):
-    """The first form that is whole, or else begun, in the folder; MNIST where the folder is empty.
+    """The first of FORMS that is whole in the folder, or else the one with most files.
 
-    UserError if there is no folder, or other files in it."""
-    begun = []
-    for place in (folder, *(folder / name for name in SUBFOLDERS)):
-        if place != folder and kind_of(place) != "folder":
+    UserError if there is no folder, or there are only other files in it."""
+    candidates = []
+    for place in (folder, folder / "MNIST" / "raw", folder / "raw"):  # torchvision's
+        if place != folder and not place.is_dir():
             continue
-        spellings = spellings_in(place)
-        for form in FORMS:
-            paths = {name: find_file(place, spellings, name) for name in form.names}
-            found = Found(form, place, {name: path for name, path in paths.items() if path})
-            if len(found.paths) == len(form.names):
-                return found
-            if found.paths:
-                begun.append(found)
-    if begun:
-        # Where two have as many files, the later one: MNIST's names are the least telling.
-        return max(reversed(begun), key=lambda found: len(found.paths))
-    others = names_of_interest(folder)
-    if is_own(folder, "data"):  # other sets may have their folders here
-        others = [name for name in others if kind_of(folder / name) != "folder"]
-    if others:
-        raise UserError(f"{folder} holds {listing(others)}; {what_would_be_right()}")
-    return Found(FORMS[0], folder, {})
-
-
-def what_would_be_right():
-    forms = (f"{f.what} ({f.names[0]}{', …' if f.names[1:] else ''})" for f in FORMS)
-    return (
-        f"it should hold {', '.join(forms)}, or nothing, and MNIST is downloaded; {TAKES} "
-        "(see data/README.md)"
+        files = [name for name, is_file in names_in(place) if is_file]
+        # The usual names are the shortest, in lower case.
+        files.sort(key=lambda name: (len(name), name.swapcase()))
+        for form, pattern in FORMS.items():
+            paths = {}
+            for name in files:
+                if re.fullmatch(pattern, plain(name)):
+                    for role in roles_of(plain(name)):
+                        paths.setdefault(role, place / name)
+            paths = {role: paths[role] for role in ROLES if role in paths}
+            candidates.append(Found(form, place, paths))
+    found = max(candidates, key=lambda found: len(found.paths))
+    if found.paths:
+        return found
+    # Other sets, and the sample, may have their folders in the default one.
+    own = is_own(folder, "data")
+    ignored = r"\.|readme|licen[cs]e|.*\.part$|__macosx$|thumbs\.db$|desktop\.ini$"
+    others = sorted(
+        "".join(c if c.isprintable() else "?" for c in name)
+        for name, is_file in names_in(folder)
+        if (is_file or not own) and not re.match(ignored, name.lower())
     )
-
-
-def listing(names):
-    """The first few of these names, and how many more there are."""
-    archives = any(name.lower().endswith((".zip", ".tar", ".tgz", ".rar", ".7z")) for name in names)
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    unpack = " (an archive must be unpacked first)" if archives else ""
-    return ", ".join(map(printable, names[:8])) + more + unpack
-
-
-def find_file(place, spellings, wanted, deeper=True):
-    """The path of the file that goes by the name `wanted`, or of one in a folder of that name.
-
-    spellings: of the names in the folder `place`. The usual ones come first. None if there is no
-    such file."""
-    same = spellings.get(plain(wanted), [])
-    for name in sorted(same, key=lambda name: (name != wanted, name != f"{wanted}.gz", name)):
-        path = place / name
-        kind = kind_of(path)
-        if kind == "file":
-            return path
-        if kind != "folder":
-            raise UserError(f"{path} is no file but {kind or 'a link to nothing'}")
-        if deeper and (inner := find_file(path, spellings_in(path), wanted, deeper=False)):
-            return inner
-    return None
-
-
-def spellings_in(folder):
-    """{plain name: the names in the folder that come down to it}."""
-    spellings = {}
-    for name in list_names(folder):
-        spellings.setdefault(plain(name), []).append(name)
-    return spellings
+    if others:
+        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+        raise UserError(
+            f"{folder} holds {', '.join(others[:8])}{more}; it should hold MNIST's four files, "
+            "mnist.npz, or mnist_train.csv and mnist_test.csv, unpacked from any zip, or nothing, "
+            f"and MNIST is downloaded: {TAKES} (see data/README.md)"
+        )
+    return found
 
 
 def plain(name):
-    """A file's name without what browsers, Kaggle and editors do to it.
+    """A file's name without what browsers and Kaggle do to it.
 
     Train-Images.idx3-ubyte (1).gz → train-images-idx3-ubyte"""
-    name = re.sub(r"\s*\(\d+\)", "", name.lower())
-    return re.sub(r"(\.(gz|xz|txt))*$", "", name).replace(".", "-").replace("_", "-")
+    name = re.sub(r"\s*\(\d+\)", "", name.lower()).removesuffix(".gz")
+    return name.replace(".", "-").replace("_", "-")
 
 
-def names_of_interest(folder):
-    """What is in the folder, without what every folder may have."""
-    ignored = r"\.|readme|licen[cs]e|.*\.part\d+|__macosx$|thumbs\.db$|desktop\.ini$"
-    names = [name for name in list_names(folder) if not re.match(ignored, name.lower())]
-    return [name for name in names if not (name == "sample" and is_own(folder, "data"))]
+def roles_of(name):
+    """The roles of what a file of this plain name holds."""
+    part = "train" if "train" in name else "test" if re.search("test|t10k", name) else ""
+    kind = "images" if "images" in name else "labels" if "labels" in name else ""
+    return [role for role in ROLES if role.startswith(part) and role.endswith(kind)]
 
 
-def list_names(folder):
-    """The sorted names in the folder; none where the default folder is yet to be made."""
+def names_in(folder):
+    """[(name, whether it is a file)] of all in the folder.
+
+    Where the default folder is yet to be made, there are none."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in itertools.islice(entries, MAX_NAMES))
-    except FileNotFoundError:
-        if is_own(folder, "data") and not folder.is_symlink():
-            return []
-        raise UserError(
-            f"there is no folder {folder}; --data-dir should be a folder with a data set, "
-            "or an empty one to download MNIST into"
-        ) from None
-    except NotADirectoryError:
-        raise UserError(f"{folder} is no folder; --data-dir takes the folder of a file") from None
+            return [(entry.name, entry.is_file()) for entry in entries]
     except (OSError, ValueError) as error:  # ValueError: no name of a file
-        raise UserError(f"{folder} cannot be read ({reason(error)})") from None
-
-
-def kind_of(path):
-    """What there is at path: file, folder, something else; None where there is nothing."""
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({reason(error)})") from None
-    if stat.S_ISDIR(mode):
-        return "folder"
-    return "file" if stat.S_ISREG(mode) else "a pipe or a device"
-
-
-def reason(error):
-    """An error's text in one line of bounded length."""
-    text = getattr(error, "strerror", None) or str(error) or repr(error)
-    return " ".join(text.split())[:200]
+        if is_own(folder, "data") and not os.path.lexists(folder):
+            return []
+        where = getattr(error, "filename", None) or folder
+        raise UserError(
+            f"{where} cannot be read ({reason(error)}); --data-dir should be a folder with a data "
+            "set, or an empty one to download MNIST into"
+        ) from None
 
 
 # ── Reading them ──────────────────────────────────────────────────────────────────────────────────
 
 
-def read_files(folder, found):
-    """{role: array of uint8}: 28×28 images and digits. What MNIST lacks is downloaded first."""
-    form, place, paths = found
-    arrays = {}
-    share = len(FILES) // len(form.names)  # how many arrays a file has
+def read_files(folder, found, notes):
+    """{role: bytes of an idx file of uint8}: 28×28 images and digits.
+
+    What MNIST lacks is downloaded."""
+    contents = {}
     try:
-        for i, name in enumerate(form.names):
-            roles = list(FILES)[i * share : (i + 1) * share]
-            if name in paths:
-                arrays.update(zip(roles, read_file(paths[name], name)))
-    except Unfit as error:
-        if form.is_mnist and is_own(folder, "data"):
+        for path in dict.fromkeys(found.paths.values()):
+            contents.update(read_file(path, notes))
+    except Damaged as error:
+        if is_own(folder, "data"):
             raise UserError(f"{error}; delete it and start again to download it anew") from None
         raise
-    lacking = [name for name in form.names if name not in paths]
-    if lacking:
-        refuse_to_complete(folder, found, arrays, lacking)
-    for role in FILES:
-        if role not in arrays:
-            download(FILES[role], place)
-            path = place / f"{FILES[role].name}.gz"
-            arrays[role] = read_verified(path, images="images" in role)
-    for part in ("train", "test"):
-        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
-        if images != labels:
-            raise UserError(
-                f"{place} has {images} {part} images but {labels} labels; "
-                "are files of two sets mixed?"
-            )
-    arrays = form.prepare(arrays)
-    return {role: digits(arrays[role]) if "labels" in role else arrays[role] for role in FILES}
-
-
-def refuse_to_complete(folder, found, arrays, lacking):
-    """UserError unless the files that are there are MNIST's: only its other files can be had."""
-    foreign = [role for role, a in arrays.items() if sha256(to_idx(a)) != FILES[role].mnist]
-    if found.form is not FORMS[0] or foreign or is_own(folder, "data/sample"):
+    lacking = {role: file for role, file in zip(ROLES, MNIST) if role not in contents}
+    foreign = any(sha256(contents[r]) != MNIST[f] for r, f in zip(ROLES, MNIST) if r in contents)
+    if lacking and (found.form != "MNIST" or foreign or is_own(folder, "data/sample")):
         raise UserError(
-            f"{found.place} lacks {', '.join(lacking)} beside the files that it has; "
+            f"{found.place} lacks the {' and '.join(lacking).replace('_', ' ')} of {found.form}; "
             "only MNIST's own files are downloaded"
         )
+    for role, file in lacking.items():
+        contents[role] = download(file, found.place, notes)
+    for part in ("train", "test"):
+        # An idx file has its first length there.
+        images, labels = (
+            int.from_bytes(contents[f"{part}_{kind}"][4:8], "big") for kind in ("images", "labels")
+        )
+        if images != labels:
+            raise UserError(
+                f"{found.place} has {images} {part} images but {labels} labels; "
+                "are files of two sets mixed?"
+            )
+    if found.form == "EMNIST digits":
+        notes.append("EMNIST stores its images transposed; they were turned.")
+    return contents
 
 
-@contextlib.contextmanager
-def one_line_errors(path, right):
-    """Makes a UserError of all that reading the file at path can raise; right: what it should be.
+def read_file(path, notes):
+    """{role: bytes of an idx file of uint8} of what the file at path holds.
 
-    zipfile, zlib, lzma and NumPy raise many kinds on a damaged file."""
+    Those of an idx file are its own, if they can be taken as they are."""
+    name = plain(path.name)
+    read, right = read_idx, IDX
+    if name.endswith("npz"):
+        read, right = read_npz, NPZ
+    if name.endswith("csv"):
+        read, right = read_csv, CSV
+    contents = {}
     try:
-        yield
+        with open(path, "rb") as file:
+            content = read_all(unpacked(file))
+        refuse_lfs_pointer(path, content)
+        for role, array in zip(roles_of(name), read(content)):
+            if "labels" in role:
+                a = labels_of(array)
+            else:
+                a = images_of(array)
+                if array.max() <= 1 < a.max():
+                    notes.append(f"The pixels of {path} are 0 to 1; they were multiplied by 255.")
+                if name.startswith("emnist"):
+                    a = a.transpose(0, 2, 1)  # rows and columns are swapped in the file
+            contents[role] = content if read is read_idx and a is array else to_idx(a)
+        return contents
     except UserError:
         raise
-    except Exception as error:
+    except Unfit as error:
+        raise UserError(f"{path} {error}; it should be {right}") from None
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds on a damaged file
         if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
             raise UserError(f"{path} cannot be read ({reason(error)})") from None
-        raise Unfit(f"{path} is damaged ({reason(error)}); it should be {right}") from None
+        raise Damaged(f"{path} is damaged ({reason(error)}); it should be {right}") from None
 
 
-def read_file(path, name):
-    """The arrays in the file at path, of the kind that `name` in the table says."""
-    if name.endswith(".npz"):
-        return read_npz(path)
-    if name.endswith(".csv"):
-        return read_csv(path)
-    return [read_verified(path, images="images" in name)]
-
-
-def open_unpacked(path):
-    """The file at path for reading, unpacked if it is packed.
+def unpacked(file):
+    """The open file, or what is in it if it is packed.
 
     Its first bytes say so and not its name: browsers unpack a .gz and leave the name, or take the
     name away and leave it packed."""
-    with open(path, "rb") as file:
-        head = file.read(6)
-    if head.startswith(b"\x1f\x8b"):
-        return gzip.open(path)
-    if head == b"\xfd7zXZ\0":  # xnist comes so
-        if lzma is None:
-            raise UserError(f"this Python cannot unpack {path}; unpack it with xz -d")
-        return lzma.open(path)
-    return open(path, "rb")
+    packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if packed else file
+
+
+def read_all(file):
+    """What is in an open file. ValueError if that is more than MAX_BYTES."""
+    blocks = iter(lambda: file.read(2**20), b"")
+    content = b"".join(itertools.islice(blocks, MAX_BYTES >> 20))
+    if file.read(1):
+        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    return content
 
 
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
-def idx_header(head):
-    """The kind of number and the shape that an idx file announces in its first bytes.
-
-    mnist_resnet9.read_idx() says what the format is. (None, ()) if it is no idx file."""
-    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in IDX_TYPES:
-        return None, ()
-    axes = head[3]
-    if not 1 <= axes <= 4 or len(head) < 4 + 4 * axes:
-        return None, ()
-    return IDX_TYPES[head[2]], tuple(np.frombuffer(head, ">i4", axes, offset=4).tolist())
+def read_idx(content):
+    """[the array] in the bytes of an idx file: mnist_resnet9.read_idx() says what the format is."""
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in IDX_TYPES:
+        raise ValueError(f"it begins with {content[:16]!r}")
+    kind, start = IDX_TYPES[content[2]], 4 + 4 * content[3]
+    shape = np.frombuffer(content[4:start], ">u4").tolist()
+    return [np.frombuffer(content, kind, offset=start).reshape(shape)]
 
 
-def read_verified(path, images):
-    """The array in the idx file at path: images (N, 28, 28) or labels (N,) of uint8.
+def to_idx(array):
+    """The bytes of an idx file of uint8 that holds the array, for data that comes in another form.
 
-    QMNIST's labels are (N, 8) of int32, the first column being the digit.
-    Unfit if the file is anything else."""
-    what = "28×28 images" if images else "labels"
-    with one_line_errors(path, f"an idx file of {what}"), open_unpacked(path) as file:
-        head = file.read(20)  # as much as four axes need
-        kind, shape = idx_header(head)
-        right = [("u1", (28, 28))] if images else [("u1", ()), (">i4", (8,))]
-        if (kind, shape[1:]) not in right:
-            got = f"begins with {head[:16]!r}"
-            if kind:
-                got = f"holds {np.dtype(kind).name} of {'×'.join(map(str, shape))}"
-            raise Unfit(f"{path} is no idx file of {what} (it {got}); {TAKES}")
-        if not 0 < shape[0] <= MAX_IMAGES:
-            raise Unfit(
-                f"{path} claims to hold {shape[0]} entries, but should hold 1 to {MAX_IMAGES}"
-            )
-        start = 4 + 4 * len(shape)
-        length = start + math.prod(shape) * np.dtype(kind).itemsize
-        file.seek(0)
-        content = file.read(length + 1)  # one more than belongs there shows trailing bytes
-    if len(content) != length:
-        problem = "is cut short" if len(content) < length else "has bytes after its end"
-        raise Unfit(f"{path} {problem}: its header announces {shape[0]} {what}")
-    array = np.frombuffer(content, kind, offset=start).reshape(shape)
-    if not images:
-        check_digits(path, array if array.ndim == 1 else array[:, 0])
-    return array
+    mnist_resnet9.read_idx() reads it."""
+    return idx_head(array) + array.astype(np.uint8).tobytes()
 
 
-def check_digits(path, labels):
-    for label in (labels.min(), labels.max()):
-        if not 0 <= label <= 9:
-            raise Unfit(f"{path} has a label {label}, but {TAKES}")
+def idx_head(array):
+    """The bytes before the numbers."""
+    return np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes()
 
 
-def digits(labels):
-    """(N,) uint8 of labels in any of their forms."""
-    return (labels if labels.ndim == 1 else labels[:, 0]).astype(np.uint8)
-
-
-def read_npz(path):
-    """The four arrays of Keras's mnist.npz, in the order of FILES. A pickle is never loaded."""
-    right = f"an npz file with the arrays {', '.join(NPZ_NAMES)}"
-    with one_line_errors(path, right):
-        if os.path.getsize(path) > MAX_NPZ:
-            raise Unfit(f"{path} is larger than {MAX_NPZ} bytes; it should be {right}")
-        with zipfile.ZipFile(path) as archive:
-            there = [name.removesuffix(".npy") for name in archive.namelist()]
-            if set(NPZ_NAMES) - set(there):
-                raise Unfit(f"{path} holds {listing(there) or 'nothing'}; it should be {right}")
-            arrays = [read_member(archive, f"{name}.npy") for name in NPZ_NAMES]
-    for name, a in zip(NPZ_NAMES, arrays):
-        images = name.startswith("x")
-        if images:
-            fits = a.dtype == np.uint8 and a.shape[1:] == (28, 28)
-        else:  # some have labels of int64
-            fits = a.dtype.kind in "iu" and a.ndim == 1
-        if not fits or not 0 < len(a) <= MAX_IMAGES:
-            got = f"{a.dtype} of {'×'.join(map(str, a.shape))}"
-            raise Unfit(f"{path}: {name} is {got[:100]}; {TAKES}")
-        if not images:
-            check_digits(path, a)
+def read_npz(content):
+    """The four arrays of Keras's mnist.npz, in the order of ROLES. A pickle is never loaded."""
+    arrays = []
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in NPZ_NAMES:
+            with archive.open(f"{name}.npy") as member:
+                array = io.BytesIO(read_all(member))
+            arrays.append(np.lib.format.read_array(array, allow_pickle=False))
     return arrays
 
 
-def read_member(archive, name):
-    """An array of an npz file. ValueError if it is too large, or packed as NumPy does not."""
-    member = archive.getinfo(name)
-    packings = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others unpack without a bound
-    if member.file_size > 784 * MAX_IMAGES + 10_000 or member.compress_type not in packings:
-        raise ValueError(f"{name} is too large or packed in an unusual way")
-    with archive.open(member) as file:
-        content = file.read(member.file_size)  # without the number zipfile unpacks up to 2 GiB
-    array = np.load(io.BytesIO(content), allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{name} is no array")
-    return array
+def read_csv(content):
+    """Images and labels of a csv file: in each line a label and the pixels, row by row."""
+    # Numbers may be quoted. Excel sets UTF-8's mark at the start, which utf-8-sig leaves out.
+    file = io.BytesIO(content.translate(None, b"\"'"))
+    text = io.TextIOWrapper(file, "utf-8-sig", "replace")
+    names = [name.strip() for name in text.readline().split(",")]
+    columns = 1 + SHAPE[0] * SHAPE[1]
+    if len(names) != columns:
+        raise ValueError(f"its first line has not {columns} columns, but {len(names)}")
+    # Headings differ, as the pixels of an image do not, and number the pixels but not the label.
+    unnumbered = [i for i, name in enumerate(names) if re.fullmatch(r"\D+", name)]
+    if not unnumbered or len(set(names)) < columns:
+        unnumbered = []
+        text.seek(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*no data")
+        rows = np.loadtxt(text, np.float32, comments=None, delimiter=",", ndmin=2)
+    if not rows.size:
+        raise ValueError("it has no images")
+    label = unnumbered[0] if len(unnumbered) == 1 else 0
+    first, last = set(rows[:, 0].tolist()), set(rows[:, -1].tolist())
+    if len(unnumbered) != 1 and len(first) < len(last) and last <= set(range(10)):
+        raise Unfit("seems to have its labels in the last column")
+    return np.delete(rows, label, axis=1).reshape(-1, *SHAPE), rows[:, label]
 
 
-def read_csv(path):
-    """Images and labels of a csv file: in each line the label, and 784 pixels row by row."""
-    with one_line_errors(path, CSV), open_unpacked(path) as file:
-        lines = csv_lines(path, file)
-        first = next(lines, None)
-        if first is None:
-            raise Unfit(f"{path} has no images; it should be {CSV}")
-        lines = itertools.chain([first], lines)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # NumPy 2.0 only warns of 0.5, and takes it for 0
-            rows = np.loadtxt(lines, np.uint8, comments=None, delimiter=",", ndmin=2)
-    images, labels = rows[:, 1:].reshape(-1, 28, 28), rows[:, 0]
-    check_digits(path, labels)
-    return images, labels
+def images_of(array):
+    """Images in any kind of number as uint8. Pixels from 0 to 1 are multiplied by 255."""
+    if array.dtype.kind not in "buif" or array.shape[1:] != SHAPE or not len(array):
+        raise Unfit(f"holds {array.dtype} of {'×'.join(map(str, array.shape))}")
+    low, high = array.min(), array.max()
+    if not (0 <= low and high <= 255):
+        raise Unfit(f"has pixels from {low:g} to {high:g}")
+    if 0 < high <= 1:
+        return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    whole = array.astype(np.uint8, copy=False)
+    if not np.array_equal(whole, array):
+        raise Unfit(f"has pixels from {low:g} to {high:g} that are no whole numbers")
+    return whole
 
 
-def csv_lines(path, file):
-    """The lines of numbers, with or without a line of headings above them.
-
-    Unfit at the first that has not 785 numbers: NumPy would take any number of columns."""
-    lines = iter(lambda: file.readline(MAX_LINE), b"")
-    for number, line in enumerate(lines):
-        columns = line.count(b",") + 1
-        if number == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark of UTF-8 that Excel sets
-            if columns == 785 and not line.lstrip()[:1].isdigit():
-                continue
-        if number > MAX_IMAGES:
-            raise Unfit(f"{path} has more than {MAX_IMAGES} lines; it should be {CSV}")
-        if not line.strip():
-            continue
-        if columns != 785:
-            raise Unfit(f"{path} has {columns} columns in line {number + 1}; it should be {CSV}")
-        yield line
+def labels_of(array):
+    """The digits in the array, if it is one of labels. QMNIST has them in the first of eight."""
+    digits = array[:, 0] if array.shape[1:] == (8,) else array
+    if digits.dtype.kind not in "uif" or digits.ndim != 1 or not len(digits):
+        raise Unfit(f"holds {array.dtype} of {'×'.join(map(str, array.shape))} for labels")
+    others = digits[~np.isin(digits, range(10))]
+    if len(others):
+        raise Unfit(f"has a label {others[0]:g}")
+    if (digits == digits[0]).all():
+        raise Unfit(f"has no label but {digits[0]:g}")
+    return digits
 
 
 # ── Downloading ───────────────────────────────────────────────────────────────────────────────────
@@ -622,57 +458,46 @@ class HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, answer, code, message, headers, url)
 
 
-def download(file, folder):
-    """Puts one of MNIST's files into folder, from the first mirror that sends the right bytes.
+def download(file, folder, notes):
+    """The bytes of one of MNIST's files, from the first mirror that sends the right ones.
 
-    NoDownload if none does."""
-    part = folder / f"{file.name}.part{os.getpid()}.gz"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # What a killed program left goes; a younger one may be in use.
-        for left in folder.glob(f"{file.name}.part*"):
-            if time.time() - left.stat().st_mtime > 2 * len(MIRRORS) * DOWNLOAD_SECONDS:
-                left.unlink(missing_ok=True)
-    except FileNotFoundError:
-        pass  # another program that downloads has removed it
-    except OSError as error:
-        raise NoDownload(f"{folder} cannot be written to ({reason(error)})") from None
+    They are kept in the folder, if it can be written to. NoDownload if no mirror sends them."""
     urllib.request.install_opener(urllib.request.build_opener(HttpsOnly))
     problems = []
     for mirror in MIRRORS:
-        deadline = time.monotonic() + DOWNLOAD_SECONDS
         try:
-            url = f"{mirror}{file.name}.gz"
-            with urllib.request.urlopen(url, timeout=20) as answer, open(part, "wb") as target:
-                size = int(answer.headers.get("Content-Length") or 0)
-                bar = tqdm(
-                    total=size,
-                    unit="B",
-                    unit_scale=True,
-                    desc=file.name,
-                    leave=False,
-                    disable=None,
-                )
-                with bar:
-                    # read1() takes what is there; read() would wait for all of the 2**16 bytes.
-                    while (block := answer.read1(2**16)) and target.tell() < 2**25:
-                        bar.update(target.write(block))
-                        if time.monotonic() > deadline:
-                            raise OSError(f"not whole after {DOWNLOAD_SECONDS} seconds")
-                target.flush()
-                os.fsync(target.fileno())
-            array = read_verified(part, images="images" in file.name)
-            if sha256(to_idx(array)) != file.mnist:
-                raise OSError("its bytes are not MNIST's")
-            part.replace(folder / f"{file.name}.gz")
-            return
-        except (
-            OSError,
-            ValueError,
-            http.client.HTTPException,
-        ) as error:  # UserError is a ValueError
+            sent = fetch(f"{mirror}{file}.gz")
+            content = unpacked(io.BytesIO(sent)).read(MAX_BYTES)
+            if sha256(content) != MNIST[file]:
+                raise ValueError("its bytes are not MNIST's")
+        except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as error:
             problems.append(f"{mirror}: {getattr(error, 'reason', error)}")
-        finally:
-            part.unlink(missing_ok=True)
+            continue
+        path = folder / (file if sent == content else f"{file}.gz")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(path, sent)
+        except OSError as error:
+            if not path.exists():  # else another program has just put it there
+                notes.append(f"{path} cannot be kept for the next time ({reason(error)}).")
+        return content
     reasons = "; ".join(problems)
-    raise NoDownload(f"{file.name} is not in {folder}, and no download worked ({reasons})")
+    raise NoDownload(f"{file} is not in {folder}, and no download worked ({reasons})")
+
+
+def fetch(url):
+    """The bytes at the URL. OSError where they are too many, or come too slowly."""
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+    content = bytearray()
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        size = int(answer.headers.get("Content-Length") or 0)
+        with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            # read1() takes what is there; read() would wait for all of the 2**16 bytes.
+            while block := answer.read1(2**16):
+                content += block
+                bar.update(len(block))
+                if len(content) > MAX_DOWNLOAD:
+                    raise OSError("it sends too much")
+                if time.monotonic() > deadline:
+                    raise OSError(f"not whole after {DOWNLOAD_SECONDS} seconds")
+    return bytes(content)

@@ -31,6 +31,20 @@ def read_file(path):
     return data
 
 
+def refuse_lfs_pointer(path, content):
+    """UserError if these bytes of the file at path are what git-lfs leaves in place of the file."""
+    if content.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(f"{path} is only git-lfs's pointer to the file; `git lfs pull` fetches it")
+
+
+def reason(error):
+    """An error's text in one line of bounded length."""
+    text = getattr(error, "strerror", None) or str(error) or repr(error)
+    if "pickle" in text:  # NumPy's advice is to load them unsafely
+        text = "it holds Python objects, which are never loaded"
+    return " ".join(text.split())[:200]
+
+
 def write_file(path, data, previous=None):
     """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole.
 
