@@ -25,14 +25,11 @@ With --watch nothing is put on the screen. In a notebook, `plot_figs.main(["TAG"
 import contextlib
 import functools
 import importlib
-import json
 import math
 import os
 import sys
 import textwrap
 import time
-from dataclasses import fields
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,34 +75,21 @@ from mnist_resnet9 import (
     layers as resnet9,
 )
 from support import ROOT, UserError, terminal
-from support.run_folder import METRICS, read_metrics
-from support.settings import Parser, project_path, user_path
-from support.storage import read_file, write_file
+from support.runs import Run, add_save_dir, find_runs, read_run, user_folder
+from support.settings import Parser, project_path
+from support.storage import write_file
+from support.style import (
+    BLUE,
+    GREY,
+    INK,
+    LINES,
+    ORANGE,
+    STYLE,
+    has_screen,
+    in_notebook,
+    to_png,
+)
 
-# Colours that colour-blind readers tell apart.
-BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#707070"
-LINES = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)  # where runs share a panel
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "figure.titlesize": 11,
-    "legend.fontsize": 8,
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.edgecolor": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "legend.frameon": False,
-    "figure.max_open_warning": 0,
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.constrained_layout.h_pad": 0.1,
-    "savefig.dpi": 150,
-}
 WATCH_SECONDS = 2.0  # between two looks at a run in progress
 FAILURES_SHOWN = 200  # nobody looks at more, and a bad run has thousands
 LEAST_LOSS = 1e-8  # a loss of 0 has no place on a logarithmic axis
@@ -114,71 +98,13 @@ LEAST_LOSS = 1e-8  # a loss of 0 has no place on a logarithmic axis
 # ── Reading ───────────────────────────────────────────────────────────────────────────────────────
 
 
-class Run(NamedTuple):
-    """What the figures need to know of save/<tag>/."""
-
-    folder: Path
-    settings: Settings
-    data: str  # the name of the data set
-    hashes: dict
-    metrics: dict  # column of metrics.csv → its values, one an epoch
-
-    def title(self):
-        """What every figure's title begins with. No other data set passes for MNIST."""
-        name = self.data if self.data == "MNIST" else f"{self.data} (not MNIST)"
-        count = self.settings.train_images
-        return f"{self.folder.name} on {name}" + (f", {count:,} training images" if count else "")
-
-    def colour(self):
-        return INK if self.data == "MNIST" else ORANGE
-
-
-def find_runs(save_dir, tags):
-    """The folders of these runs. UserError lists the runs there are if one of these is missing."""
-    runs = {path.parent.name: path.parent for path in sorted(save_dir.glob("*/config.json"))}
-    there = f"its runs are {', '.join(runs)}" if runs else "mnist_resnet9.py makes its first"
-    for tag in tags:
-        if tag not in runs:
-            raise UserError(f"{save_dir} has no run {tag!r}; {there}")
-    return [runs[tag] for tag in dict.fromkeys(tags)]
-
-
-def read_run(folder):
-    path = folder / "config.json"
-    try:
-        config = json.loads(read_file(path))
-        names = [f.name for f in fields(Settings) if f.name in config["settings"]]
-        given = {name: config["settings"][name] for name in names}
-        given["channels"] = tuple(config["settings"]["channels"])
-        settings = Settings(**given)
-        data = " ".join(config["data"]["name"].split())
-        hashes = dict(config["data"]["sha256"])
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error!r})") from None
-    return Run(folder, settings, data, hashes, read_history(folder / "metrics.csv"))
-
-
-def read_history(path):
-    """{column of metrics.csv: its values, one an epoch}; they are empty before there is a file."""
-    rows = read_metrics(path) if path.exists() else []
-    table = np.array([row[: len(METRICS)] for row in rows], float).reshape(-1, len(METRICS))
-    metrics = dict(zip(METRICS, table.T))
-    losses = np.concatenate([metrics["train_loss"], metrics["test_loss"]])
-    accuracies = np.concatenate([metrics["train_accuracy"], metrics["test_accuracy"]])
-    good = np.isfinite(losses).all() and ((0 <= accuracies) & (accuracies <= 1)).all()
-    if path.exists() and not (rows and good and np.array_equal(metrics["epoch"], range(len(rows)))):
-        raise UserError(f"{path} is damaged: its values are not those of a run")
-    return metrics
-
-
 def read_arrays(path, read):
     """What read makes of the arrays in an npz file. UserError if the file is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return read(arrays)
-    except Exception as error:  # NumPy, zipfile and zlib have a dozen kinds for a damaged file
+    # NumPy, zipfile and zlib have a dozen kinds for a damaged file.
+    except Exception as error:
         raise UserError(f"{path} is damaged ({error})") from None
 
 
@@ -853,87 +779,97 @@ def compare_gradients(runs, load_data):
     return measured
 
 
-def in_notebook():
-    """Whether this runs inside IPython, whose windows and figures are the user's."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and ipython.get_ipython() is not None
+def data_of(run, data_dir, load):
+    """The data that the run had: from data_dir, or where the run had it if that is None."""
+    folder = data_dir or project_path(run.settings.data_dir)
+    if not data_dir and not folder.is_dir():  # the run comes from another machine
+        folder = project_path(Settings.data_dir)
+    data = load(folder)
+    if data.hashes != run.hashes:
+        raise UserError(
+            f"{run.folder.name} ran on {run.data}, but {folder} leads to {data.name} "
+            "(its SHA-256 differs); --data-dir names the folder with the run's data"
+        )
+    return data
 
 
-def without_screen():
-    shown = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return sys.platform.startswith("linux") and not shown
+def has_begun(run):
+    return run.metrics["epoch"].size > 0
+
+
+def is_finished(run):
+    return run.metrics["epoch"].size > run.settings.epochs_max
+
+
+def joint_path(kind, runs):
+    """Where the figure of several runs goes: to the folder of the first."""
+    name = "_".join([kind, *(run.folder.name for run in runs)])
+    return runs[0].folder / f"{name[:200]}.png"  # file systems allow 255 bytes
+
+
+def draw_together(runs, overlay, load_data):
+    """(path, figure) of all that there is to draw of these runs so far."""
+    begun = [run for run in runs if has_begun(run)]
+    if overlay:
+        if begun:
+            yield joint_path("test_accuracy", begun), draw_overlay(begun)
+        return
+    if len(begun) > 1:
+        yield joint_path("curves", begun), draw_curves(begun)
+    for run in runs:
+        for name, figure in draw_run(run, load_data):
+            yield run.folder / name, figure
+    if len(begun) > 1:
+        measured = compare_gradients(begun, load_data)
+        if len(measured) > 1:
+            path = joint_path("gradients", [one.run for one in measured])
+            yield path, draw_gradients(measured)
+
+
+def last_changes(folders):
+    """When what is drawn was last written. The checkpoint is an epoch's last file."""
+    names = ("config.json", "metrics.csv", "checkpoint_last.npz")
+    paths = [folder / name for folder in folders for name in names]
+    return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
 
 
 def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
     """Draws the runs with these tags; data_dir None stands for the folders that they ran with."""
     folders = find_runs(save_dir, tags)
-    if without_screen() and not in_notebook():
+    if not has_screen() and not in_notebook():
         matplotlib.use("Agg")
     on_screen = plt.get_backend().lower() != "agg" and not watch
-    read_data = functools.cache(load_mnist)
-
-    def load_data(run):
-        folder = data_dir or project_path(run.settings.data_dir)
-        if not data_dir and not folder.is_dir():  # the run comes from another machine
-            folder = project_path(Settings.data_dir)
-        data = read_data(folder)
-        if data.hashes != run.hashes:
-            raise UserError(
-                f"{run.folder.name} ran on {run.data}, but {folder} leads to {data.name} "
-                "(its SHA-256 differs); --data-dir names the folder with the run's data"
-            )
-        return data
-
-    def write(path, figure):
-        stream = BytesIO()
-        figure.savefig(stream, format="png")
-        write_file(path, stream.getvalue())
-        with contextlib.suppress(BrokenPipeError):  # nobody may be reading: `| head`
-            print(path, flush=True)
-        if not on_screen:
-            plt.close(figure)
-
-    def write_joint(kind, runs, figure):
-        name = "_".join([kind, *(run.folder.name for run in runs)])
-        write(runs[0].folder / f"{name[:200]}.png", figure)  # file systems allow 255 bytes
-
-    def draw_all():
-        """Draws all there is so far. Returns whether all runs have come to their last epoch."""
-        runs = [read_run(folder) for folder in folders]
-        begun = [run for run in runs if run.metrics["epoch"].size]
-        if overlay and not begun and not watch:
-            raise UserError(
-                f"no epoch of {', '.join(tags)} is finished yet: there is nothing to draw"
-            )
-        if begun and overlay:
-            write_joint("test_accuracy", begun, draw_overlay(begun))
-        elif len(begun) > 1:
-            write_joint("curves", begun, draw_curves(begun))
-        for run in () if overlay else runs:
-            for name, figure in draw_run(run, load_data):
-                write(run.folder / name, figure)
-        if not overlay and len(begun) > 1:
-            measured = compare_gradients(begun, load_data)
-            if len(measured) > 1:
-                write_joint("gradients", [one.run for one in measured], draw_gradients(measured))
-        return all(run.metrics["epoch"].size > run.settings.epochs_max for run in runs)
-
-    def files():
-        """When what is drawn was last written. The checkpoint is an epoch's last file."""
-        names = ("config.json", "metrics.csv", "checkpoint_last.npz")
-        paths = [folder / name for folder in folders for name in names]
-        return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
-
+    load_data = functools.partial(data_of, data_dir=data_dir, load=functools.cache(load_mnist))
+    drawn, finished = None, False
     with plt.rc_context(STYLE):
-        drawn, finished = None, False
-        while not finished or drawn != files():  # it ends once the last files stopped changing
-            if drawn != files():
-                drawn, finished = files(), draw_all()
+        while True:
+            now = last_changes(folders)
+            # A finished run may still be writing its last files.
+            if finished and now == drawn:
+                break
+            if now != drawn:
+                drawn = now
+                runs = [read_run(folder, Settings) for folder in folders]
+                finished = all(map(is_finished, runs))
+                if overlay and not watch and not any(map(has_begun, runs)):
+                    raise UserError(
+                        f"no epoch of {', '.join(tags)} is finished yet: there is nothing to draw"
+                    )
+                for path, figure in draw_together(runs, overlay, load_data):
+                    write(path, figure)
+                    if not on_screen:
+                        plt.close(figure)
             if not watch:
                 break
             time.sleep(WATCH_SECONDS)
         if on_screen:
             plt.show()
+
+
+def write(path, figure):
+    write_file(path, to_png(figure))
+    with contextlib.suppress(BrokenPipeError):  # nobody may be reading: `| head`
+        print(path, flush=True)
 
 
 def main(arguments=()):
@@ -951,14 +887,9 @@ def main(arguments=()):
     said = "draw again after each epoch, until the runs are finished"
     parser.add_argument("--watch", action="store_true", help=said)
 
-    def folder(text):
-        return Path(user_path(text))
-
-    said = f"folder that holds the runs (default: {Settings.save_dir})"
-    where = project_path(Settings.save_dir)
-    parser.add_argument("--save-dir", type=folder, default=where, metavar="FOLDER", help=said)
+    add_save_dir(parser, Settings.save_dir)
     said = "folder with the data (default: the one that the run was made with)"
-    parser.add_argument("--data-dir", type=folder, metavar="FOLDER", help=said)
+    parser.add_argument("--data-dir", type=user_folder, metavar="FOLDER", help=said)
     try:
         plot(**vars(parser.parse_args(arguments)))
         return 0

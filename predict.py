@@ -13,7 +13,7 @@ answer: if that is no digit, the answer is none either. Digits are found by supp
 a sheet that lies on a table, in a shadow, on ruled or squared paper, too.
 """
 
-import io
+import math
 import os
 import sys
 from pathlib import Path
@@ -25,16 +25,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
 
 import mnist_resnet9 as m
-from plot_figs import BLUE, GREY, INK, ORANGE, STYLE, find_runs, plt, read_run
-from support.drawing import NoWindow, open_pad
-from support.pictures import find_digits
-from support.settings import project_path, user_path
+from support.runs import add_save_dir, find_runs, read_run
 from support.storage import write_file
+from support.style import BLUE, GREY, INK, ORANGE, STYLE, has_screen, to_png
 
 REFERENCE = "record"  # the run in git, whose weights are the default
-MAX_PIXELS = (
-    2 * 10**8
-)  # a larger picture is refused before it is unpacked; the largest cameras have as many
+# A larger picture is refused before it is unpacked; the largest cameras have as many.
+MAX_PIXELS = 2 * 10**8
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below that
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 WORKING_SIZE = 1000  # pixels of the longer side in which digits are looked for
@@ -54,9 +51,8 @@ def read_picture(path):
             size = file.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{size[0]:,} × {size[1]:,} pixels")
-            file.draft(
-                None, (2 * WORKING_SIZE, 2 * WORKING_SIZE)
-            )  # JPEG can be unpacked at up to an eighth of its size
+            # JPEG can be unpacked at up to an eighth of its size.
+            file.draft(None, (2 * WORKING_SIZE, 2 * WORKING_SIZE))
             picture = ImageOps.exif_transpose(file)  # cameras note which side is up
             picture.load()
     except Image.DecompressionBombError as error:
@@ -66,9 +62,8 @@ def read_picture(path):
         raise m.UserError(f"there is no picture {path}") from None
     except m.UserError:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow raises a dozen kinds for a file that is damaged or no picture
+    # Pillow raises a dozen kinds for a file that is damaged or no picture.
+    except Exception as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise m.UserError(
             f"{path} cannot be read as a picture ({reason}); PNG or JPEG would do"
@@ -106,9 +101,8 @@ def in_rgb(picture):
         picture = Image.fromarray(values.astype(np.uint8))
     if picture.mode in ("1", "P"):
         picture = picture.convert("L" if picture.mode == "1" else "RGBA")
-    picture = picture.reduce(
-        max(1, max(picture.size) // (2 * WORKING_SIZE))
-    )  # a large one is then done at once
+    # A large picture is then done at once.
+    picture = picture.reduce(max(1, max(picture.size) // (2 * WORKING_SIZE)))
     rgba = picture.convert("RGBA")
     rgba.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
     grey, alpha = np.asarray(rgba.convert("L"), float), np.asarray(rgba.getchannel("A"), float)
@@ -177,13 +171,12 @@ class Reader:
     """
 
     FOREIGN = 0.015
-    LIKENESS_WEIGHT = (
-        12  # letters are told from digits best so; the energy alone refuses bold handwriting
-    )
+    # Letters are told from digits best so; the energy alone refuses bold handwriting.
+    LIKENESS_WEIGHT = 12
 
     def __init__(self, folder):
         m.use_device("cpu")
-        run = read_run(folder)
+        run = read_run(folder, m.Settings)
         self.settings = run.settings
         self.other_data = None
         if run.data not in ("MNIST", "MNIST sample"):
@@ -251,20 +244,23 @@ def in_terminal(image, answer, width=24):
         (shades + full).encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
         shades, full = " .:*#", "#"
-    pairs = image.reshape(14, 2, 28).mean(
-        axis=1
-    )  # (14, 28): a character is about twice as high as wide
+    # A character is about twice as high as wide.
+    pairs = image.reshape(14, 2, 28).mean(axis=1)  # (14, 28)
     left = ["".join(shades[int(v / 256 * len(shades))] for v in row) for row in pairs]
     best = answer.probabilities.argmax()
-    right = [f"{digit}  {full * round(width * p):{width}} {p:6.1%}{'  <' if digit == best else ''}"
-             for digit, p in enumerate(answer.probabilities)]  # fmt: skip
+    right = []
+    for digit, p in enumerate(answer.probabilities):
+        sign = "  <" if digit == best else ""
+        right.append(f"{digit}  {full * round(width * p):{width}} {p:6.1%}{sign}")
     return "\n".join(f"  |{a}|   {b}".rstrip() for a, b in zip(left, ["", "", *right, "", ""]))
 
 
 def draw(pictures, columns=3):
     """A figure: each picture with its digits framed, and for each digit what the network saw and
     its probabilities."""
-    lines = [-(-len(digits) // columns) for _, _, digits, _ in pictures]
+    import matplotlib.pyplot as plt  # not above: it takes long to load, and few ask for a figure
+
+    lines = [math.ceil(len(digits) / columns) for _, _, digits, _ in pictures]
     heights = [height for n in lines for height in (2.0, *[1.4] * n)]  # inches
     fig = plt.figure(figsize=(4 * columns, 0.2 + sum(heights)), layout="constrained")
     grid = iter(fig.add_gridspec(len(heights), 1, height_ratios=heights))
@@ -303,10 +299,11 @@ def reading(answers):
 
 
 def predict_pictures(paths, save_dir, tag, figure):
+    from support.pictures import find_digits  # not above: SciPy and scikit-image take long to load
+
     folder = find_weights(save_dir, tag)
-    pictures = [
-        (path, *read_picture(path)) for path in paths
-    ]  # all before the first answer: a bad one spoils no output
+    # All are read before the first answer: a bad one spoils no output.
+    pictures = [(path, *read_picture(path)) for path in paths]
     reader = Reader(folder)
     found = []
     for path, picture, scale in pictures:
@@ -347,14 +344,14 @@ def check_figure(path, pictures):
 
 
 def write_figure(path, shown):
+    import matplotlib.pyplot as plt
+
     with plt.rc_context(STYLE):
-        stream = io.BytesIO()
         figure = draw(shown)
-        figure.savefig(
-            stream, format="png", dpi=min(150, 2**15 / figure.get_figheight())
-        )  # Matplotlib's limit is 2¹⁶
+        # Matplotlib makes no picture of more than 2¹⁶ pixels a side.
+        png = to_png(figure, dpi=min(150, 2**15 / figure.get_figheight()))
     try:
-        write_file(Path(os.path.realpath(path)), stream.getvalue())  # where a link leads to
+        write_file(Path(os.path.realpath(path)), png)  # where a link leads to
     except OSError as error:
         raise m.UserError(
             f"{path} cannot be written ({error.strerror}); choose another --figure"
@@ -363,6 +360,9 @@ def write_figure(path, shown):
 
 def draw_by_hand(save_dir, tag):
     """A window to draw in with the mouse, until it is closed."""
+    from support.drawing import NoWindow, open_pad
+    from support.pictures import find_digits
+
     reader = Reader(find_weights(save_dir, tag))
     if reader.other_data:
         print(reader.other_data)
@@ -375,17 +375,17 @@ def draw_by_hand(save_dir, tag):
         (said,) = reader.answers([digit.image])
         return digit.image, said.probabilities, said.text().replace("; ", "\n")
 
-    if sys.platform.startswith("linux") and not (
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    ):
+    if not has_screen():
         raise m.UserError(
             "--draw needs a screen, and there is no display here; predict.py PICTURE does without"
         )
     try:
         pad = open_pad(answer, GREY, BLUE)
     except NoWindow as error:
-        raise m.UserError(f"--draw cannot open a window ({error}); with a screen, python3-tk or "
-                          "pip install PyQt6 gives Matplotlib one") from None  # fmt: skip
+        raise m.UserError(
+            f"--draw cannot open a window ({error}); with a screen, python3-tk or "
+            "pip install PyQt6 gives Matplotlib one"
+        ) from None
     pad.show()
 
 
@@ -393,29 +393,15 @@ def start(arguments):
     parser = m.Parser(
         prog="predict.py", description="Recognise the digits in pictures.", allow_abbrev=False
     )
-    parser.add_argument(
-        "pictures",
-        nargs="*",
-        type=Path,
-        metavar="PICTURE",
-        help="PNG, JPEG or whatever Pillow reads",
-    )
-    parser.add_argument(
-        "--draw", action="store_true", help="open a window to draw digits in with the mouse"
-    )
-    parser.add_argument(
-        "--tag", help=f"the run whose weights serve (default: {REFERENCE}, else the newest)"
-    )
-    parser.add_argument(
-        "--figure", type=Path, metavar="PNG", help="write the answers there as a figure, too"
-    )
-    parser.add_argument(
-        "--save-dir",
-        type=lambda text: Path(user_path(text)),
-        default=project_path(m.Settings.save_dir),
-        metavar="FOLDER",
-        help=f"folder with the runs (default: {m.Settings.save_dir})",
-    )
+    said = "PNG, JPEG or whatever Pillow reads"
+    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help=said)
+    said = "open a window to draw digits in with the mouse"
+    parser.add_argument("--draw", action="store_true", help=said)
+    said = f"the run whose weights serve (default: {REFERENCE}, else the newest)"
+    parser.add_argument("--tag", help=said)
+    said = "write the answers there as a figure, too"
+    parser.add_argument("--figure", type=Path, metavar="PNG", help=said)
+    add_save_dir(parser, m.Settings.save_dir)
     given = parser.parse_args(arguments)
     if given.draw:
         if given.pictures or given.figure:

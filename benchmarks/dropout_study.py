@@ -25,8 +25,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import mnist_resnet9 as m
-from plot_figs import BLUE, STYLE, scale_accuracy
-from support.run_folder import read_metrics
+from plot_figs import scale_accuracy
+from support.runs import read_history
+from support.style import BLUE, STYLE
 
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -48,9 +49,9 @@ def accuracies(save, epochs):
     found = {}
     for rate in RATES:
         path = save / f"dropout_{rate}" / "metrics.csv"
-        rows = read_metrics(path) if path.exists() else []
-        if len(rows) > epochs:
-            found[rate] = rows[epochs][5]
+        history = read_history(path)["test_accuracy"]
+        if len(history) > epochs:
+            found[rate] = history[epochs]
     return found
 
 

@@ -31,6 +31,7 @@ import pictures
 
 import mnist_resnet9 as m
 import predict
+from support.pictures import find_digits
 
 try:
     from sklearn.datasets import load_digits
@@ -83,7 +84,7 @@ def shape(rng, kind):
 
 
 def find(picture, reader):
-    return predict.find_digits(np.asarray(picture.convert("RGB"), np.float32), reader.are_digits)
+    return find_digits(np.asarray(picture.convert("RGB"), np.float32), reader.are_digits)
 
 
 def edits(said, text):
@@ -116,7 +117,7 @@ def read_pages(reader, data, seed, pages):
                 path = Path(folder) / "page.png"
                 picture.save(path, compress_level=1)
                 start = time.perf_counter()
-                digits = predict.find_digits(predict.read_picture(path)[0], reader.are_digits)
+                digits = find_digits(predict.read_picture(path)[0], reader.are_digits)
                 slowest = max(slowest, time.perf_counter() - start)
             answers = reader.answers([digit.image for digit in digits]) if digits else []
             said = "".join(str(answer.probabilities.argmax()) for answer in answers)

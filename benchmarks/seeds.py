@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mnist_resnet9 as m
-from plot_figs import find_runs, read_run
 from support import UserError
+from support.runs import find_runs, read_run
 
 
 def summary(runs):
@@ -46,7 +46,7 @@ def main(arguments):
     parser.add_argument("tags", nargs="+")
     parser.add_argument("--save-dir", type=Path, default=ROOT / "save")
     o = parser.parse_args(arguments)
-    print(summary([read_run(folder) for folder in find_runs(o.save_dir, o.tags)]))
+    print(summary([read_run(folder, m.Settings) for folder in find_runs(o.save_dir, o.tags)]))
     return 0
 
 

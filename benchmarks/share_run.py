@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mnist_resnet9 as m
-from plot_figs import find_runs, read_run
 from support.checkpoints import checksums
+from support.runs import find_runs, read_run
 from support.storage import save_arrays
 
 
@@ -38,7 +38,7 @@ def main(arguments):
     parser.add_argument("tag")
     parser.add_argument("--save-dir", type=Path, default=ROOT / "save")
     o = parser.parse_args(arguments)
-    run = read_run(find_runs(o.save_dir, [o.tag])[0])
+    run = read_run(find_runs(o.save_dir, [o.tag])[0], m.Settings)
     path, last = run.folder / "checkpoint_last.npz", run.settings.epochs_max
     done = len(m.load_checkpoint(path, run.settings).history) - 1  # refuses a damaged one
     if done < last:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mnist_resnet9 as m
-from plot_figs import find_runs, read_run
+from support.runs import find_runs, read_run
 
 SHIFTS = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]  # rows down, columns to the right
 
@@ -33,7 +33,7 @@ def main(arguments):
     )
     parser.add_argument("tags", nargs="+")
     o = parser.parse_args(arguments)
-    for run in (read_run(folder) for folder in find_runs(ROOT / "save", o.tags)):
+    for run in (read_run(folder, m.Settings) for folder in find_runs(ROOT / "save", o.tags)):
         data = m.load_mnist(run.settings.data_dir)
         params = m.load_checkpoint(run.folder / "checkpoint_last.npz", run.settings).averaged()
         probs = [

@@ -29,9 +29,8 @@ class Pad:
         with plt.rc_context({"toolbar": "None"}):
             self.figure = plt.figure("predict.py --draw", figsize=(9.6, 4.2), layout="constrained")
         manager = self.figure.canvas.manager
-        if (
-            manager is not None and manager.key_press_handler_id is not None
-        ):  # its c and backspace mean other things
+        # Matplotlib's own c and backspace mean other things.
+        if manager is not None and manager.key_press_handler_id is not None:
             self.figure.canvas.mpl_disconnect(manager.key_press_handler_id)
         left, middle, right = self.figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
         self.paper_axes = left
@@ -58,8 +57,9 @@ class Pad:
             self.figure.canvas.mpl_connect(event, what)
 
     def show(self):
-        """Until it is closed. (Matplotlib holds its listeners weakly: the pad has to stay in
-        use.)"""
+        """Until it is closed.
+
+        Matplotlib holds its listeners weakly: the pad has to stay in use."""
         plt.show()
 
     def clear(self):
@@ -107,12 +107,10 @@ class Pad:
     def update(self):
         paper = np.asarray(self.paper)
         self.shown.set_data(paper)
-        picture = np.repeat(255 - paper[..., None], 3, axis=2)
-        answer = (
-            self.answer(np.pad(picture, ((20, 20), (20, 20), (0, 0)), constant_values=255))
-            if paper.any()
-            else None
-        )
+        answer = None
+        if paper.any():
+            picture = np.repeat(255 - np.pad(paper, 20)[..., None], 3, axis=2)
+            answer = self.answer(picture)
         image, probabilities, text = answer or (np.zeros((28, 28)), np.zeros(10), "")
         self.seen.set_data(image)
         for bar, p in zip(self.bars, probabilities):

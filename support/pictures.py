@@ -21,12 +21,10 @@ from scipy.sparse.csgraph import connected_components
 from skimage import filters, transform
 
 MIN_CONTRAST = 16  # of 255: ink that stands out less is none
-THIN_STROKE = (
-    1.6  # of 20 pixels: thinner strokes are thickened to this; three quarters of MNIST's are wider
-)
-WIDE_STROKE = (
-    0.33  # of the longer side: at the edge of a page, what is wider is a shadow, not a stroke
-)
+# Of 20 pixels: thinner strokes are thickened to this. Three quarters of MNIST's are wider.
+THIN_STROKE = 1.6
+# Of the longer side: at the edge of a page, what is wider is a shadow, not a stroke.
+WIDE_STROKE = 0.33
 MAX_PIECES = 300  # the largest connected pieces of ink that are looked at
 EIGHT = np.ones((3, 3), bool)  # diagonal neighbours are neighbours
 
@@ -68,9 +66,8 @@ def best_look(picture, paper, judge):
     inks = [np.where(paper, ink, 0) for ink in inks]
     spots = spots_in(inks[0], noise, paper)
     if spots.any():
-        soft = ndimage.binary_dilation(
-            spots, EIGHT, iterations=max(2, max(spots.shape) // 60)
-        )  # its edge is soft
+        edge = max(2, max(spots.shape) // 60)  # which is soft
+        soft = ndimage.binary_dilation(spots, EIGHT, iterations=edge)
         if is_bold(spots, *inks[:2]):
             inks[1:] = [np.where(soft, 0, ink) for ink in inks[1:]]
         else:
@@ -100,10 +97,10 @@ def digits_of(ink, noise):
     mask = ink_mask(ink, least)
     if not mask.any() or np.percentile(ink[mask], 80) < MIN_CONTRAST:
         return []
-    reach = 2 if is_thin(mask) else 0  # thin strokes break where a pen skips
-    labels, _ = ndimage.label(
-        ndimage.binary_dilation(mask, EIGHT, iterations=reach) if reach else mask, EIGHT
-    )
+    joined = mask
+    if is_thin(mask):  # thin strokes break where a pen skips
+        joined = ndimage.binary_dilation(mask, EIGHT, iterations=2)
+    labels, _ = ndimage.label(joined, EIGHT)
     labels *= mask
     digits = []
     for members in group(labels):
@@ -134,9 +131,8 @@ def noise_of(picture):
     directions leaves."""
     if min(picture.shape[:2]) < 8:
         return 0.0
-    second = np.diff(
-        np.diff(picture, n=2, axis=0), n=2, axis=1
-    )  # of independent pixels: 6 standard deviations
+    second = np.diff(np.diff(picture, n=2, axis=0), n=2, axis=1)
+    # Of independent pixels it is 6 standard deviations wide.
     return float(np.median(abs(second)) / 0.6745 / 6)
 
 
@@ -154,9 +150,8 @@ def smooth_light(picture, paper):
     colours = picture[border]
     levels = np.sort(colours.mean(axis=-1))
     most = np.argmax(np.searchsorted(levels, levels + 24, side="right") - np.arange(len(levels)))
-    common = (
-        abs(colours.mean(axis=-1) - levels[most] - 12) <= 12
-    )  # not the median: a digit may reach the border
+    # Not the median: a digit may reach the border.
+    common = abs(colours.mean(axis=-1) - levels[most] - 12) <= 12
     background = np.median(colours[common], axis=0)  # one colour, to begin with
     for share in (1, 0.7, 0.4):  # at last without the soft edges of the ink
         ink = abs(picture - background).max(axis=-1)
@@ -185,19 +180,16 @@ def ink_in_any_light(picture, paper, bright=False):
         ink = (background - picture).max(axis=-1)
         level = background.mean(axis=-1)
         ink = ink * np.clip(np.median(level[paper]) / np.maximum(level, 1), 0.5, 3)
-    return np.clip(
-        ink - np.median(ink[paper]), 0, 255
-    )  # noise: the highest of many pixels is above their mean
+    # In noise the highest of many pixels is above their mean.
+    return np.clip(ink - np.median(ink[paper]), 0, 255)
 
 
 def otsu(values):
     """The value that splits these best into dark and bright: Otsu 1979, the most variance between
     the two."""
-    return (
-        filters.threshold_otsu(values)
-        if values.size and np.ptp(values) > 0.01
-        else values.max(initial=0)
-    )
+    if values.size and np.ptp(values) > 0.01:
+        return filters.threshold_otsu(values)
+    return values.max(initial=0)
 
 
 def spots_in(ink, noise, paper):
@@ -221,9 +213,9 @@ def is_bold(spots, ink, narrow):
     rest of it.
     """
     part = spots & (narrow > otsu(narrow))
-    return part.sum() > 0.02 * spots.sum() and np.median(ink[part]) < 1.15 * np.percentile(
-        ink[spots], 80
-    )
+    if part.sum() <= 0.02 * spots.sum():
+        return False
+    return np.median(ink[part]) < 1.15 * np.percentile(ink[spots], 80)
 
 
 def least_ink(ink, noise):
@@ -280,15 +272,16 @@ def sheet_of(picture):
     table = np.median(small[border], axis=0)
     apart = abs(small - table).max(axis=-1)
     cut = otsu(apart)
-    sheets = [
-        region_as_sheet(apart > share * cut)
-        for share in (1, 0.7, 0.45)
-        if share * cut > MIN_CONTRAST
-    ]
-    sheet = max(
-        (sheet for sheet in sheets if sheet is not None), key=np.sum, default=None
-    )  # in half shade: the whole
-    return sheet if sheet is None else transform.resize(sheet, (H, W), order=0) > 0
+    sheets = []
+    for share in (1, 0.7, 0.45):
+        if share * cut > MIN_CONTRAST:
+            sheet = region_as_sheet(apart > share * cut)
+            if sheet is not None:
+                sheets.append(sheet)
+    if not sheets:
+        return None
+    # The largest: of a sheet in half shade it is the whole.
+    return transform.resize(max(sheets, key=np.sum), (H, W), order=0) > 0
 
 
 def region_as_sheet(mask):
@@ -308,9 +301,8 @@ def region_as_sheet(mask):
     core = ndimage.distance_transform_edt(np.pad(region, 1)).max()
     if core < 0.12 * np.sqrt(area):  # a ring, a zero's: strokes, not a sheet
         return None
-    inner = ndimage.distance_transform_edt(np.pad(filled, 1))[1:-1, 1:-1] > max(
-        2.5, 0.02 * np.sqrt(area)
-    )
+    depth = ndimage.distance_transform_edt(np.pad(filled, 1))[1:-1, 1:-1]
+    inner = depth > max(2.5, 0.02 * np.sqrt(area))
     return inner if inner.any() else None
 
 
@@ -359,15 +351,11 @@ def without_lines(ink, least):
                 x = np.arange(W)
                 y = np.rint((distance - x * np.cos(angle)) / np.sin(angle)).astype(int)
                 good = (y >= 0) & (y < H)
-            there = np.flatnonzero(broad[y[good], x[good]])
-            if (
-                there.size > 0.55 * good.sum()
-                and there[0] < 0.15 * good.sum()
-                and there[-1] > 0.85 * good.sum()
-            ):
-                where[y[good], x[good]] = (
-                    True  # a bar of a digit is long, too, but ends on the page
-                )
+            there, whole = np.flatnonzero(broad[y[good], x[good]]), good.sum()
+            # A bar of a digit is long, too, but ends on the page.
+            through = there.size and there[0] < 0.15 * whole and there[-1] > 0.85 * whole
+            if there.size > 0.55 * whole and through:
+                where[y[good], x[good]] = True
         if not where.any():
             continue
         line = np.array([[0, 0, 0], [1, 1, 1], [0, 0, 0]], bool)
@@ -392,17 +380,14 @@ def group(labels):
     are left out."""
     H, W = labels.shape
     slices = ndimage.find_objects(labels)
-    boxes = np.array(
-        [(r.start, c.start, r.stop, c.stop) for r, c in slices]
-    )  # top, left, bottom, right
+    # Top, left, bottom, right.
+    boxes = np.array([(r.start, c.start, r.stop, c.stop) for r, c in slices])
     height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    size = np.minimum(
-        np.maximum(height, width), 3.0 * height
-    )  # the longer side; of digits that touch, about a digit's
-    borders = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
-    contact = [  # the share of each border that it covers
-        np.bincount(border, minlength=len(size) + 1)[1:] / len(border) for border in borders
-    ]
+    # The longer side; of digits that touch, about a digit's.
+    size = np.minimum(np.maximum(height, width), 3.0 * height)
+    contact = []  # the share of each border that it covers
+    for border in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        contact.append(np.bincount(border, minlength=len(size) + 1)[1:] / len(border))
     inside = np.max(contact, axis=0) < 0.5  # else the edge of the paper, or a shadow
     if inside.any():
         size[~inside] = 0
@@ -415,19 +400,14 @@ def group(labels):
         count, names = connected_components(together, directed=False)
         if count == len(groups):
             break
-        groups = [
-            sum((groups[i] for i in np.flatnonzero(names == name)), []) for name in range(count)
-        ]
-        around = np.array(
-            [
-                np.r_[boxes[members, :2].min(axis=0), boxes[members, 2:].max(axis=0)]
-                for members in groups
-            ]
-        )
-    largest = np.array([size[members].max() for members in groups])
-    return [
-        [i + 1 for i in members] for members, own in zip(groups, largest) if own >= 0.3 * size.max()
-    ]
+        joined = [[] for _ in range(count)]
+        for members, name in zip(groups, names):
+            joined[name] += members
+        groups = joined
+        edges = [(boxes[own, :2].min(axis=0), boxes[own, 2:].max(axis=0)) for own in groups]
+        around = np.reshape(edges, (count, 4))
+    least = 0.3 * size.max()
+    return [[i + 1 for i in own] for own in groups if size[own].max() >= least]
 
 
 def one_digit(boxes):
@@ -482,9 +462,8 @@ def reading_order(digits):
 def to_mnist(ink, own):
     """The ink of one digit, and the pixels that are its own, both (h, w), as an MNIST image: (28,
     28) uint8."""
-    ink = np.clip(
-        ink / np.percentile(ink[own], 90), 0, 1
-    )  # MNIST's ink is full white, its edges are grey
+    # MNIST's ink is full white, its edges are grey.
+    ink = np.clip(ink / np.percentile(ink[own], 90), 0, 1)
     side = max(ink.shape)
     stroke = stroke_width(own & (ink > 0.4)) * 20 / side  # when the digit is 20 high
     grow = round((THIN_STROKE - stroke) * side / 20 / 2)

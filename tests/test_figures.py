@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt  # (the backend comes first)
 
 import mnist_resnet9 as m
 import plot_figs
-from support import run_folder, storage
+from support import run_folder, runs, storage, style
 
 SCRIPT = Path(plot_figs.__file__)
 SAMPLE = str(SCRIPT.parent / "data" / "sample")
@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
 def save(tmp_path, trained, monkeypatch):
     """A save folder with that run in it, on a machine without a screen. Few dots save time."""
     monkeypatch.setattr(plot_figs, "FAILURES_SHOWN", 12)
-    monkeypatch.setitem(plot_figs.STYLE, "savefig.dpi", DPI)
+    monkeypatch.setitem(style.STYLE, "savefig.dpi", DPI)
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     shutil.copytree(trained, tmp_path / "save" / "real")
@@ -110,9 +110,13 @@ def answers_with(sample, count):
     return np.resize(sample.test_images, (len(labels), 28, 28)), labels, predictions, probabilities
 
 
+def read_run(folder):
+    return runs.read_run(folder, m.Settings)
+
+
 @pytest.fixture
 def run(save):
-    return plot_figs.read_run(save / "real")
+    return read_run(save / "real")
 
 
 # ── Whole runs ────────────────────────────────────────────────────────────────────────────────────
@@ -171,7 +175,7 @@ def test_overlay_has_all_accuracies_in_one_panel(save, capsys):
         path
     ]
     picture(path)
-    runs = [plot_figs.read_run(save / tag) for tag in ("one", "two")]
+    runs = [read_run(save / tag) for tag in ("one", "two")]
     figure = plot_figs.draw_overlay(runs)
     (ax,) = figure.axes
     for line, run in zip(ax.lines, runs, strict=True):
@@ -201,7 +205,7 @@ def test_another_network_has_filters_of_another_size_or_none(save, capsys):
 
 def test_curves_show_training_and_test_images_on_equal_axes(save):
     add_run(save, "long", epochs=200)
-    runs = [plot_figs.read_run(save / tag) for tag in ("real", "long")]
+    runs = [read_run(save / tag) for tag in ("real", "long")]
     runs[1].metrics["test_accuracy"][150] = 0.9999
     runs[1].metrics["test_loss"][30] = 0.001
     figure = plot_figs.draw_curves(runs)
@@ -230,8 +234,8 @@ def test_curves_of_many_runs_stay_readable(save, tmp_path, count):
     runs = []
     for i in range(count):
         folder = add_run(save, f"a_longer_tag_{i}", epochs=i, without=("*.npz",))
-        runs.append(plot_figs.read_run(folder))
-    with plt.rc_context(plot_figs.STYLE):
+        runs.append(read_run(folder))
+    with plt.rc_context(style.STYLE):
         figure = plot_figs.draw_curves(runs)
         figure.savefig(tmp_path / "curves.png", dpi=DPI)
     picture(tmp_path / "curves.png")
@@ -250,7 +254,7 @@ def test_curves_of_many_runs_stay_readable(save, tmp_path, count):
 
 def test_the_accuracy_axis_tells_99_0_from_99_6(save):
     add_run(save, "long", epochs=200)
-    figure = plot_figs.draw_curves([plot_figs.read_run(save / "long")])
+    figure = plot_figs.draw_curves([read_run(save / "long")])
     figure.canvas.draw()
     for ax in figure.axes[1::2]:
         (_, low), (_, high) = ax.transData.transform([(0, 0.990), (0, 0.996)])
@@ -371,7 +375,7 @@ def test_no_other_data_set_passes_for_mnist(run, sample):
 
 
 def test_a_name_with_dollar_signs_is_no_formula(run):
-    with plt.rc_context(plot_figs.STYLE):
+    with plt.rc_context(style.STYLE):
         figure = plot_figs.draw_curves([run._replace(data="a$x_{$b$")])
         figure.canvas.draw()
     assert "a$x_{$b$" in texts(figure)
@@ -466,7 +470,7 @@ def test_layers_show_every_layer_and_its_gradient(run, sample, tmp_path, pool, c
     settings = m.Settings(channels=channels, pool=pool)
     params = m.init_params(settings)
     images, labels = sample.train_images[5:6], sample.train_labels[5:6]
-    with plt.rc_context(plot_figs.STYLE):
+    with plt.rc_context(style.STYLE):
         figure = plot_figs.draw_layers(run._replace(settings=settings), params, images, labels)
         figure.savefig(tmp_path / "layers.png", dpi=DPI)
     picture(tmp_path / "layers.png")
@@ -494,7 +498,7 @@ def test_layers_show_every_layer_and_its_gradient(run, sample, tmp_path, pool, c
 def test_layers_of_a_network_that_is_switched_off(run, sample, tmp_path):
     """All outputs are 0, and so are all gradients but those of fc9's bias."""
     params = {name: np.zeros_like(p) for name, p in m.init_params(run.settings).items()}
-    with plt.rc_context(plot_figs.STYLE):
+    with plt.rc_context(style.STYLE):
         first = sample.train_images[:3], sample.train_labels[:3]
         figure = plot_figs.draw_layers(run, params, *first)
         figure.savefig(tmp_path / "layers.png", dpi=DPI)
@@ -526,7 +530,7 @@ def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys):
     path = save / "real" / "gradients_real_other_first_step.png"
     assert capsys.readouterr().out.splitlines()[-1] == str(path)
     picture(path)
-    runs = [plot_figs.read_run(save / tag) for tag in ("real", "first_step")]
+    runs = [read_run(save / tag) for tag in ("real", "first_step")]
     residual, perceptron = plot_figs.compare_gradients(runs, lambda run: sample)
     first = sample.train_images[: plot_figs.BATCH], sample.train_labels[: plot_figs.BATCH]
     _, d = m.loss_and_gradients(params, *first, m.Settings(), network=network)

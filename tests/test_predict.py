@@ -76,7 +76,7 @@ def found(picture, tmp_path, format="png", **options):
     """The digits in a picture, after a round trip through a file."""
     path = tmp_path / f"picture.{format}"
     picture.save(path, **options)
-    return predict.find_digits(predict.read_picture(path)[0])
+    return find.find_digits(predict.read_picture(path)[0])
 
 
 def read(reader, digits):
@@ -239,7 +239,7 @@ def test_digits_are_found_on_pages_as_people_take_them(kind, least, sample, read
     for n in range(10):
         picture, text = pictures.page_of(KIND[kind], 3, n, hand)
         picture.save(tmp_path / "page.png")
-        digits = predict.find_digits(
+        digits = find.find_digits(
             predict.read_picture(tmp_path / "page.png")[0], reader.are_digits
         )
         right += len(digits) == len(text)
@@ -326,7 +326,7 @@ def test_a_heic_picture_is_named_where_it_cannot_be_read(tmp_path, save, capsys,
 def test_a_heic_picture_is_read_with_its_decoder(tmp_path, reader):
     pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.from_pillow(page("2 7", size=200)).save(tmp_path / "two.heic")
-    digits = predict.find_digits(predict.read_picture(tmp_path / "two.heic")[0], reader.are_digits)
+    digits = find.find_digits(predict.read_picture(tmp_path / "two.heic")[0], reader.are_digits)
     assert len(digits) == 2
     heic(tmp_path / "cut.heic")
     with pytest.raises(m.UserError, match="cannot be read as a picture"):

@@ -9,13 +9,14 @@ import pytest
 
 import mnist_resnet9 as m
 import plot_figs
+from support.runs import read_run
 
 RECORD = m.ROOT / "save" / "record"
 
 
 @pytest.fixture(scope="module")
 def run():
-    return plot_figs.read_run(RECORD)
+    return read_run(RECORD, m.Settings)
 
 
 def test_its_files_belong_together(run):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import mnist_resnet9 as m
-import plot_figs
 from benchmarks.seeds import summary
+from support.runs import Run
 
 
 def run_of(accuracy, epochs=3, hashes=None, **settings):
@@ -13,9 +13,7 @@ def run_of(accuracy, epochs=3, hashes=None, **settings):
         "epoch": np.arange(epochs + 1),
         "test_accuracy": np.linspace(0.1, accuracy, epochs + 1),
     }
-    return plot_figs.Run(
-        m.ROOT / "x", m.Settings(epochs_max=3, **settings), "MNIST", hashes, metrics
-    )
+    return Run(m.ROOT / "x", m.Settings(epochs_max=3, **settings), "MNIST", hashes, metrics)
 
 
 def test_it_takes_the_last_epoch_of_each_seed():

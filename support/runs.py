@@ -1,0 +1,91 @@
+"""The runs in a save folder: which there are, and what config.json and metrics.csv say of one."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from support import UserError
+from support.run_folder import METRICS, VALIDATION, read_metrics
+from support.settings import project_path, user_path
+from support.storage import read_file
+from support.style import INK, ORANGE
+
+
+class Run(NamedTuple):
+    """What the readers of save/<tag>/ need to know of it."""
+
+    folder: Path
+    settings: Any  # the script's Settings
+    data: str  # the name of the data set
+    hashes: dict
+    metrics: dict  # column of metrics.csv → its values, one an epoch
+
+    def title(self):
+        """What every figure's title begins with. No other data set passes for MNIST."""
+        name = self.data if self.data == "MNIST" else f"{self.data} (not MNIST)"
+        count = self.settings.train_images
+        return f"{self.folder.name} on {name}" + (f", {count:,} training images" if count else "")
+
+    def colour(self):
+        return INK if self.data == "MNIST" else ORANGE
+
+
+def find_runs(save_dir, tags):
+    """The folders of these runs. UserError lists the runs there are if one of these is missing."""
+    runs = {path.parent.name: path.parent for path in sorted(save_dir.glob("*/config.json"))}
+    there = f"its runs are {', '.join(runs)}" if runs else "mnist_resnet9.py makes its first"
+    for tag in tags:
+        if tag not in runs:
+            raise UserError(f"{save_dir} has no run {tag!r}; {there}")
+    return [runs[tag] for tag in dict.fromkeys(tags)]
+
+
+def read_run(folder, kind):
+    """The Run in a folder. kind is the class of its settings: the script's Settings."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(read_file(path))
+        names = [f.name for f in fields(kind) if f.name in config["settings"]]
+        given = {name: config["settings"][name] for name in names}
+        given["channels"] = tuple(config["settings"]["channels"])
+        settings = kind(**given)
+        data = " ".join(config["data"]["name"].split())
+        hashes = dict(config["data"]["sha256"])
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error!r})") from None
+    return Run(folder, settings, data, hashes, read_history(folder / "metrics.csv"))
+
+
+def read_history(path):
+    """{column of metrics.csv: its values, one an epoch}; they are empty before there is a file."""
+    rows = read_metrics(path) if path.exists() else []
+    columns = (METRICS + VALIDATION)[: len(rows[0])] if rows else METRICS
+    table = np.array(rows, float).reshape(-1, len(columns))
+    metrics = dict(zip(columns, table.T))
+    losses = np.concatenate([metrics["train_loss"], metrics["test_loss"]])
+    accuracies = np.concatenate([metrics["train_accuracy"], metrics["test_accuracy"]])
+    good = np.isfinite(losses).all() and ((0 <= accuracies) & (accuracies <= 1)).all()
+    if path.exists() and not (rows and good and np.array_equal(metrics["epoch"], range(len(rows)))):
+        raise UserError(f"{path} is damaged: its values are not those of a run")
+    return metrics
+
+
+def add_save_dir(parser, default):
+    """The flag --save-dir. Without it, the folder is that of the settings."""
+    parser.add_argument(
+        "--save-dir",
+        type=user_folder,
+        default=project_path(default),
+        metavar="FOLDER",
+        help=f"folder that holds the runs (default: {default})",
+    )
+
+
+def user_folder(text):
+    """A folder on the command line as a Path."""
+    return Path(user_path(text))
