@@ -1,11 +1,11 @@
-"""benchmarks/seeds.py: mean and standard deviation, and runs that do not belong together."""
+"""accuracy/seeds.py: mean and standard deviation, and runs that do not belong together."""
 
 import numpy as np
 import pytest
 
 import mnist_resnet9 as m
 import plot_figs
-from benchmarks.seeds import summary
+from benchmarks.accuracy.seeds import summary
 
 
 def run_of(accuracy, epochs=3, hashes=None, **settings):
