@@ -23,7 +23,7 @@ from mnist_resnet9 import (
     conv_block,
     conv_block_backward,
     linear,
-    linear_backward,  # fmt: skip
+    linear_backward,
     random_stream,
 )
 

@@ -22,7 +22,7 @@ from mnist_resnet9 import (
     conv_block,
     conv_block_backward,
     init_params,
-    linear,  # fmt: skip
+    linear,
     linear_backward,
     residual_block,
     residual_block_backward,

@@ -48,7 +48,7 @@ from mnist_resnet9 import (
     ema_keeps,
     init_params,
     main,
-    orthogonal,  # fmt: skip
+    orthogonal,
     parse_settings,
     run,
     shards_of,
@@ -136,9 +136,9 @@ def use_device(device):
     if device == "cpu":
         return f"CPU, {version}"
     try:
-        torch.ones(8, 8, device="cuda").mm(
-            torch.ones(8, 8, device="cuda")
-        ).sum().item()  # a first computation
+        # A first computation: a GPU that is seen may still be one that cannot be used.
+        ones = torch.ones(8, 8, device="cuda")
+        ones.mm(ones).sum().item()
         return f"GPU, {torch.cuda.get_device_name()}, {version}"
     except (AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -208,9 +208,8 @@ class TorchRun(Run):
         for moment, array in zip(moments, state.moments):
             views = named_views(self.tensor(array), state.params)
             for name, w in self.net.named_parameters():
-                self.optimizer.state[w][moment] = views[
-                    name
-                ]  # so the checkpoint holds what the optimizer remembers
+                # So the checkpoint holds what the optimizer remembers.
+                self.optimizer.state[w][moment] = views[name]
                 self.optimizer.state[w]["step"] = torch.tensor(
                     float(state.step), device=self.device
                 )
@@ -257,9 +256,8 @@ class TorchRun(Run):
         loss = F.cross_entropy(self.net(x, mask), labels, label_smoothing=settings.label_smoothing)
         loss.backward()
         with torch.no_grad():
-            if (
-                settings.weight_decay
-            ):  # like AdamW's, for SGD too: decoupled from the gradient, biases left out
+            # Like AdamW's, for SGD too: decoupled from the gradient, biases left out.
+            if settings.weight_decay:
                 for name, w in self.net.named_parameters():
                     if name.endswith("weight"):
                         w.mul_(1 - rate * settings.weight_decay)
@@ -275,17 +273,13 @@ class TorchRun(Run):
 
     def orthogonal_steps(self, before, rate):
         """Puts Muon's steps from `before` in place of Adam's, between two hidden layers:
-        torch.optim.Muon takes matrices
-        only, and computes in bfloat16."""
+        torch.optim.Muon takes matrices only, and computes in bfloat16."""
         for name, w in self.net.named_parameters():
             if takes_muon(name, w):
-                mean = w.grad.lerp(self.optimizer.state[w]["exp_avg"], self.beta1).flatten(
-                    1
-                )  # (K, 9C)
-                w.copy_(
-                    before[name]
-                    - rate * 0.2 * max(mean.shape) ** 0.5 * orthogonal(mean.T).T.reshape(w.shape)
-                )
+                mean = w.grad.lerp(self.optimizer.state[w]["exp_avg"], self.beta1)
+                mean = mean.flatten(1)  # (K, 9C)
+                far = rate * 0.2 * max(mean.shape) ** 0.5
+                w.copy_(before[name] - far * orthogonal(mean.T).T.reshape(w.shape))
 
     @torch.inference_mode()
     def evaluate(self, images, labels):
@@ -301,8 +295,9 @@ class TorchRun(Run):
 
 def start(arguments):
     settings = parse_settings(arguments, TorchSettings)
-    settings = replace(settings, tag=f"torch_{settings.tag.removeprefix('torch_')}",
-                       weights=settings.weights and user_path(settings.weights))  # fmt: skip
+    tag = f"torch_{settings.tag.removeprefix('torch_')}"
+    weights = settings.weights and user_path(settings.weights)
+    settings = replace(settings, tag=tag, weights=weights)
     return run(settings, scripts=(Path(__file__).resolve(), *SCRIPTS), kind=TorchRun)
 
 
