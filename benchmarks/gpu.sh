@@ -48,7 +48,7 @@ where=(--data-dir "$data" --save-dir "$save" --device gpu)
 train() { python mnist_resnet9.py "${where[@]}" "$@"; }
 seeds() {
   for seed in 21 22 23 24 25; do train --recipe "$1" --seed $seed --tag "$1_$seed" || return 1; done
-  python benchmarks/seeds.py --save-dir "$save" "$1"_2{1,2,3,4,5}
+  python benchmarks/accuracy/seeds.py --save-dir "$save" "$1"_2{1,2,3,4,5}
 }
 quick() { seeds quick; }
 record() { seeds record; }
@@ -83,12 +83,12 @@ PY
 cores() {
   for count in 1 2 4 8 16; do
     [ "$count" -le "$(nproc)" ] || continue
-    python benchmarks/step_time.py --steps 20 --threads $count \
+    python benchmarks/speed/step_time.py --steps 20 --threads $count \
       --sides torch 'torch channels_last' || return 1
   done
 }
 
-python benchmarks/gpu_step_time.py --check || exit 2
+python benchmarks/speed/gpu_step_time.py --check || exit 2
 nvidia-smi --query-gpu=name,driver_version --format=csv || true
 lscpu | grep -E 'Model name|per core' || true
 parallel=()
@@ -98,7 +98,7 @@ stage kernels 150 python -m pytest -q -rs "${parallel[@]}" "${tests[@]}" -m "" -
 stage epochs 90 epochs
 stage continued 90 continued
 stage quick 90 quick
-stage step_time 200 python benchmarks/gpu_step_time.py --data-dir "$data"
+stage step_time 200 python benchmarks/speed/gpu_step_time.py --data-dir "$data"
 stage record 120 record
 stage cores 120 cores
 echo "Output in $out; failed: ${failed[*]:-nothing}"

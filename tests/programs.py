@@ -11,5 +11,6 @@ def start(script, *flags, python=(), **options):
 
     python: flags of Python itself; options: those of subprocess.run."""
     command = [sys.executable, *python, ROOT / script, *flags]
-    options = {"cwd": ROOT, "timeout": 120} | options
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"cwd": ROOT, "timeout": 120, **streams, **options}
+    return subprocess.run([str(argument) for argument in command], **options)

@@ -61,10 +61,9 @@ def conv2d(x, w, b):
                     for i in range(size):
                         for j in range(size):
                             if 0 <= row + i - r < H and 0 <= col + j - r < W:
+                                pixel = x[row + i - r, col + j - r, n]
                                 for c in range(C):
-                                    y[row, col, n, k] += (
-                                        x[row + i - r, col + j - r, n, c] * w[i, j, c, k]
-                                    )
+                                    y[row, col, n, k] += pixel[c] * w[i, j, c, k]
     return y
 
 
@@ -117,14 +116,11 @@ def logits(params, images, pool=np.max, mask=1.0):
     features."""
 
     def conv(x, i):
+        w, b = params[f"conv{i}.weight"], params[f"conv{i}.bias"]
         padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        seen = np.lib.stride_tricks.sliding_window_view(
-            padded, (3, 3), axis=(1, 2)
-        )  # (N, H, W, C, 3, 3)
-        return (
-            np.einsum("nhwcij,ijck->nhwk", seen, params[f"conv{i}.weight"], optimize=True)
-            + params[f"conv{i}.bias"]
-        )
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+        # windows: (N, H, W, C, 3, 3)
+        return np.einsum("nhwcij,ijck->nhwk", windows, w, optimize=True) + b
 
     def halve(x):
         N, H, W, C = x.shape

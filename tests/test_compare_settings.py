@@ -1,4 +1,4 @@
-"""benchmarks/compare_settings.py holds out what it says, and never looks at the test images."""
+"""accuracy/compare_settings.py holds out what it says, and never looks at the test images."""
 
 import sys
 
@@ -7,7 +7,7 @@ import pytest
 
 import mnist_resnet9 as m
 
-sys.path.insert(0, str(m.ROOT / "benchmarks"))
+sys.path.insert(0, str(m.ROOT / "benchmarks" / "accuracy"))
 
 import compare_settings
 

@@ -1,10 +1,10 @@
-"""benchmarks/dropout_study.py: its commands, what it reads of runs, and its figure."""
+"""benchmarks/accuracy/dropout_study.py: its commands, what it reads of runs, and its figure."""
 
 import math
 import shlex
 
 import mnist_resnet9 as m
-from benchmarks import dropout_study as study
+from benchmarks.accuracy import dropout_study as study
 from support import run_folder
 
 

@@ -3,28 +3,45 @@
 import importlib
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from programs import start
 
 import mnist_resnet9 as m
 from support import run_folder
 
 FOLDER = m.ROOT / "evolution"
 SCRIPTS = sorted(FOLDER.glob("step[0-9]_*.py"))
-FEW = (
-    *("--data-dir", "data/sample", "--train-images", "1024", "--epochs-max", "2"),
-    *("--learning-rate", "3e-3", "--channels", "4,8,8,8", "--device", "cpu", "--threads", "1"),
-)
+FEW = "--train-images 1024 --epochs-max 2 --learning-rate 3e-3 --channels 4,8,8,8".split()
+FEW += ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def steps_can_be_imported(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda path: path.stem)
-def step(request, monkeypatch):
+def step(request):
     """The module of a step."""
-    monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module(request.param.stem)
+
+
+def train(step, save, *flags, **fixed):
+    """A run of a step with these flags, in this process. Returns the exit status."""
+    flags, number = [*FEW, "--save-dir", str(save), *flags], int(step.__name__[4])
+    return step.run_step(number, step.ADDS, step.layers, flags, **fixed)
+
+
+def made_up_run(folder, accuracies, data="0"):
+    """What a comparison reads of a run: its metrics and its data. Returns the folder."""
+    folder.mkdir()
+    rows = [[epoch, 1e-3, 1, 0.5, 1, accuracy, 1, 1] for epoch, accuracy in enumerate(accuracies)]
+    run_folder.write_metrics(folder / "metrics.csv", rows)
+    config = {"data": {"sha256": {"train": data}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def test_no_step_is_missing():
@@ -37,9 +54,8 @@ def test_gradient_agrees_with_central_differences(step, rng):
     settings = m.Settings(channels=(2, 16, 16, 16), threads=1)
     images, labels = rng.integers(0, 256, (3, 28, 28)).astype(np.uint8), rng.integers(0, 10, 3)
     params = m.init_params(settings, np.float64, network=step.layers)
-    params.flat += 0.01 * rng.standard_normal(
-        params.flat.size
-    )  # biases too, and weights that begin with 0
+    # Biases and weights that begin with 0 are moved off it, too.
+    params.flat += 0.01 * rng.standard_normal(params.flat.size)
 
     def loss_and_gradients():
         return m.loss_and_gradients(params, images, labels, settings, network=step.layers)
@@ -54,9 +70,8 @@ def test_gradient_agrees_with_central_differences(step, rng):
         params[name] -= 2 * nudge
         below = loss_and_gradients()[0]
         params[name] += nudge
-        assert (above - below) / 2 == pytest.approx(
-            (gradients[name] * nudge).sum(), rel=1e-4, abs=1e-11
-        ), name
+        along = (gradients[name] * nudge).sum()
+        assert (above - below) / 2 == pytest.approx(along, rel=1e-4, abs=1e-11), name
 
 
 def test_parameters_and_activations_stay_float32(step, sample):
@@ -68,8 +83,7 @@ def test_parameters_and_activations_stay_float32(step, sample):
     assert loss == pytest.approx(math.log(10), abs=0.6)
 
 
-def test_steps_4_and_5_are_resnet9_without_dropout(rng, sample, monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def test_steps_4_and_5_are_resnet9_without_dropout(sample):
     for script, pool in ((SCRIPTS[3], "avg"), (SCRIPTS[4], "max")):
         network = importlib.import_module(script.stem).layers
         settings = m.Settings(pool=pool, dropout=0.0, threads=1)
@@ -82,96 +96,61 @@ def test_steps_4_and_5_are_resnet9_without_dropout(rng, sample, monkeypatch):
 
 
 def test_a_step_trains_with_the_same_flags_and_can_be_continued(step, tmp_path, capsys):
-    number = int(step.__name__[4])
-    flags = [*FEW, "--save-dir", str(tmp_path)]
     for _ in range(2):  # the second time it is finished, and says so
-        assert step.run_step(number, step.ADDS, step.layers, flags) == 0
+        assert train(step, tmp_path) == 0
     out = capsys.readouterr().out
-    folder = tmp_path / f"evolution_{number}"
+    folder = tmp_path / f"evolution_{step.__name__[4]}"
     rows = run_folder.read_metrics(folder / "metrics.csv")
     assert len(rows) == 3 and rows[-1][5] > 0.6 and rows[-1][2] < rows[0][2]
-    assert (
-        step.ADDS in out
-        and f"test accuracy {rows[-1][5]:.2%} after epoch 2" in out
-        and "is finished" in out
-    )
+    assert step.ADDS in out and "is finished" in out
+    assert f"test accuracy {rows[-1][5]:.2%} after epoch 2" in out
     config = json.loads((folder / "config.json").read_text())
     assert config["settings"]["dropout"] == 0 and config["settings"]["learning_rate"] == 3e-3
     code = folder / "code" / "evolution"
     assert (code / f"{step.__name__}.py").is_file() and (code / "steps.py").is_file()
 
 
-def test_a_step_is_compared_with_the_one_before(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def test_a_step_is_compared_with_the_one_before(tmp_path):
     steps = importlib.import_module("steps")
-    for number, accuracies in ((1, (0.1, 0.90, 0.91)), (2, (0.1, 0.95, 0.97, 0.98))):
-        (tmp_path / str(number)).mkdir()
-        rows = [
-            [epoch, 1e-3, 1, 0.5, 1, accuracy, 1, 1] for epoch, accuracy in enumerate(accuracies)
-        ]
-        run_folder.write_metrics(tmp_path / str(number) / "metrics.csv", rows)
-        config = {"data": {"sha256": {"train": "0"}}}
-        (tmp_path / str(number) / "config.json").write_text(json.dumps(config))
-    line = steps.what_it_bought(2, tmp_path / "2", tmp_path / "1")
-    assert (
-        "97.00% after epoch 2" in line
-        and "+6.00 percentage points on step 1, which had 91.00%" in line
-    )
-    assert (
-        steps.what_it_bought(1, tmp_path / "1", tmp_path / "0")
-        == "Step 1: test accuracy 91.00% after epoch 2."
-    )
+    first = made_up_run(tmp_path / "1", [0.1, 0.90, 0.91])
+    second = made_up_run(tmp_path / "2", [0.1, 0.95, 0.97, 0.98])
+    line = steps.what_it_bought(2, second, first)
+    assert "97.00% after epoch 2" in line
+    assert "+6.00 percentage points on step 1, which had 91.00%" in line
+    alone = "Step 1: test accuracy 91.00% after epoch 2."
+    assert steps.what_it_bought(1, first, tmp_path / "0") == alone
 
 
-def test_a_step_on_other_data_is_not_compared(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def test_a_step_on_other_data_is_not_compared(tmp_path):
     steps = importlib.import_module("steps")
-    for number in (1, 2):
-        (tmp_path / str(number)).mkdir()
-        run_folder.write_metrics(
-            tmp_path / str(number) / "metrics.csv", [[0, 1, 1, 0.5, 1, 0.9, 1, 1]]
-        )
-        config = {"data": {"sha256": {"train": str(number)}}}
-        (tmp_path / str(number) / "config.json").write_text(json.dumps(config))
+    first, second = (made_up_run(tmp_path / name, [0.9], data=name) for name in "12")
     alone = "Step 2: test accuracy 90.00% after epoch 0."
-    assert steps.what_it_bought(2, tmp_path / "2", tmp_path / "1") == alone
+    assert steps.what_it_bought(2, second, first) == alone
     for damaged in ("{", "[]", '{"data": 1}'):
-        (tmp_path / "1" / "config.json").write_text(damaged)
-        assert steps.what_it_bought(2, tmp_path / "2", tmp_path / "1") == alone
+        (first / "config.json").write_text(damaged)
+        assert steps.what_it_bought(2, second, first) == alone
 
 
-def test_channels_are_not_those_of_a_step_without_resnet9(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def test_channels_are_not_those_of_a_step_without_resnet9(tmp_path, capsys):
     step = importlib.import_module("step1_softmax_regression")
-    flags = [*FEW, "--save-dir", str(tmp_path), "--epochs-max", "1"]
-    assert step.run_step(1, step.ADDS, step.layers, [*flags, "--channels", "2,4,4,4"]) == 0
+    assert train(step, tmp_path, "--epochs-max", "1", "--channels", "2,4,4,4") == 0
     assert "Step 1 has channels (4, 16, 32, 64), whatever" in capsys.readouterr().out
-    assert step.run_step(1, step.ADDS, step.layers, [*flags, "--pool", "avg"]) == 0
+    assert train(step, tmp_path, "--epochs-max", "1", "--pool", "avg") == 0
 
 
-def test_what_a_step_has_of_its_own_no_flag_changes(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(FOLDER))
+def test_what_a_step_has_of_its_own_no_flag_changes(tmp_path, capsys):
     step = importlib.import_module("step4_residual_network")
-    flags = [*FEW, "--save-dir", str(tmp_path), "--epochs-max", "1", "--pool", "max"]
-    flags += ["--channels", "2,4,4,4"]
-    assert step.run_step(4, step.ADDS, step.layers, flags, pool="avg") == 0
+    flags = "--epochs-max 1 --pool max --channels 2,4,4,4".split()
+    assert train(step, tmp_path, *flags, pool="avg") == 0
     assert "Step 4 has pool avg, whatever is asked for." in capsys.readouterr().out
     config = json.loads((tmp_path / "evolution_4" / "config.json").read_text())
     assert config["settings"]["pool"] == "avg" and config["settings"]["dropout"] == 0
 
 
 def test_run_as_a_script_from_another_folder(tmp_path):
-    def script(*flags):
-        sample = str(m.ROOT / "data" / "sample")
-        command = [sys.executable, SCRIPTS[0], *FEW, "--data-dir", sample, *flags]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    result = script("--save-dir", "runs")
+    result = start(SCRIPTS[0], *FEW, "--save-dir", "runs", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / "evolution_1" / "metrics.csv").is_file()
-    result = script("--epochs", "3")
-    assert (
-        result.returncode == 2
-        and result.stderr.count("\n") == 1
-        and "--epochs-max" in result.stderr
-    )
+    result = start(SCRIPTS[0], *FEW, "--epochs", "3", cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "--epochs-max" in result.stderr

@@ -520,9 +520,9 @@ def named_layer(function, name, layer):
 
 
 def test_the_benchmark_gives_both_sides_the_same_work(sample, monkeypatch):
-    """benchmarks/gpu_step_time.py on the CPU: without dropout, whose masks differ, losses agree."""
+    """speed/gpu_step_time.py on the CPU: without dropout, whose masks differ, losses agree."""
     pytest.importorskip("torch").set_num_threads(1)
-    monkeypatch.syspath_prepend(str(m.ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(m.ROOT / "benchmarks" / "speed"))
     monkeypatch.syspath_prepend(str(m.ROOT / "torch_version"))
     import gpu_step_time as g
 

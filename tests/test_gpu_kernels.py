@@ -658,8 +658,8 @@ def test_a_run_on_the_fast_path_continues_with_the_same_bits(cuda, sample, tmp_p
 
 
 def test_the_benchmark_takes_the_fast_path(cuda, sample, monkeypatch):
-    """benchmarks/gpu_step_time.py: the same losses by the fast path and by the plain operations."""
-    monkeypatch.syspath_prepend(str(m.ROOT / "benchmarks"))
+    """speed/gpu_step_time.py: the same losses by the fast path and by the plain operations."""
+    monkeypatch.syspath_prepend(str(m.ROOT / "benchmarks" / "speed"))
     import gpu_step_time as g
 
     monkeypatch.setattr(m, "xp", cuda.xp)

@@ -1,10 +1,10 @@
-"""benchmarks/machine.py names what a benchmark ran on, and what would make it misleading."""
+"""benchmarks/speed/machine.py names what a benchmark ran on, and what would make it misleading."""
 
 import sys
 
 import mnist_resnet9 as m
 
-sys.path.insert(0, str(m.ROOT / "benchmarks"))
+sys.path.insert(0, str(m.ROOT / "benchmarks" / "speed"))
 
 import machine
 

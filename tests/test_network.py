@@ -67,11 +67,9 @@ def test_gradient_is_the_mean_of_the_images_gradients(rng, N):
 @pytest.mark.parametrize("images_of", ["noise", "digits"])
 def test_fast_path_agrees_with_the_plain_one(rng, sample, monkeypatch, images_of):
     settings = m.Settings(threads=1)
-    images, labels = (
-        noise(rng, 16)
-        if images_of == "noise"
-        else (sample.train_images[:16], sample.train_labels[:16])
-    )
+    images, labels = sample.train_images[:16], sample.train_labels[:16]
+    if images_of == "noise":
+        images, labels = noise(rng, 16)
 
     def gradients(dtype):
         return m.loss_and_gradients(m.init_params(settings, dtype), images, labels, settings)[
@@ -185,9 +183,8 @@ def test_orthogonal_agrees_with_a_singular_value_decomposition(rng, shape):
     x = rng.standard_normal(shape)
     x *= np.geomspace(0.1, 1, shape[1])  # directions of unlike strength
     y = m.orthogonal(x)
-    np.testing.assert_allclose(
-        y, polar(x), atol=1e-5
-    )  # the 1e-7 that keeps 0 / 0 away is seen in the last digits
+    # The 1e-7 that keeps 0 / 0 away is seen in the last digits.
+    np.testing.assert_allclose(y, polar(x), atol=1e-5)
     S = np.linalg.svd(y, compute_uv=False)
     assert 0.68 < S.min() and S.max() < 1.14
     np.testing.assert_allclose(m.orthogonal(1000 * x), y, atol=1e-5)  # only directions count
@@ -240,10 +237,8 @@ def test_optimizers_agree_with_their_formulas(rng, optimizer, beta2):
 
 @pytest.mark.parametrize("warm_up", [0, 0.1, 0.3])
 def test_one_cycle_rises_to_the_peak_and_falls_to_zero(warm_up):
-    settings, peak = (
-        m.Settings(schedule="one_cycle", learning_rate=0.002, warm_up=warm_up),
-        round(1000 * warm_up),
-    )
+    settings = m.Settings(schedule="one_cycle", learning_rate=0.002, warm_up=warm_up)
+    peak = round(1000 * warm_up)
     rates = [m.learning_rate(step, 1000, settings) for step in range(1000)]
     assert max(rates) == pytest.approx(0.002, rel=0.01) and abs(np.argmax(rates) - peak) <= 1
     assert (np.diff(rates[:peak]) > 0).all() and (np.diff(rates[peak + 1 :]) < 0).all()

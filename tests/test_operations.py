@@ -216,9 +216,8 @@ def test_backward_twice_gives_the_same_and_a_forward_in_between_does_not_disturb
     dy = case.upstream(rng)
     y, cache = case.forward(*case.inputs)
     y0, first = y.copy(), [d.copy() for d in case.gradients(dy, cache)]
-    case.forward(
-        *(x[::-1].copy() for x in case.inputs)
-    )  # the network has several layers of the same shape
+    # As another layer of the same shape does.
+    case.forward(*(x[::-1].copy() for x in case.inputs))
     second = case.gradients(dy, cache)
     assert np.array_equal(y, y0)
     assert all(np.array_equal(a, b) for a, b in zip(first, second))
@@ -279,9 +278,8 @@ def test_softmax_equals_its_definition(N, K, seed):
     probs = m.softmax(x)[0]
     assert error(probs, reference.softmax(x)) < 1e-14
     assert np.abs(probs.sum(axis=1) - 1).max() < 1e-14
-    assert (
-        error(m.softmax(x + 100)[0], probs) < 1e-12
-    )  # a number added to a whole row changes nothing
+    # A number added to a whole row changes nothing.
+    assert error(m.softmax(x + 100)[0], probs) < 1e-12
 
 
 @given(N=few, K=st.integers(1, 12), seed=seeds)
@@ -350,9 +348,8 @@ def test_dropout_depends_on_its_rng_alone(rng):
 def test_dropout_switches_every_feature_of_every_image_on_its_own(rng):
     kept = m.dropout(np.ones((200, 300)), 0.5, rng)[0] != 0
     for axis in (0, 1):
-        assert (
-            np.abs(kept.mean(axis=axis) - 0.5).max() < 0.25
-        )  # no row and no column is all on or all off
+        # No row and no column is all on or all off.
+        assert np.abs(kept.mean(axis=axis) - 0.5).max() < 0.25
 
 
 @pytest.mark.parametrize(
@@ -453,9 +450,8 @@ def test_convolution_equals_its_definition(k, H, W, N, C, K, seed):
     rng = np.random.default_rng(seed)
     inputs = normal(rng, (H, W, N, C)), normal(rng, (k, k, C, K)), normal(rng, K)
     right = reference.conv2d(*inputs)
-    size = reference.conv2d(
-        *map(np.abs, inputs)
-    )  # the terms may cancel, so their sizes are what rounding scales with
+    # The terms may cancel, so their sizes are what rounding scales with.
+    size = reference.conv2d(*map(np.abs, inputs))
     ways = (m.conv2d, plain_conv2d, winograd.conv2d) if k == 3 else (m.conv2d, plain_conv2d)
     for way in ways:
         assert error(way(*inputs)[0], right, size) < 1e-12
@@ -513,9 +509,8 @@ def test_winograd_equals_the_plain_way_forward_and_backward(dtype, limit, H, W, 
     rng = np.random.default_rng(seed)
     arrays = [normal(rng, shape, dtype) for shape in ((H, W, N, C), (3, 3, C, K), K, (H, W, N, K))]
     fast, plain = both_ways(*arrays)
-    _, sizes = both_ways(
-        *map(np.abs, arrays)
-    )  # sums of the terms' sizes: what rounding scales with
+    # Sums of the terms' sizes: what rounding scales with.
+    _, sizes = both_ways(*map(np.abs, arrays))
     for a, b, size in zip(fast, plain, sizes):
         assert a.dtype == b.dtype == dtype
         assert error(a, b, size) < limit
@@ -660,9 +655,8 @@ def test_augment_depends_on_its_rng_alone_and_leaves_the_images_as_they_are(rng)
 
 def test_augment_shifts_by_up_to_two_pixels_and_fills_with_0(rng):
     image = pattern(rng)
-    out = m.augment(image, 1.0, Drawn(0, 0, 0, 0, -1, 0.5))[
-        0
-    ]  # looks 2 rows up and 1 column to the right
+    # Looks 2 rows up and 1 column to the right.
+    (out,) = m.augment(image, 1.0, Drawn(0, 0, 0, 0, -1, 0.5))
     right = np.zeros((28, 28))
     right[2:, :-1] = image[0, :-2, 1:]
     assert np.abs(out - right).max() < 1e-3
@@ -719,21 +713,16 @@ def test_bending_equals_a_loop_over_pixels(rng):
     down, right = ((1.5 * (weights @ smooth)).reshape(3, 9, 12) for weights in (rows, cols))
     for i, out in enumerate(m.augment(images, 0.0, Bent(rows, cols), 1.5)):
         for y, x in np.ndindex(9, 12):
-            assert (
-                abs(
-                    out[y, x] - reference.bilinear(images[i], y + down[i, y, x], x + right[i, y, x])
-                )
-                < 0.01
-            )
+            wanted = reference.bilinear(images[i], y + down[i, y, x], x + right[i, y, x])
+            assert abs(out[y, x] - wanted) < 0.01
 
 
 @pytest.mark.parametrize("H, W", [(28, 28), (9, 12), (1, 5)])
 def test_a_bend_is_smooth_and_as_large_as_asked(H, W, rng):
     smooth = m.bumps(H, W, np)
     assert smooth.dtype == np.float32 and smooth.shape[1] == H * W
-    np.testing.assert_allclose(
-        (smooth.astype(float) ** 2).sum(axis=0), 1, rtol=1e-5
-    )  # variance 1 at every pixel
+    variance = (smooth.astype(float) ** 2).sum(axis=0)  # of each pixel
+    np.testing.assert_allclose(variance, 1, rtol=1e-5)
     field = (rng.standard_normal((2000, len(smooth))) @ smooth).reshape(2000, H, W)
     assert np.abs(field.std(axis=0) - 1).max() < 0.15
     assert np.diff(field, axis=2).std() < 0.4  # neighbours move together

@@ -1,4 +1,4 @@
-"""A short form of benchmarks/powercut.py, and whether it would notice what it looks for."""
+"""A short form of reliability/powercut.py, and whether it would notice what it looks for."""
 
 import os
 import random
@@ -9,7 +9,7 @@ import pytest
 
 import mnist_resnet9 as m
 
-sys.path.insert(0, str(m.ROOT / "benchmarks"))
+sys.path.insert(0, str(m.ROOT / "benchmarks" / "reliability"))
 
 import powercut
 from faults import Operation

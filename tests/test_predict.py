@@ -22,8 +22,8 @@ import predict
 from support import pictures as find
 from support import storage
 
-sys.path.insert(0, str(m.ROOT / "benchmarks"))
-import pictures  # noqa: E402  (it lies in the folder that was just added)
+sys.path.insert(0, str(m.ROOT / "benchmarks" / "pictures"))
+import pages  # noqa: E402  (it lies in the folder that was just added)
 from predict_accuracy import FONTS, edits, paste  # noqa: E402
 
 FONT_NAMES = (
@@ -225,7 +225,7 @@ def test_specks_are_no_digits(tmp_path, rng):
 
 # The small network of these tests makes a mistake now and then, so most pages are only asked for
 # the right count.
-KIND = {kind.make.__name__: number for number, kind in enumerate(pictures.KINDS)}
+KIND = {kind.make.__name__: number for number, kind in enumerate(pages.KINDS)}
 
 
 @pytest.mark.parametrize("kind, least", [
@@ -234,14 +234,12 @@ KIND = {kind.make.__name__: number for number, kind in enumerate(pictures.KINDS)
     ("close_together", 9), ("all_at_once", 8),
 ])  # fmt: skip
 def test_digits_are_found_on_pages_as_people_take_them(kind, least, sample, reader, tmp_path):
-    hand = pictures.Hand(sample.test_images, sample.test_labels)
+    hand = pages.Hand(sample.test_images, sample.test_labels)
     right = 0
     for n in range(10):
-        picture, text = pictures.page_of(KIND[kind], 3, n, hand)
+        picture, text = pages.page_of(KIND[kind], 3, n, hand)
         picture.save(tmp_path / "page.png")
-        digits = find.find_digits(
-            predict.read_picture(tmp_path / "page.png")[0], reader.are_digits
-        )
+        digits = find.find_digits(predict.read_picture(tmp_path / "page.png")[0], reader.are_digits)
         right += len(digits) == len(text)
     assert right >= least, right
 
@@ -307,7 +305,7 @@ def test_a_large_photograph_is_read_and_where_its_digits_are_is_told_in_its_own_
 
 def test_a_page_of_fine_lines_ends_with_an_answer(rng):
     for n in range(3):
-        picture, _ = pictures.fine_lines(np.random.default_rng(n), None)
+        picture, _ = pages.fine_lines(np.random.default_rng(n), None)
         assert len(find.find_digits(np.asarray(picture, np.float32))) <= find.MAX_PIECES
 
 

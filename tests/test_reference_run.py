@@ -57,9 +57,8 @@ def test_it_reads_digits_that_it_was_trained_on(run, sample):
 
 
 def test_its_figures_need_the_data_of_the_run(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        plot_figs, "write_file", lambda path, data: None
-    )  # the curves, which need no data
+    # The curves need no data, so they are drawn before it is found to be another set.
+    monkeypatch.setattr(plot_figs, "write_file", lambda path, data: None)
     assert plot_figs.main(["record", "--data-dir", str(m.ROOT / "data" / "sample")]) == 2
     error = capsys.readouterr().err
     assert "record ran on MNIST, but" in error and error.count("\n") == 1

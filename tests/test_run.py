@@ -14,7 +14,7 @@ import pytest
 from programs import start
 
 import mnist_resnet9 as m
-from benchmarks import share_run
+from benchmarks.accuracy import share_run
 from support import run_folder
 
 SMALL = "--channels 4,16,16,16 --train-images 640 --batch-size 32 --device cpu".split()

@@ -1,10 +1,10 @@
-"""benchmarks/seeds.py: mean and standard deviation, and runs that do not belong together."""
+"""accuracy/seeds.py: mean and standard deviation, and runs that do not belong together."""
 
 import numpy as np
 import pytest
 
 import mnist_resnet9 as m
-from benchmarks.seeds import summary
+from benchmarks.accuracy.seeds import summary
 from support.runs import Run
 
 

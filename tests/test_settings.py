@@ -14,8 +14,8 @@ import pytest
 import mnist_resnet9 as m
 
 SOURCE = (m.ROOT / "mnist_resnet9.py").read_text(encoding="utf-8")
-SMALL = ["--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--epochs-max", "1"]
-SMALL += ["--train-images", "64", "--batch-size", "32"]
+SMALL = "--device cpu --threads 1 --epochs-max 1 --train-images 64 --batch-size 32".split()
+SMALL += ["--data-dir", str(m.ROOT / "data" / "sample")]
 
 
 @pytest.fixture
@@ -93,8 +93,8 @@ def test_a_default_may_be_written_in_any_way(way, edited, tmp_path):
     settings = module.parse_settings([])
     assert (settings.channels, settings.dropout) == (expected.channels, expected.dropout)
     assert module.main([*SMALL, "--save-dir", str(tmp_path / "edited")]) == 0
-    assert m.main([*SMALL, "--channels", "2,4,4,4", "--dropout", "0.5", "--save-dir",
-                   str(tmp_path / "flags")]) == 0  # fmt: skip
+    flags = [*SMALL, "--channels", "2,4,4,4", "--dropout", "0.5"]
+    assert m.main([*flags, "--save-dir", str(tmp_path / "flags")]) == 0
     ends = [tmp_path / name / "resnet9" / "checkpoint_last.npz" for name in ("edited", "flags")]
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
@@ -105,8 +105,8 @@ def test_edited_code_is_kept_beside_the_code_of_before(tmp_path, capsys, monkeyp
     monkeypatch.setattr("support.run_folder.ROOT", tmp_path)
 
     def train(epochs):
-        settings = m.parse_settings([*SMALL, "--save-dir", str(tmp_path), "--channels", "2,4,4,4",
-                                     "--epochs-max", str(epochs)])  # fmt: skip
+        flags = [*SMALL, "--channels", "2,4,4,4", "--epochs-max", str(epochs)]
+        settings = m.parse_settings([*flags, "--save-dir", str(tmp_path)])
         assert m.run(settings, scripts=(script,)) == 0
         return capsys.readouterr().out
 

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from programs import start
 
 from support import ROOT, run_folder
 
@@ -45,27 +46,9 @@ def test_without_winograd_the_script_trains_the_same(tmp_path):
     at = lines.index(use)
     assert lines.count(use) == 1 and "winograd.is_faster(w)" in lines[at - 1]
     plain = "".join(lines[: at - 1] + lines[at + 1 :])
-    names = (
-        "--data-dir",
-        str(ROOT / "data" / "sample"),
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--epochs-max",
-        "1",
-    )
-    flags = (
-        *names,
-        "--train-images",
-        "128",
-        "--batch-size",
-        "32",
-        "--dropout",
-        "0.2",
-        "--save-dir",
-        str(tmp_path / "save"),
-    )
+    flags = "--device cpu --threads 1 --epochs-max 1 --train-images 128 --batch-size 32".split()
+    flags += ["--dropout", "0.2", "--data-dir", ROOT / "data" / "sample"]
+    flags += ["--save-dir", tmp_path / "save"]
     rows = []
     for name, text in (("fast", source), ("plain", plain)):
         folder = tmp_path / name
@@ -73,12 +56,10 @@ def test_without_winograd_the_script_trains_the_same(tmp_path):
         for script in ("mnist_resnet9.py", "plot_figs.py"):
             shutil.copy(ROOT / script, folder)
         (folder / "mnist_resnet9.py").write_text(text, encoding="utf-8")
-        command = [sys.executable, folder / "mnist_resnet9.py", *flags, "--tag", name]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        result = start(folder / "mnist_resnet9.py", *flags, "--tag", name)
         assert result.returncode == 0, result.stderr
-        rows.append(
-            np.array(run_folder.read_metrics(tmp_path / "save" / name / "metrics.csv"))[:, 2:6]
-        )
+        metrics = run_folder.read_metrics(tmp_path / "save" / name / "metrics.csv")
+        rows.append(np.array(metrics)[:, 2:6])
     assert rows[0][1, 0] < rows[0][0, 0]  # four steps have learnt something
     np.testing.assert_allclose(*rows, rtol=1e-4)
     assert not np.array_equal(*rows)  # rounding does differ: the fast path was really gone

@@ -3,26 +3,21 @@ gone, with an encoding that has no letters but ASCII's."""
 
 import builtins
 import os
+import re
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from programs import start
 
 import mnist_resnet9 as m
 from support import terminal
 
-SCRIPT = m.ROOT / "mnist_resnet9.py"
-FLAGS = ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "2"]
-FLAGS += ["--channels", "2,4,4,4", "--train-images", "64", "--batch-size", "32"]
-FLAGS += ["--epochs-max", "1"]
-
-
-def start(*flags, script=SCRIPT, python=(), **options):
-    command = [sys.executable, *python, str(script), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+SCRIPT = "mnist_resnet9.py"
+FLAGS = "--channels 2,4,4,4 --train-images 64 --batch-size 32 --epochs-max 1".split()
+FLAGS += ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "2"]
 
 
 def no_traceback(result):
@@ -36,7 +31,7 @@ def test_a_run_without_output_is_a_run(closed, tmp_path):
         for number in closed:
             os.close(number)
 
-    result = start(*FLAGS, "--save-dir", tmp_path, preexec_fn=close)
+    result = start(SCRIPT, *FLAGS, "--save-dir", tmp_path, preexec_fn=close)
     assert result.returncode == 0 and no_traceback(result)
     folder = tmp_path / "resnet9"
     assert "Finished" in (folder / "log.txt").read_text()
@@ -50,8 +45,7 @@ def test_nobody_reads_the_output(flags, tmp_path):
     """`python mnist_resnet9.py | head -0`: the pipe is closed before the first line."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, str(SCRIPT), *flags, "--save-dir", str(tmp_path)]
-    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    result = start(SCRIPT, *flags, "--save-dir", tmp_path, stdout=writing)
     os.close(writing)
     assert no_traceback(result) and result.returncode == (2 if "no tag" in flags else 0)
 
@@ -61,25 +55,48 @@ ASCII = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": 
 
 @pytest.mark.parametrize("script", ["mnist_resnet9.py", "plot_figs.py", "predict.py"])
 def test_help_under_an_ascii_encoding(script):
-    result = start("--help", script=m.ROOT / script, env={**os.environ, **ASCII})
+    result = start(script, "--help", env={**os.environ, **ASCII})
     assert result.returncode == 0 and result.stdout.startswith("usage:") and no_traceback(result)
 
 
 SCRIPTS = [
     path.relative_to(m.ROOT).as_posix()
-    for folder in (".", "evolution", "torch_version", "benchmarks")
-    for path in sorted((m.ROOT / folder).glob("*.py"))
+    for pattern in ("*.py", "evolution/*.py", "torch_version/*.py", "benchmarks/*/*.py")
+    for path in sorted(m.ROOT.glob(pattern))
     if "__main__" in path.read_text(encoding="utf-8")
 ]
+DOCUMENTS = [m.ROOT / script for script in SCRIPTS]
+for pattern in ("*.md", "*/README.md", "docs/*.md", "benchmarks/*.sh"):
+    DOCUMENTS += sorted(m.ROOT.glob(pattern))
+
+
+def documented_commands():
+    """{script: its flags} in all commands that stand in a document or at the top of a script."""
+    flags = {}
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for script, arguments in re.findall(r"python ([\w/]+\.py)(.*)", text):
+            arguments = re.split(r"[`#;|]|\s{2,}\w", re.sub('".*?"', "", arguments))[0]
+            found = re.findall(r"(?<!\S)--[\w-]+", arguments)
+            flags.setdefault(script, set()).update(found)
+    return flags
+
+
+def test_every_script_of_a_document_is_there():
+    commands = documented_commands()
+    assert len(commands) > 10 and set(commands) <= set(SCRIPTS)
+    assert {"--recipe", "--tag", "--device"} <= commands["mnist_resnet9.py"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_reads_its_command_line(script):
     if script.startswith("torch_version"):
         pytest.importorskip("torch")
-    usage = start("--help", script=m.ROOT / script)
+    usage = start(script, "--help")
     assert usage.returncode == 0 and usage.stdout.startswith("usage:") and no_traceback(usage)
-    wrong = start("--no-such-flag", script=m.ROOT / script)
+    known = set(re.findall(r"--[\w-]+", usage.stdout))
+    assert documented_commands().get(script, set()) <= known
+    wrong = start(script, "--no-such-flag")
     assert wrong.returncode == 2 and no_traceback(wrong)
     assert "--no-such-flag" in wrong.stderr or "required" in wrong.stderr
 
@@ -91,16 +108,13 @@ def test_a_reader_that_leaves_ends_a_program_quietly(tmp_path):
     where = ["record", "--save-dir", tmp_path]
     picture = m.ROOT / "save" / "record" / "filters.png"
     for script, flags, status, said in [
-        ("benchmarks/seeds.py", where, 128 + 13, ""),
+        ("benchmarks/accuracy/seeds.py", where, 128 + 13, ""),
         ("predict.py", [picture], 128 + 13, ""),
         ("plot_figs.py", [*where, "--data-dir", m.ROOT / "data" / "sample"], 2, "SHA-256 differs"),
     ]:
         reading, writing = os.pipe()
         os.close(reading)
-        result = subprocess.run(
-            [sys.executable, "-u", m.ROOT / script, *flags],
-            **dict(stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120),
-        )
+        result = start(script, *flags, python=["-u"], stdout=writing)
         os.close(writing)
         assert result.returncode == status and no_traceback(result), script
         assert said in result.stderr and (said or not result.stderr)
@@ -112,19 +126,18 @@ def test_a_notebooks_backend_is_for_the_notebook(tmp_path):
     shutil.copytree(m.ROOT / "save" / "record", tmp_path / "record")
     backend = {"MPLBACKEND": "module://matplotlib_inline.not_there"}
     flags = ["--overlay", "record", "--save-dir", tmp_path]
-    result = start(*flags, script=m.ROOT / "plot_figs.py", env={**os.environ, **backend})
+    result = start("plot_figs.py", *flags, env={**os.environ, **backend})
     assert result.returncode == 0 and no_traceback(result), result.stderr
 
 
 def test_a_path_that_ascii_does_not_have(tmp_path):
-    folder = tmp_path / "ünïcödé"
-    result = start(*FLAGS, "--save-dir", folder, env={**os.environ, **ASCII})
+    folder, ascii_only = tmp_path / "ünïcödé", {**os.environ, **ASCII}
+    result = start(SCRIPT, *FLAGS, "--save-dir", folder, env=ascii_only)
     assert result.returncode == 0 and no_traceback(result)
     assert "Finished" in (folder / "resnet9" / "log.txt").read_text(encoding="utf-8")
-    again = start(*FLAGS, "--save-dir", folder, env={**os.environ, **ASCII})
+    again = start(SCRIPT, *FLAGS, "--save-dir", folder, env=ascii_only)
     assert again.returncode == 0 and "is finished" in again.stdout
-    figures = start("resnet9", "--save-dir", folder, script=m.ROOT / "plot_figs.py",
-                    env={**os.environ, **ASCII})  # fmt: skip
+    figures = start("plot_figs.py", "resnet9", "--save-dir", folder, env=ascii_only)
     assert figures.returncode == 0 and no_traceback(figures)
     assert (folder / "resnet9" / "curves.png").exists()
 
@@ -135,7 +148,7 @@ def test_an_isolated_python_finds_support_too(script, option):
     """`python -I` and `python -P` (3.11) leave the script's folder out of the search."""
     if option == "-P" and sys.version_info < (3, 11):
         pytest.skip("-P came with Python 3.11")
-    assert start("--help", script=m.ROOT / script, python=[option]).returncode == 0
+    assert start(script, "--help", python=[option]).returncode == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere a folder in use cannot be deleted")
@@ -147,11 +160,11 @@ def test_a_working_directory_that_is_gone(tmp_path):
         os.chdir(gone)
         gone.rmdir()
 
-    result = start(*FLAGS, "--save-dir", tmp_path, preexec_fn=go)
+    result = start(SCRIPT, *FLAGS, "--save-dir", tmp_path, preexec_fn=go)
     assert result.returncode == 0 and no_traceback(result)
     assert "Finished" in (tmp_path / "resnet9" / "log.txt").read_text()
     for script in ("mnist_resnet9.py", "plot_figs.py", "predict.py"):
-        relative = start("--save-dir", "runs", script=m.ROOT / script, preexec_fn=go)
+        relative = start(script, "--save-dir", "runs", preexec_fn=go)
         assert relative.returncode == 2 and relative.stderr.count("\n") == 1
         assert script in relative.stderr
 

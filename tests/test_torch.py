@@ -172,9 +172,8 @@ class Theirs(t.Engine):
 def step_both(runs, steps, rate=1e-3, seed=7):
     """Each run learns from the same batches of random images (no two pixels of which tie)."""
     for step in steps:
-        images, labels = batch(
-            np.random.default_rng([seed, step]), 20
-        )  # two shards, one of them smaller
+        # 20 images are shards of 8, 8 and 4.
+        images, labels = batch(np.random.default_rng([seed, step]), 20)
         losses = [
             run.learn(images, labels, m.random_stream(0, m.STEP, 1, step), rate) for run in runs
         ]
@@ -291,17 +290,8 @@ def test_on_a_blank_image_max_pooling_ties_and_the_two_differ_on_purpose(pair, p
 # The program as its user meets it.
 
 
-TINY = (
-    *SMALL,
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-    "--learning-rate",
-    "1e-3",
-    "--train-images",
-    "96",
-)  # 3 steps
+# Three steps an epoch.
+TINY = [*SMALL, *"--threads 1 --learning-rate 1e-3 --train-images 96".split()]
 
 
 @pytest.fixture(autouse=True)
@@ -388,9 +378,8 @@ def test_weights_go_both_ways_and_the_run_has_its_files(tmp_path, capsys, monkey
         probs, arrays(folder / "predictions.npz")["probabilities"], atol=1e-5
     )
 
-    monkeypatch.setattr(
-        plot_figs, "draw_run", lambda *_: ()
-    )  # only the curves that stand side by side
+    # Only the curves that stand side by side are drawn.
+    monkeypatch.setattr(plot_figs, "draw_run", lambda *_: ())
     assert plot_figs.main(["resnet9", "torch_resnet9", "--save-dir", str(tmp_path)]) == 0
     assert (tmp_path / "resnet9" / "curves_resnet9_torch_resnet9.png").exists()
 
@@ -445,9 +434,8 @@ def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monk
 
 
 def test_weights_of_another_network_are_refused(tmp_path, capsys):
-    params = m.init_params(
-        m.Settings(channels=(1, 16, 16, 16))
-    )  # NumPy would stretch one channel to four
+    # NumPy would stretch one channel to four.
+    params = m.init_params(m.Settings(channels=(1, 16, 16, 16)))
     storage.save_arrays(tmp_path / "other.npz", **params)
     assert torch_main("--save-dir", tmp_path / "save", "--weights", tmp_path / "other.npz") == 2
     assert "conv1.weight has the shape (3, 3, 1, 1)" in capsys.readouterr().err
@@ -462,13 +450,10 @@ def test_device_auto_says_what_it_took():
 
 
 def test_the_script_starts_from_its_own_folder():
-    command = [sys.executable, "resnet9_torch.py", "--help"]
-    result = subprocess.run(
-        command, cwd=m.ROOT / "torch_version", capture_output=True, text=True, timeout=120
-    )
-    assert (
-        result.returncode == 0 and "--weights " in result.stdout and "--augment " in result.stdout
-    )
+    command, folder = [sys.executable, "resnet9_torch.py", "--help"], m.ROOT / "torch_version"
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert "--weights " in result.stdout and "--augment " in result.stdout
 
 
 def test_without_pytorch_a_line_says_how_to_get_it(monkeypatch, capsys):

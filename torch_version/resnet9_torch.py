@@ -136,9 +136,9 @@ def use_device(device):
     if device == "cpu":
         return f"CPU, {version}"
     try:
-        torch.ones(8, 8, device="cuda").mm(
-            torch.ones(8, 8, device="cuda")
-        ).sum().item()  # a first computation
+        # A first computation: a GPU that is seen may still be one that cannot be used.
+        ones = torch.ones(8, 8, device="cuda")
+        ones.mm(ones).sum().item()
         return f"GPU, {torch.cuda.get_device_name()}, {version}"
     except (AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -1,6 +1,6 @@
 """One whole epoch as a user runs it, ours against a plain PyTorch loop that does the same.
 
-    python benchmarks/epoch_time.py                      three runs a side, taking turns
+    python benchmarks/speed/epoch_time.py                      three runs a side, taking turns
 
 Each run is a process of its own that trains for one epoch on MNIST with augmentation: an evaluation
 before and after (10,000 training and 10,000 test images), 938 steps of 64 images, a log line,
@@ -19,7 +19,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from machine import machine
 from peers import plain_network

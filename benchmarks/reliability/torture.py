@@ -1,8 +1,8 @@
 """Kills, fills the disk of, and feeds rubbish to a small run; ends with exit status 0 when nothing
 was lost.
 
-    python benchmarks/torture.py                  everything (some ten minutes)
-    python benchmarks/torture.py --kills 5 --files 100 --operations 10
+    python benchmarks/reliability/torture.py                  everything (some ten minutes)
+    python benchmarks/reliability/torture.py --kills 5 --files 100 --operations 10
 
 - **Kills.** SIGKILL at random moments, and before each operation on a file. The same command again
   must end with the same bits, and the same metrics but for the times, as an undisturbed run.
@@ -19,6 +19,7 @@ import argparse
 import collections
 import errno
 import gzip
+import math
 import os
 import random
 import resource
@@ -30,8 +31,10 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HERE), str(HERE / "benchmarks")]
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import powercut
 from faults import watching
@@ -39,26 +42,18 @@ from faults import watching
 import mnist_resnet9 as m
 from support import mnist
 
-FLAGS = ("--data-dir", "data/sample", "--device", "cpu", "--threads", "2", "--channels", "2,4,4,4",
-         "--train-images", "256", "--batch-size", "32", "--augment", "1", "--ema", "0.9",
-         )  # fmt: skip
+FLAGS = "--channels 2,4,4,4 --train-images 256 --batch-size 32 --augment 1 --ema 0.9".split()
+FLAGS += "--data-dir data/sample --device cpu --threads 2".split()
 
 
 def command(save, epochs):
-    return [
-        sys.executable,
-        "mnist_resnet9.py",
-        *FLAGS,
-        "--save-dir",
-        str(save),
-        "--epochs-max",
-        str(epochs),
-    ]
+    flags = [*FLAGS, "--save-dir", str(save), "--epochs-max", str(epochs)]
+    return [sys.executable, "mnist_resnet9.py", *flags]
 
 
 def train(save, epochs, **options):
     return subprocess.run(
-        command(save, epochs), cwd=HERE, capture_output=True, text=True, timeout=600, **options
+        command(save, epochs), cwd=ROOT, capture_output=True, text=True, timeout=600, **options
     )
 
 
@@ -86,12 +81,11 @@ def kill(work, rng, kills, epochs):
         save = work / f"killed{rounds}"
         rounds += 1
         while True:
-            process = subprocess.Popen(command(save, epochs), cwd=HERE, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.PIPE)  # fmt: skip
+            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            process = subprocess.Popen(command(save, epochs), cwd=ROOT, **streams)
+            wait = rng.uniform(0.3, longest) if done < kills else None
             try:
-                error = process.communicate(
-                    timeout=rng.uniform(0.3, longest) if done < kills else None
-                )[1]
+                _, error = process.communicate(timeout=wait)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
@@ -228,7 +222,8 @@ def small_file_system(work):
     """A run on a file system with room for all but its checkpoints, which is then made larger."""
     place, unlimited = work / "mounted", work / "unlimited"
     assert train(unlimited, 6).returncode == 0
-    pages = sum(-(-path.stat().st_size // 4096) + 1 for path in unlimited.rglob("*"))
+    # A file takes whole pages, and one for its name.
+    pages = sum(math.ceil(path.stat().st_size / 4096) + 1 for path in unlimited.rglob("*"))
     checkpoint = (unlimited / "resnet9" / "checkpoint_last.npz").stat().st_size
     size = 4 * pages - 3 * checkpoint // 1024  # KiB
     place.mkdir()
@@ -238,13 +233,13 @@ def small_file_system(work):
         return
     try:
         command_ = command(place, 6)
-        first = subprocess.run(command_, cwd=HERE, capture_output=True, text=True, timeout=600)
+        first = subprocess.run(command_, cwd=ROOT, capture_output=True, text=True, timeout=600)
         assert first.returncode in (1, 2) and "Traceback" not in first.stderr, first.stderr
         failures = first.stderr.count("NOT written")
         for larger in (size + checkpoint // 1024, 2**16):
             resize = ["mount", "-o", f"remount,size={larger}k", str(place)]
             subprocess.run(resize, check=True, capture_output=True)
-            again = subprocess.run(command_, cwd=HERE, capture_output=True, text=True, timeout=600)
+            again = subprocess.run(command_, cwd=ROOT, capture_output=True, text=True, timeout=600)
             assert "Traceback" not in again.stderr, again.stderr
         assert again.returncode == 0, again.stderr
         assert result(place) == result(unlimited)
@@ -264,9 +259,8 @@ def mutate(content, rng):
     data = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         kind, at = rng.randrange(6), rng.randrange(len(data) + 1)
-        near = min(
-            at, rng.choice((at, 64, 1024))
-        )  # headers are worth more than their share of the bytes
+        # Headers are worth more than their share of the bytes.
+        near = min(at, rng.choice((at, 64, 1024)))
         if kind == 0 and data:
             data[min(near, len(data) - 1)] = rng.randrange(256)
         elif kind == 1:
@@ -276,9 +270,7 @@ def mutate(content, rng):
         elif kind == 3:
             del data[near : near + rng.randint(1, 64)]
         elif kind == 4:
-            data[near : near + 8] = rng.choice(
-                (b"\xff" * 8, b"\0" * 8, b"\x7f\xff\xff\xff\xff\xff\xff\xff")
-            )
+            data[near : near + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7))
         else:
             data[max(0, len(data) - rng.randint(1, 200)) :] = rng.randbytes(rng.randint(0, 200))
     return bytes(data)
@@ -295,7 +287,7 @@ def fuzz(work, rng, count):
     sources = []
     for images in (True, False):
         name = "t10k-images-idx3-ubyte" if images else "t10k-labels-idx1-ubyte"
-        packed = (HERE / "data" / "sample" / f"{name}.gz").read_bytes()
+        packed = (ROOT / "data" / "sample" / f"{name}.gz").read_bytes()
         content = gzip.decompress(packed)
         if images:
             content = content[:4] + (20).to_bytes(4, "big") + content[8 : 16 + 20 * 784]
@@ -315,9 +307,8 @@ def fuzz(work, rng, count):
             path.write_bytes(mutate(content, rng))
             try:
                 mnist.read_file(path)
-                counts["idx read"] += (
-                    1  # a changed pixel is still an idx file; the SHA-256 of the set finds it
-                )
+                # A changed pixel is still an idx file; the SHA-256 of the set finds it.
+                counts["idx read"] += 1
             except m.UserError:
                 counts["idx refused"] += 1
         else:
@@ -325,14 +316,12 @@ def fuzz(work, rng, count):
             path.write_bytes(mutate(checkpoint, rng))
             try:
                 state = m.load_checkpoint(path, settings)
-                assert (state.params.flat == right.params.flat).all() and (
-                    state.moments == right.moments
-                ).all()
-                assert (state.ema.flat == right.ema.flat).all() and state.step == right.step
-                assert state.history == right.history
-                counts["checkpoints read, all right"] += (
-                    1  # the damage was in bytes that mean nothing
-                )
+                assert np.array_equal(state.params.flat, right.params.flat)
+                assert np.array_equal(state.ema.flat, right.ema.flat)
+                assert np.array_equal(state.moments, right.moments)
+                assert (state.step, state.history) == (right.step, right.history)
+                # The damage was in bytes that mean nothing.
+                counts["checkpoints read, all right"] += 1
             except m.UserError as error:
                 assert "hang" not in str(error)
                 counts["checkpoints refused"] += 1

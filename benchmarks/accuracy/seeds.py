@@ -1,8 +1,8 @@
 """Test accuracy at the last epoch over several runs, mean ± standard deviation: what README's
 results are.
 
-for s in 1 2 3 4 5; do python mnist_resnet9.py --recipe quick --seed $s --tag quick_$s; done
-python benchmarks/seeds.py quick_1 quick_2 quick_3 quick_4 quick_5
+    for s in 1 2 3 4 5; do python mnist_resnet9.py --recipe quick --seed $s --tag quick_$s; done
+    python benchmarks/accuracy/seeds.py quick_1 quick_2 quick_3 quick_4 quick_5
 """
 
 import argparse
@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import mnist_resnet9 as m

@@ -1,11 +1,11 @@
 """Makes the last checkpoint of a finished run small: a quarter of its size, for git or to pass on.
 
-    python benchmarks/share_run.py record       save/record/checkpoint_last.npz then has only the
-                                                weights that were evaluated
+    python benchmarks/accuracy/share_run.py record
 
-Figures and predictions stay possible, and mnist_resnet9.py still says that the run is finished.
-What goes is what only further training would need: the optimizer's moments, and the weights
-themselves beside their running mean.
+save/record/checkpoint_last.npz then has only the weights that were evaluated. Figures and
+predictions stay possible, and mnist_resnet9.py still says that the run is finished. What goes is
+what only further training would need: the optimizer's moments, and the weights themselves beside
+their running mean.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import mnist_resnet9 as m

@@ -1,11 +1,13 @@
 """How well predict.py reads: MNIST's test images on larger pages, pictures as people take them, and
 what is no digit.
 
-    python benchmarks/predict_accuracy.py --tag TAG
-    python benchmarks/predict_accuracy.py --seed 1   pages that predict.py was made with, not the
-                                                     table's
+    python benchmarks/pictures/predict_accuracy.py --tag TAG
+    python benchmarks/pictures/predict_accuracy.py --seed 1
 
-The pictures as people take them are those of pictures.py. With scikit-learn installed, its 1,797
+With --seed 1 the pages are those that predict.py was made with, not those of the table in
+docs/results.md.
+
+The pictures as people take them are those of pages.py. With scikit-learn installed, its 1,797
 digits are read, too: other people's handwriting, 8×8 pixels, enlarged. The first 400 were looked at
 when predict.py was made.
 
@@ -24,10 +26,10 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import pictures
+import pages
 
 import mnist_resnet9 as m
 import predict
@@ -94,25 +96,23 @@ def edits(said, text):
     for i, wanted in enumerate(text, start=1):
         before, costs[0] = costs[0], i
         for j, got in enumerate(said, start=1):
-            before, costs[j] = (
-                costs[j],
-                min(costs[j] + 1, costs[j - 1] + 1, before + (wanted != got)),
-            )
+            cost = min(costs[j] + 1, costs[j - 1] + 1, before + (wanted != got))
+            before, costs[j] = costs[j], cost
     return costs[-1]
 
 
-def read_pages(reader, data, seed, pages):
+def read_pages(reader, data, seed, count):
     """A line for each kind of page: pages read without a mistake, digits right, digits called none,
     the slowest page."""
-    hand = pictures.half(data, seed)
+    hand = pages.half(data, seed)
     print(
         "kind of page                                 "
         "pages right    digits right    called no digit    slowest"
     )
-    for number, kind in enumerate(pictures.KINDS):
+    for number, kind in enumerate(pages.KINDS):
         whole = wrong = total = called = slowest = 0
-        for n in range(pages):
-            picture, text = pictures.page_of(number, seed, n, hand)
+        for n in range(count):
+            picture, text = pages.page_of(number, seed, n, hand)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "page.png"
                 picture.save(path, compress_level=1)
@@ -121,14 +121,12 @@ def read_pages(reader, data, seed, pages):
                 slowest = max(slowest, time.perf_counter() - start)
             answers = reader.answers([digit.image for digit in digits]) if digits else []
             said = "".join(str(answer.probabilities.argmax()) for answer in answers)
-            whole, wrong, total = (
-                whole + (said == text),
-                wrong + edits(said, text),
-                total + len(text),
-            )
+            whole += said == text
+            wrong += edits(said, text)
+            total += len(text)
             called += sum(not answer.is_digit for answer in answers)
         print(
-            f"{kind.name:44} {whole / pages:7.1%} of {pages:<4}"
+            f"{kind.name:44} {whole / count:7.1%} of {count:<4}"
             f"{1 - wrong / total:10.1%} of {total:<5}{called / total:11.1%}{slowest:12.1f} s",
             flush=True,
         )
@@ -163,7 +161,7 @@ def main(arguments):
     parser.add_argument("--tag", help="the run whose weights serve, as for predict.py")
     parser.add_argument("--images", type=int, default=10_000, help="so many of MNIST's test images")
     parser.add_argument("--pages", type=int, default=100, help="so many pages of each kind")
-    parser.add_argument("--seed", type=int, default=pictures.MEASURING, help="of the pages")
+    parser.add_argument("--seed", type=int, default=pages.MEASURING, help="of the pages")
     args = parser.parse_args(arguments)
     if args.images < 1 or args.pages < 0:
         raise m.UserError("--images should be 1 or more, --pages 0 or more")

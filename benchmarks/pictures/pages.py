@@ -392,10 +392,8 @@ KINDS = [
     Kind("two digits that touch", touching),
     Kind("ruled sheet on a table, shadow, noise", all_at_once),
 ]
-TUNING, MEASURING = (
-    1,
-    2,
-)  # seeds: what predict.py was made with, and what only the table was measured with
+TUNING = 1  # the seed of the pages that predict.py was made with
+MEASURING = 2  # and of those that only the table was measured with
 
 
 def half(data, seed):

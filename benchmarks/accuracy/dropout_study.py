@@ -1,11 +1,11 @@
 """Test accuracy against dropout rate: the reference experiment with dropout 0.5, 0.6, 0.7, 0.8,
 0.9, 0.95 and 0.99.
 
-    python benchmarks/dropout_study.py               run or continue all, 5 epochs each, then draw
-                                                     docs/dropout.png
-    python benchmarks/dropout_study.py --commands    only print the commands, for a job scheduler
-    python benchmarks/dropout_study.py --epochs 200  any number; a study of 5 goes on to 200
+    python benchmarks/accuracy/dropout_study.py               run or continue all, 5 epochs each
+    python benchmarks/accuracy/dropout_study.py --epochs 200  any number; a study of 5 goes on
+    python benchmarks/accuracy/dropout_study.py --commands    print the commands, run nothing
 
+The first two draw docs/dropout.png at the end; the commands are for a job scheduler.
 Each run is an ordinary one, in save/dropout_<rate>/. Finished runs are not repeated, so after the
 commands have run elsewhere the first line only draws. Runs with fewer epochs than asked for are not
 drawn.
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import matplotlib
@@ -33,15 +33,8 @@ RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def command(rate, epochs):
-    return [
-        "mnist_resnet9.py",
-        "--tag",
-        f"dropout_{rate}",
-        "--dropout",
-        str(rate),
-        "--epochs-max",
-        str(epochs),
-    ]
+    flags = f"--tag dropout_{rate} --dropout {rate} --epochs-max {epochs}"
+    return ["mnist_resnet9.py", *flags.split()]
 
 
 def accuracies(save, epochs):
@@ -58,10 +51,10 @@ def accuracies(save, epochs):
 def draw(found, epochs):
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     ax.plot(list(found), list(found.values()), "o-", color=BLUE, lw=1.2)
-    box = dict(facecolor="white", edgecolor="none", pad=0.5)
-    place = dict(xytext=(6, 10), textcoords="offset points")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for rate, accuracy in found.items():
-        ax.annotate(f"{accuracy:.2%}", (rate, accuracy), **place, size=8, bbox=box)
+        point, text = (rate, accuracy), f"{accuracy:.2%}"
+        ax.annotate(text, point, (6, 10), textcoords="offset points", size=8, bbox=box)
     scale_accuracy(ax, min(found.values()), max(found.values()))
     ax.set(
         title=f"The reference experiment after {epochs} epochs, one run for each rate",
@@ -86,13 +79,13 @@ def main(arguments):
     if o.epochs < 1:
         raise m.UserError(f"--epochs is {o.epochs}, but should be 1 or more")
     for rate in RATES:
-        print("python", *command(rate, o.epochs), flush=True)
-        if not o.commands and (
-            status := subprocess.run(
-                [sys.executable, *command(rate, o.epochs)], cwd=ROOT
-            ).returncode
-        ):
-            return status  # stopped or refused; what is done stays, and the same command continues
+        arguments = command(rate, o.epochs)
+        print("python", *arguments, flush=True)
+        if o.commands:
+            continue
+        status = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
+        if status:  # stopped or refused; what is done stays, and the same command continues
+            return status
     if o.commands:
         return 0
     found = accuracies(ROOT / "save", o.epochs)

@@ -1,7 +1,7 @@
 """Where the time of a training step goes: per layer and per kind of work, and what more cores would
 make of it.
 
-    python benchmarks/where_time_goes.py                 batch 64, one core, then all
+    python benchmarks/speed/where_time_goes.py                 batch 64, one core, then all
 
 The functions of mnist_resnet9.py are wrapped with a clock that counts each one's own time, without
 that of the functions it calls. A convolution's own time is its matrix products (with adding the
@@ -11,6 +11,7 @@ reshaping, the clock) is counted as "other".
 
 import argparse
 import functools
+import math
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from machine import machine
 
@@ -28,17 +29,16 @@ from support import winograd
 KINDS = {
     "GEMM": ("winograd.conv2d", "winograd.conv2d_backward", "linear", "linear_backward"),
     "transforms": ("winograd.to_points", "winograd.from_points", "winograd.prepare"),
-    "elementwise": ("relu", "relu_backward", "residual_block", "residual_block_backward",
-                    "max_pool2d", "max_pool2d_backward", "dropout", "dropout_backward",
-                    "cross_entropy_loss", "cross_entropy_loss_backward", "to_input"),
+    "elementwise": (
+        *("relu", "relu_backward", "residual_block", "residual_block_backward"),
+        *("max_pool2d", "max_pool2d_backward", "dropout", "dropout_backward"),
+        *("cross_entropy_loss", "cross_entropy_loss_backward", "to_input"),
+    ),
     "plain conv": ("conv2d", "conv2d_backward", "surroundings"),
     "other": ("conv_block", "conv_block_backward", "forward", "backward"),
-}  # fmt: skip
-LAYERS = (
-    "images",
-    *(f"conv{i}" for i in range(1, 9)),
-    "fc9",
-)  # what lies between two convolutions goes to the first
+}
+# What lies between two convolutions goes to the first.
+LAYERS = ("images", *(f"conv{i}" for i in range(1, 9)), "fc9")
 
 
 class Clock:
@@ -136,7 +136,7 @@ def main(arguments):
     if min(o.batch, o.steps) < 1:
         raise m.UserError("--batch and --steps should be 1 or more")
     print(machine())
-    cores, shards = m.available_cores(), -(-o.batch // m.SHARD_IMAGES)
+    cores, shards = m.available_cores(), math.ceil(o.batch / m.SHARD_IMAGES)
     results = {threads: measure(threads, o.batch, o.steps) for threads in sorted({1, cores})}
     print("  cores   step ms   serial   shards   computing   waiting (of all cores)")
     for threads, (whole, side_by_side, busy) in results.items():
@@ -154,7 +154,7 @@ def main(arguments):
         f"and {shards} shards of {1000 * shard:.2f} ms each"
     )
     for threads in (1, 2, 4, 8, 16):
-        step = serial + -(-shards // threads) * shard
+        step = serial + math.ceil(shards / threads) * shard
         measured = f", measured {1000 * results[threads][0]:.1f}" if threads in results else ""
         faster = f"{whole / step:.1f} times as fast as one"
         print(f"{threads:3d} cores: {1000 * step:5.1f} ms, {faster}{measured}")

@@ -1,11 +1,11 @@
 """Our training step against that of PyTorch, TensorFlow and JAX, in one run.
 
     pip install -r requirements-torch.txt --extra-index-url https://download.pytorch.org/whl/cpu
-    pip install tensorflow-cpu jax                         as you like: what is there is compared
-    python benchmarks/step_time.py                         batch 64, every core, 40 steps a side
-    python benchmarks/step_time.py --evaluate --batch 500  forward only
-    python benchmarks/step_time.py --table                 batches, one thread and all, two widths
-    python benchmarks/step_time.py --memory                resident memory over 1,000 steps
+    pip install tensorflow-cpu jax                    as you like: what is there is compared
+    python benchmarks/speed/step_time.py              batch 64, every core, 40 steps a side
+    python benchmarks/speed/step_time.py --evaluate   forward only
+    python benchmarks/speed/step_time.py --table      batches, one thread and all, two widths
+    python benchmarks/speed/step_time.py --memory     resident memory over 1,000 steps
 
 Same network, batch, threads, images and Adam on all sides: forward, backward, update. Each side is
 a process of its own (with workers of its own, whose memory counts) and only one computes at a time:
@@ -21,6 +21,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -30,8 +31,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import peers
 from machine import machine
@@ -81,10 +82,9 @@ def serve(o):
 
 def memory_of(pid, field):
     """MiB. What processes share is counted in each of them."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return (
-        int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
-    )
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field))
+    return int(line.split()[1]) / 1024  # the file has KiB
 
 
 class Side:
@@ -107,15 +107,11 @@ class Side:
 
 
 def start_sides(o, names):
-    arguments = [
-        "--batch",
-        str(o.batch),
-        "--threads",
-        str(o.threads),
-        "--channels",
-        *map(str, o.channels),
-    ]
-    sides = [Side(name, arguments + ["--evaluate"] * o.evaluate) for name in names]
+    arguments = ["--batch", str(o.batch), "--threads", str(o.threads)]
+    arguments += ["--channels", *map(str, o.channels)]
+    if o.evaluate:
+        arguments.append("--evaluate")
+    sides = [Side(name, arguments) for name in names]
     for side in sides:
         side.turn(WARM_UP)
     return sides
@@ -124,20 +120,20 @@ def start_sides(o, names):
 def compare(o, names):
     """{name: (median seconds, seconds, peak MiB)}; the sides take turns. And the floor in
     seconds."""
-    m.use_cores(
-        o.threads
-    )  # first: copies of this process that are made later would hold the sides' pipes open
+    # First, since copies of this process that are made later would hold the sides' pipes open.
+    m.use_cores(o.threads)
     sides, peaks = start_sides(o, names), []
-    for _ in range(-(-o.steps // TURN)):
+    for _ in range(math.ceil(o.steps / TURN)):
         for side in sides:
             side.seconds += side.turn(TURN)
         peaks.append(gemm_peak(o.threads))
     for side in sides:
         side.end()
     floor = 2 * multiplications(o) / statistics.median(peaks)
-    return {
+    measured = {
         side.name: (statistics.median(side.seconds), side.seconds, side.peak) for side in sides
-    }, floor
+    }
+    return measured, floor
 
 
 def fastest_peer(result):
@@ -164,23 +160,16 @@ def multiplications(o):
     """Of one step (or of one forward pass), with Winograd's algorithm in the 3×3 convolutions but
     the first."""
     c1, c2, c3, c4 = o.channels
-    layers = [
-        (28, c1, c2),
-        (28, c2, c2),
-        (28, c2, c2),
-        (14, c2, c3),
-        (14, c3, c4),
-        (14, c4, c4),
-        (14, c4, c4),
-    ]
-    one_pass = (
-        sum((winograd.VALUES * -(-size // winograd.OUTPUTS)) ** 2 * C * K for size, C, K in layers)
-        + 49 * c4 * 10
-    )
+    large = [(28, c1, c2), (28, c2, c2), (28, c2, c2)]
+    small = [(14, c2, c3), (14, c3, c4), (14, c4, c4), (14, c4, c4)]
+    one_pass = 49 * c4 * 10
+    for size, C, K in large + small:
+        tiles = math.ceil(size / winograd.OUTPUTS)  # along a side
+        one_pass += (tiles * winograd.VALUES) ** 2 * C * K
     first = 28 * 28 * 9 * c1
-    return o.batch * (
-        one_pass + first if o.evaluate else 3 * one_pass + 2 * first
-    )  # images need no gradient
+    if o.evaluate:
+        return o.batch * (one_pass + first)
+    return o.batch * (3 * one_pass + 2 * first)  # images need no gradient
 
 
 def table(o, names):

@@ -1,8 +1,8 @@
 """Compares settings on training images that are held out, so that the test set chooses nothing.
 
-    python benchmarks/compare_settings.py "--recipe quick" "--recipe quick --dropout 0.3"
-    python benchmarks/compare_settings.py --folds 5 "--recipe record --epochs-max 20"
-    python benchmarks/compare_settings.py --halves "--recipe record --epochs-max 12"
+    python benchmarks/accuracy/compare_settings.py "--recipe quick" "--recipe quick --dropout 0.3"
+    python benchmarks/accuracy/compare_settings.py --folds 5 "--recipe record --epochs-max 20"
+    python benchmarks/accuracy/compare_settings.py --halves "--recipe record --epochs-max 12"
 
 Each argument is one set of flags of mnist_resnet9.py. For each fold the last 10,000 training
 images, the 10,000 before them, and so on, are held out, and the others trained on, with a seed
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mnist_resnet9 as m
 from support.run_folder import read_metrics

@@ -1,7 +1,7 @@
 """Simulates power cuts: every state in which one could leave a run's folder must continue well.
 
-    python benchmarks/powercut.py                every state (some minutes)
-    python benchmarks/powercut.py --states 200   so many of each scenario, drawn at random
+    python benchmarks/reliability/powercut.py               every state (some minutes)
+    python benchmarks/reliability/powercut.py --states 200  so many of each scenario, at random
 
 A run's file operations are recorded (faults.py). After each of them the power may fail. What is on
 the disk then depends on what had been flushed:
@@ -31,16 +31,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from faults import watching
 
 import mnist_resnet9 as m
 
-FLAGS = ("--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "1",
-         "--channels", "2,4,4,4", "--train-images", "64", "--batch-size", "32", "--ema", "0.5",
-         "--epochs-max", "4")  # fmt: skip
+FLAGS = "--channels 2,4,4,4 --train-images 64 --batch-size 32 --ema 0.5 --epochs-max 4".split()
+FLAGS += ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "1"]
 TAG = m.Settings.tag
 STEPS = 2  # an epoch
 CONTENTS = ("there", "lacking", "half", "zeros")

@@ -1,7 +1,7 @@
 """Our training step on a GPU against PyTorch's on the same card, in one run.
 
-    python benchmarks/gpu_step_time.py                  batches of 64, 256 and 1,024
-    python benchmarks/gpu_step_time.py --batch 8        another batch
+    python benchmarks/speed/gpu_step_time.py                  batches of 64, 256 and 1,024
+    python benchmarks/speed/gpu_step_time.py --batch 8        another batch
 
 Our step is there twice: the fast path (support/gpu.py: the whole step as one CUDA graph) and the
 plain operations of mnist_resnet9.py on CuPy. PyTorch's is there four times: eager, torch.compile
@@ -15,13 +15,14 @@ process, CuPy's too: how many a step has, and where ours spends its time.
 """
 
 import argparse
+import math
 import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "torch_version")]
 
 TURN, WARM_UP = 10, 20  # steps
@@ -34,7 +35,7 @@ def our_step(m, data, settings, fast=False):
     order = m.xp.asarray(m.random_stream(settings.seed, m.ORDER, 1).permutation(len(images)))
     state, N = m.init_state(settings), settings.batch_size
     whole = len(images) // N  # batches of an epoch; on no side there are smaller ones
-    total = -(-len(images) // N) * settings.epochs_max
+    total = math.ceil(len(images) / N) * settings.epochs_max
     run = m.Run(settings, m.layers, state, (images, labels), (), (), total)
 
     if fast:
@@ -84,11 +85,9 @@ def torch_step(m, data, settings, device, way="eager"):
     def work():
         x = ((images[batch].float() / 255 - m.PIXEL_MEAN) / m.PIXEL_STD)[:, None]
         x = x.contiguous(memory_format=torch.channels_last)
-        mask = (
-            (torch.rand(N, net.fc9.in_features, device=device) >= rate) / (1 - rate)
-            if rate
-            else None
-        )
+        mask = None
+        if rate:
+            mask = (torch.rand(N, net.fc9.in_features, device=device) >= rate) / (1 - rate)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x, mask), labels[batch])
         loss.backward()
@@ -97,9 +96,8 @@ def torch_step(m, data, settings, device, way="eager"):
 
     replay = work
     if "graph" in way:
-        side = (
-            torch.cuda.Stream()
-        )  # what PyTorch's documentation asks for: some steps on another stream, then capture
+        # As PyTorch's documentation asks for: some steps on another stream, then the capture.
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -110,9 +108,8 @@ def torch_step(m, data, settings, device, way="eager"):
         with torch.cuda.graph(graph):
             loss = work()
 
-        def replay(
-            used=(images, labels, model, optimizer),
-        ):  # the graph reads them, but does not keep them
+        # The graph reads the arrays of these, but does not keep them alive: the default does.
+        def replay(used=(images, labels, model, optimizer)):
             graph.replay()
             return loss
 
@@ -208,9 +205,8 @@ def main(arguments):
         )
         best = min(seconds for name, seconds in times.items() if name.startswith("PyTorch"))
         for name, seconds in times.items():
-            count = (
-                sum(row[1] for row in kernels(sides[name], torch.cuda.synchronize)) or "not seen"
-            )
+            seen = kernels(sides[name], torch.cuda.synchronize)
+            count = sum(row[1] for row in seen) or "not seen"
             eager, fastest = seconds / times["PyTorch eager"], seconds / best
             print(
                 f"  {name:38s}  {1000 * seconds:9.3f}  {N / seconds:9.0f}  "
