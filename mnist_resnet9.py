@@ -260,7 +260,8 @@ def use_device(device):
         if float((a @ a.T + cupy.exp(-a).sum()).sum()) <= 0:  # elementwise, matrix product, sum
             raise RuntimeError("a first computation on the GPU gave a wrong result")
         xp = cupy
-        return f"GPU, {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
+        number = cupy.cuda.Device().id
+        return f"GPU, {cupy.cuda.runtime.getDeviceProperties(number)['name'].decode()}"
     except Exception as error:  # ImportError, or any of many ways for CUDA to be incomplete
         reason = root_cause(error)
         if device == "gpu":
@@ -1511,7 +1512,8 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     with terminal.signals_to(training.ask_to_stop, terminal.stop_signals()):
         try:
             kind.use_cores(cores)
-            return training.train()
+            with gpu.errors_in_a_line():
+                return training.train()
         finally:
             training.folder.close()
             workers.close()

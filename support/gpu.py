@@ -11,10 +11,13 @@ mnist_resnet9.py compute the same on a GPU. Of this file they use the random num
 """
 
 import re
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
+from . import UserError
 
 SOURCE = Path(__file__).with_name("gpu.cu")
 BLOCKS = 264  # that a GPU is given at least to be busy: two for each of 132 multiprocessors
@@ -198,6 +201,13 @@ def signatures():
     return found
 
 
+def refuse_others(kernel, given, known):
+    """An argument with another name would be lost, and the kernel's own a null pointer."""
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise TypeError(f"{kernel} takes {', '.join(unknown)}")
+
+
 class Program:
     """Kernels in the order in which they are launched, on a main branch (0) and some beside it.
 
@@ -207,20 +217,25 @@ class Program:
     """
 
     def __init__(self, device, **common):
+        known = {parameter for parameters in signatures().values() for _, parameter in parameters}
+        refuse_others("no kernel", common, known)
         self.device, self.common = device, common
         self.entries, self.kept = [], []
 
     def launch(self, name, grid, threads, shared=0, branch=0, **given):
         """Adds a kernel. Arguments have the names that they have in gpu.cu; an array that is not
         given is null."""
+        kernel = name.split("<")[0]
+        parameters = signatures()[kernel]
+        refuse_others(kernel, given, {parameter for _, parameter in parameters})
         given = self.common | given
         arguments = []
-        for kind, parameter in signatures()[name.split("<")[0]]:
-            value = given.get(parameter)
+        for kind, parameter in parameters:
             if kind.endswith("*"):
+                value = given.get(parameter)
                 arguments.append(NULL if value is None else value)
             else:
-                arguments.append(NUMBERS[kind](value))
+                arguments.append(NUMBERS[kind](given[parameter]))
         grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)
         self.entries.append((branch, name, grid, (threads, 1, 1), tuple(arguments), shared))
 
@@ -647,6 +662,32 @@ class Stream:
         return self.draw("fill_normal", shape)
 
 
-@lru_cache(maxsize=1)
 def cuda():
+    """What compiles and runs on the current device."""
+    import cupy
+
+    return cuda_of(cupy.cuda.Device().id)
+
+
+@lru_cache(maxsize=None)
+def cuda_of(_):  # the limits and the compiled modules are those of one device
     return Cuda()
+
+
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def errors_in_a_line():
+    """What CUDA reports while a run trains ends it in a line, as other errors do that the user can
+    put right. A kernel's error shows wherever the device is next waited for, so this stands around
+    the whole training."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("cupy"):
+            raise
+        raise UserError(
+            f"the GPU failed ({' '.join(str(error).split())[:200]}); "
+            "the checkpoints are intact, and the same command continues from the last one"
+        ) from error
