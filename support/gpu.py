@@ -10,6 +10,7 @@ Nothing here is needed to understand how the network learns: the plain operation
 mnist_resnet9.py compute the same on a GPU. Of this file they use the random numbers alone (Stream).
 """
 
+import itertools
 import re
 from contextlib import contextmanager
 from functools import lru_cache
@@ -45,6 +46,11 @@ def row_of_8x4(n):
 # are used often once they are in shared memory, and so small that every multiprocessor has one.
 
 
+def channels_of_slice(C, slices):
+    """Channels of each of several slices of a tap: see gpu.cu."""
+    return C if slices == 1 else round_up(-(-C // slices), 8)
+
+
 def columns_of(channels):
     """Columns of a tile for so many channels."""
     padded = round_up(channels, 8)
@@ -56,13 +62,15 @@ class Convolution:
 
     def __init__(self, side, C, K, back, limit):
         taps = 1 if C >= 32 else 3 if C >= 8 else 9
-        depth = round_up(taps * C, 8)
         columns = columns_of(K)
         self.side, self.K = side, K
         warps_n = 4 if columns == 64 else 2 if columns % 16 == 0 and side == 14 else 1
-        for rows in (128, 64, 32) if side == 28 else (32, 16):
+        # Best are many rows; on a card with little shared memory better shallow than few.
+        all_rows = (128, 64, 32) if side == 28 else (32, 16)
+        for rows, slices in itertools.product(all_rows, (1, 2, 4) if taps == 1 else (1,)):
             warps_m = min(4 // warps_n, rows // 16)
             tiles_m = rows // 16 // warps_m
+            depth = round_up(taps * channels_of_slice(C, slices), 8)
             kernel = columns * row_of_8x4(depth) if back else depth * row_of_4x8(columns)
             self.shared = 4 * (2 if taps < 9 else 1) * (rows * row_of_8x4(depth) + kernel)
             if self.shared <= limit:
@@ -73,6 +81,7 @@ class Convolution:
             C,
             K,
             str(back).lower(),
+            slices,
             warps_m,
             warps_n,
             tiles_m,
@@ -80,6 +89,7 @@ class Convolution:
         )
         self.name = f"convolution<{', '.join(map(str, sizes))}>"
         self.threads, self.rows, self.columns = 32 * warps_m * warps_n, rows, columns
+        self.slices = slices
 
     def grid(self, N):
         return -(-self.side * self.side * N // self.rows), -(-self.K // self.columns)
@@ -149,7 +159,8 @@ class Layer:
         self.forward = Convolution(side, C, K, False, limit)
         self.gradient = KernelGradient(side, C, K, limit)
         self.back = Convolution(side, K, C, True, limit) if i > 1 else None
-        self.muon_shared = 4 * 3 * round_up(K, 16) * row_of_4x8(round_up(K, 16))
+        self.muon_floats = 3 * round_up(K, 16) * row_of_4x8(round_up(K, 16))
+        self.muon_in_shared = 4 * self.muon_floats <= limit  # else in global memory
 
 
 def layers_of(channels, limit):
@@ -178,8 +189,6 @@ def unsupported(settings, limit):
         needed += [layer.forward.shared, layer.gradient.shared]
         if layer.back:
             needed.append(layer.back.shared)
-            if settings.optimizer == "muon":
-                needed.append(layer.muon_shared)
     return f"{max(needed):,} bytes of shared memory are needed" if max(needed) > limit else None
 
 
@@ -586,8 +595,11 @@ class Trainer(Network):
         m, v = self.moment(0, name), self.moment(1, name)
         mean = f"muon_mean<{R}, {K}>"
         program.launch(mean, strips, 256, branch=branch, dw=dw, m=m, v=v, X=X, parts=parts)
-        rounds, threads, shared = f"muon_rounds<{K}>", muon_threads(K), layer.muon_shared
-        sizes = dict(count=strips, Q_out=Q, scale=scale)
+        rounds, threads = f"muon_rounds<{K}, {str(layer.muon_in_shared).lower()}>", muon_threads(K)
+        shared, room = 4 * layer.muon_floats, None
+        if not layer.muon_in_shared:
+            shared, room = 0, program.empty(layer.muon_floats)
+        sizes = dict(count=strips, room=room, Q_out=Q, scale=scale)
         program.launch(rounds, 1, threads, shared, branch, parts=parts, **sizes)
         ema = None if self.ema is None else self.ema[name]
 

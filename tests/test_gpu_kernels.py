@@ -5,6 +5,7 @@ Each test runs twice: on a CPU, where cuda_on_cpu.py compiles the kernels with t
 arrays start as NaN.
 """
 
+import copy
 import itertools
 import weakref
 from dataclasses import replace
@@ -386,14 +387,48 @@ STEPS = [
 
 @pytest.mark.parametrize("given", STEPS)
 def test_a_step_computes_what_the_plain_operations_do(given, cuda, sample, monkeypatch):
+    check_steps(given, cuda, sample, monkeypatch)
+
+
+def test_a_step_with_little_shared_memory(cuda, sample, monkeypatch):
+    """60 channels in slices of 32 and 28, and Muon's rounds in global memory."""
+    given = {"channels": (4, 8, 8, 60), "batch_size": 4, "optimizer": "muon"}
+    small = with_limit(cuda, 48 * KIB)
+    last = gpu.layers_of(given["channels"], small.limit)[-1]
+    assert last.forward.slices == last.back.slices == 2 and not last.muon_in_shared
+    check_steps(given, small, sample, monkeypatch, images=8)
+
+
+CARDS = {"P100": 48, "T4": 64, "RTX": 99, "A100": 163, "H100": 227}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("recipe", m.RECIPES)
+def test_a_step_of_each_recipe_on_each_card(recipe, card, cuda, sample, monkeypatch):
+    given, limited = m.RECIPES[recipe], with_limit(cuda, CARDS[card] * KIB)
+    assert gpu.unsupported(m.Settings(**given), limited.limit) is None
+    channels = m.Settings(**given).channels
+    given = {**given, "channels": channels, "batch_size": 4}
+    check_steps(given, limited, sample, monkeypatch, images=8)
+
+
+def with_limit(cuda, limit):
+    """As on a card with so much shared memory for a block."""
+    limited = copy.copy(cuda)
+    limited.limit = min(limit, cuda.limit)
+    return limited
+
+
+def check_steps(given, cuda, sample, monkeypatch, images=20):
     """Loss and gradient against float64; then the update, with the gradient that the kernels found.
 
     A pixel that relu cuts in float32 only moves the gradient by up to 1e-3. With 8 images that is
-    rare enough for one of some batches to be free of it; the last one is smaller."""
+    rare enough for one of some batches to be free of it; the last one of 20 is smaller."""
     monkeypatch.setattr(m, "SHARD_IMAGES", 10**6)  # a batch is one shard, as on a GPU
     monkeypatch.setattr(m, "device_stream", lambda key: gpu.Stream(cuda, key))
     monkeypatch.setitem(m.POOLS, "max", (pool_with_ties_of_float32, m.max_pool2d_backward))
-    both = Both(cuda, sample, images=20, **{"batch_size": 8, **given})
+    both = Both(cuda, sample, images=images, **{"batch_size": 8, **given})
     both.begin(both.trainer)
     distances = []
     mean = both.state.params.flat.copy()
@@ -618,15 +653,15 @@ def test_the_graph_computes_what_the_plain_operations_do(sample, monkeypatch):
 
 
 def test_what_the_kernels_cannot_do_is_said():
-    limit = 230_000
-    assert gpu.unsupported(m.Settings(), limit) is None
-    assert gpu.unsupported(m.Settings(), 65_536) is None  # a T4
-    for recipe in m.RECIPES.values():
-        assert gpu.unsupported(m.Settings(**recipe), limit) is None
+    limit = 227 * KIB
+    for recipe, KiB in itertools.product(m.RECIPES.values(), CARDS.values()):
+        assert gpu.unsupported(m.Settings(**recipe), KiB * KIB) is None
+    widest = m.Settings(channels=(128, 128, 128, 128), optimizer="muon", batch_size=2048)
+    assert gpu.unsupported(widest, 48 * KIB) is None
     assert "multiples of 4" in gpu.unsupported(m.Settings(channels=(4, 10, 8, 8)), limit)
     assert "at most 128" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 132)), limit)
     assert "batch_size" in gpu.unsupported(m.Settings(batch_size=2049), limit)
-    assert "shared memory" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 128)), 30_000)
+    assert "shared memory" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 128)), 20_000)
 
 
 def names_of(settings, limit):
