@@ -208,7 +208,8 @@ def use_device(device):
         if float((a @ a.T + cupy.exp(-a).sum()).sum()) <= 0:  # elementwise, matrix product, sum
             raise RuntimeError("a first computation on the GPU gave a wrong result")
         xp = cupy
-        return f"GPU, {cupy.cuda.runtime.getDeviceProperties(0)['name'].decode()}"
+        number = cupy.cuda.Device().id
+        return f"GPU, {cupy.cuda.runtime.getDeviceProperties(number)['name'].decode()}"
     except Exception as error:  # ImportError, or any of many ways for CUDA to be incomplete
         reason = root_cause(error)
         if device == "gpu":
@@ -1400,7 +1401,8 @@ def run(settings, network=None, scripts=SCRIPTS, machinery=None, data=None):
     with terminal.signals_to(stop, terminal.stop_signals()):
         try:
             machinery.use_cores(cores)
-            return train(training, book, engine)
+            with gpu.errors_in_a_line():
+                return train(training, book, engine)
         finally:
             folder.close()
             workers.close()

@@ -181,18 +181,24 @@ __device__ void for_copies(F use) {
   }
 }
 
+// How many of C channels each of several slices of a tap has; the last one may have fewer.
+__host__ __device__ constexpr int channels_of_slice(int C, int slices) {
+  return slices == 1 ? C : round_up((C + slices - 1) / slices, 8);
+}
+
 // Rows first … first + ROWS of the windows: what TAPS taps of the kernel, from `tap` on, see of x
-// (H, W, N, C), with zeros beyond the border. place(j, r) is place_of the row r of this thread's
-// copy j.
-template <int H, int W, int C, int TAPS, int ROWS, int LENGTH, int THREADS, typename F>
-__device__ void copy_windows(float* to, const float* x, int first, int tap, int N, F place) {
+// (H, W, N, C), with zeros beyond the border; of each tap SLICE channels, from `channel` on, with
+// zeros beyond the last one. place(j, r) is place_of the row r of this thread's copy j.
+template <int H, int W, int C, int TAPS, int SLICE, int ROWS, int LENGTH, int THREADS, typename F>
+__device__ void copy_windows(float* to, const float* x, int first, int tap, int channel, int N,
+                             F place) {
   constexpr int FLOATS = C % 4 ? 1 : 4;
-  for_copies<ROWS, TAPS * C / FLOATS, THREADS>([&](int j, int r, int at) {
-    int k = at * FLOATS, down = (tap + k / C) / 3 - 1, right = (tap + k / C) % 3 - 1,
-        here = place(j, r);
+  for_copies<ROWS, TAPS * SLICE / FLOATS, THREADS>([&](int j, int r, int at) {
+    int k = at * FLOATS, c = channel + k % SLICE, here = place(j, r);
+    int down = (tap + k / SLICE) / 3 - 1, right = (tap + k / SLICE) % 3 - 1;
     unsigned h = (here >> 8) + down, w = (here & 255) + right;  // below 0 is a large number then
-    bool inside = h < H && w < W;
-    const float* from = x + (first + r + (down * W + right) * N) * C + k % C;
+    bool inside = h < H && w < W && (C % SLICE == 0 || c < C);
+    const float* from = x + (first + r + (down * W + right) * N) * C + c;
     copy<FLOATS>(to + r * LENGTH + k, inside ? from : x, inside);
   });
 }
@@ -201,47 +207,51 @@ __device__ void copy_windows(float* to, const float* x, int first, int tap, int 
 // Backward (BACK = true): y = (conv(x, w turned round and transposed) [+ add]) · [gate > 0], where
 // x is the gradient of the layer's output, y that of its input, gate that input; w is (3, 3, K, C).
 // b, add and gate may be null. A block computes WARPS_M·MT·16 rows by WARPS_N·NT·8 channels of y.
-template <int H, int W, int C, int K, bool BACK, int WARPS_M, int WARPS_N, int MT, int NT>
+// Where shared memory is small, the channels of each tap come in several SLICES.
+template <int H, int W, int C, int K, bool BACK, int SLICES, int WARPS_M, int WARPS_N, int MT,
+          int NT>
 __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32)
     convolution(const float* x, const float* w, const float* b, const float* add, const float* gate,
                 float* y, int relu, int N, unsigned inverse) {
   constexpr int THREADS = WARPS_M * WARPS_N * 32, ROWS = WARPS_M * MT * 16,
                 COLUMNS = WARPS_N * NT * 8;
-  constexpr int TAPS = taps_at_once(C), STAGES = 9 / TAPS, DEPTH = round_up(TAPS * C, 8);
+  constexpr int TAPS = taps_at_once(C), SLICE = channels_of_slice(C, SLICES);
+  constexpr int STAGES = 9 / TAPS * SLICES, DEPTH = round_up(TAPS * SLICE, 8);
+  static_assert(SLICES == 1 || TAPS == 1, "one tap is cut, several are not");
   constexpr int A_ROW = row_of_8x4(DEPTH), B_ROW = BACK ? row_of_8x4(DEPTH) : row_of_4x8(COLUMNS);
   constexpr int A_SIZE = ROWS * A_ROW, B_SIZE = (BACK ? COLUMNS : DEPTH) * B_ROW;
   SHARED_FLOATS(shared);
   int rows = H * W * N, first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
 
-  int places[(ROWS * (TAPS * C / (C % 4 ? 1 : 4)) + THREADS - 1) /
-             THREADS];  // the same for all taps
-  for_copies<ROWS, TAPS * C / (C % 4 ? 1 : 4), THREADS>(
+  constexpr int FLOATS = C % 4 ? 1 : 4, PER_ROW = TAPS * SLICE / FLOATS;
+  int places[(ROWS * PER_ROW + THREADS - 1) / THREADS];  // the same for all taps
+  for_copies<ROWS, PER_ROW, THREADS>(
       [&](int j, int r, int) { places[j] = place_of<W>(first_row + r, rows, inverse); });
 
   auto fill = [&](int stage) {
     float *a = shared + stage % 2 * (A_SIZE + B_SIZE), *kernel = a + A_SIZE;
-    int tap = stage * TAPS;
-    copy_windows<H, W, C, TAPS, ROWS, A_ROW, THREADS>(a, x, first_row, tap, N,
-                                                      [&](int j, int) { return places[j]; });
+    int tap = stage / SLICES * TAPS, channel = stage % SLICES * SLICE;
+    copy_windows<H, W, C, TAPS, SLICE, ROWS, A_ROW, THREADS>(
+        a, x, first_row, tap, channel, N, [&](int j, int) { return places[j]; });
     if (BACK) {  // (K, C) of each tap; turned round, tap 8 comes first
-      constexpr int FLOATS = C % 4 ? 1 : 4;
-      for_copies<COLUMNS, TAPS * C / FLOATS, THREADS>([&](int, int column, int at) {
-        int k = at * FLOATS;
-        bool inside = K % COLUMNS == 0 || first_column + column < K;
-        const float* from = w + ((8 - tap - k / C) * K + first_column + column) * C + k % C;
+      for_copies<COLUMNS, PER_ROW, THREADS>([&](int, int column, int at) {
+        int k = at * FLOATS, c = channel + k % SLICE;
+        bool inside = (K % COLUMNS == 0 || first_column + column < K) && (C % SLICE == 0 || c < C);
+        const float* from = w + ((8 - tap - k / SLICE) * K + first_column + column) * C + c;
         copy<FLOATS>(kernel + column * B_ROW + k, inside ? from : w, inside);
       });
     } else {
-      for_copies<TAPS * C, COLUMNS / 4, THREADS>([&](int, int k, int at) {
-        bool inside = K % COLUMNS == 0 || first_column + 4 * at < K;
-        const float* from = w + (tap * C + k) * K + first_column + 4 * at;
+      for_copies<TAPS * SLICE, COLUMNS / 4, THREADS>([&](int, int k, int at) {
+        bool inside = (K % COLUMNS == 0 || first_column + 4 * at < K) &&
+                      (C % SLICE == 0 || channel + k < C);
+        const float* from = w + (tap * C + channel + k) * K + first_column + 4 * at;
         copy<4>(kernel + k * B_ROW + 4 * at, inside ? from : w, inside);
       });
     }
     end_of_group();
   };
 
-  if (DEPTH != TAPS * C) {  // the product reads what no copy fills
+  if (DEPTH != TAPS * SLICE) {  // the product reads what no copy fills
     for (int i = threadIdx.x; i < (STAGES > 1 ? 2 : 1) * (A_SIZE + B_SIZE); i += THREADS)
       shared[i] = 0;
     __syncthreads();
@@ -312,9 +322,9 @@ __global__ void __launch_bounds__(WARPS_M * WARPS_N * WARPS_R * 32)
 
   auto fill = [&](int first, int buffer) {
     float *windows = shared + buffer * (X_SIZE + Y_SIZE), *slopes = windows + X_SIZE;
-    copy_windows<H, W, C, TAPS, ROWS, X_ROW, THREADS>(windows, x, first, tap, N, [&](int, int r) {
-      return place_of<W>(first + r, end, inverse);
-    });
+    copy_windows<H, W, C, TAPS, C, ROWS, X_ROW, THREADS>(
+        windows, x, first, tap, 0, N,
+        [&](int, int r) { return place_of<W>(first + r, end, inverse); });
     for_copies<ROWS, COLUMNS / 4, THREADS>([&](int, int r, int at) {
       bool inside = first + r < end && (K % COLUMNS == 0 || first_column + 4 * at < K);
       const float* from = dy + (first + r) * K + first_column + 4 * at;
@@ -705,15 +715,17 @@ __host__ __device__ constexpr int parts_a_warp(int KP, int parts = 1) {
 }
 
 // Q (KP, KP) from `count` parts of G, in one block with a tile for each warp; and in scale[0] what
-// brings X to length 1, so that no singular value of it is above 1.
-template <int K>
+// brings X to length 1, so that no singular value of it is above 1. The three matrices of the rounds
+// lie in shared memory or, where that is too small, in room.
+template <int K, bool IN_SHARED>
 __global__ void __launch_bounds__(round_up(K, 16) / 16 *
                                   (round_up(K, 16) / 8 / parts_a_warp(round_up(K, 16))) * 32)
-    muon_rounds(const float* parts, int count, float* Q_out, float* scale) {
+    muon_rounds(const float* parts, int count, float* room, float* Q_out, float* scale) {
   constexpr int KP = round_up(K, 16), ROW = row_of_4x8(KP), NT = parts_a_warp(KP),
                 TILES = KP / 8 / NT;
   constexpr int THREADS = KP / 16 * TILES * 32;
-  SHARED_FLOATS(G);
+  SHARED_FLOATS(shared);
+  float* G = IN_SHARED ? shared : room;
   float *P = G + KP * ROW, *Q = P + KP * ROW;
   int row = threadIdx.x / 32 / TILES * 16, column = threadIdx.x / 32 % TILES * NT * 8;
   int lane_row = row + threadIdx.x % 32 / 4, lane_column = column + threadIdx.x % 4 * 2;

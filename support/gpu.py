@@ -10,11 +10,15 @@ Nothing here is needed to understand how the network learns: the plain operation
 mnist_resnet9.py compute the same on a GPU. Of this file they use the random numbers alone (Stream).
 """
 
+import itertools
 import re
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+
+from . import UserError
 
 SOURCE = Path(__file__).with_name("gpu.cu")
 BLOCKS = 264  # that a GPU is given at least to be busy: two for each of 132 multiprocessors
@@ -42,6 +46,11 @@ def row_of_8x4(n):
 # are used often once they are in shared memory, and so small that every multiprocessor has one.
 
 
+def channels_of_slice(C, slices):
+    """Channels of each of several slices of a tap: see gpu.cu."""
+    return C if slices == 1 else round_up(-(-C // slices), 8)
+
+
 def columns_of(channels):
     """Columns of a tile for so many channels."""
     padded = round_up(channels, 8)
@@ -53,13 +62,15 @@ class Convolution:
 
     def __init__(self, side, C, K, back, limit):
         taps = 1 if C >= 32 else 3 if C >= 8 else 9
-        depth = round_up(taps * C, 8)
         columns = columns_of(K)
         self.side, self.K = side, K
         warps_n = 4 if columns == 64 else 2 if columns % 16 == 0 and side == 14 else 1
-        for rows in (128, 64, 32) if side == 28 else (32, 16):
+        # Best are many rows; on a card with little shared memory better shallow than few.
+        all_rows = (128, 64, 32) if side == 28 else (32, 16)
+        for rows, slices in itertools.product(all_rows, (1, 2, 4) if taps == 1 else (1,)):
             warps_m = min(4 // warps_n, rows // 16)
             tiles_m = rows // 16 // warps_m
+            depth = round_up(taps * channels_of_slice(C, slices), 8)
             kernel = columns * row_of_8x4(depth) if back else depth * row_of_4x8(columns)
             self.shared = 4 * (2 if taps < 9 else 1) * (rows * row_of_8x4(depth) + kernel)
             if self.shared <= limit:
@@ -70,6 +81,7 @@ class Convolution:
             C,
             K,
             str(back).lower(),
+            slices,
             warps_m,
             warps_n,
             tiles_m,
@@ -77,6 +89,7 @@ class Convolution:
         )
         self.name = f"convolution<{', '.join(map(str, sizes))}>"
         self.threads, self.rows, self.columns = 32 * warps_m * warps_n, rows, columns
+        self.slices = slices
 
     def grid(self, N):
         return -(-self.side * self.side * N // self.rows), -(-self.K // self.columns)
@@ -146,7 +159,8 @@ class Layer:
         self.forward = Convolution(side, C, K, False, limit)
         self.gradient = KernelGradient(side, C, K, limit)
         self.back = Convolution(side, K, C, True, limit) if i > 1 else None
-        self.muon_shared = 4 * 3 * round_up(K, 16) * row_of_4x8(round_up(K, 16))
+        self.muon_floats = 3 * round_up(K, 16) * row_of_4x8(round_up(K, 16))
+        self.muon_in_shared = 4 * self.muon_floats <= limit  # else in global memory
 
 
 def layers_of(channels, limit):
@@ -175,8 +189,6 @@ def unsupported(settings, limit):
         needed += [layer.forward.shared, layer.gradient.shared]
         if layer.back:
             needed.append(layer.back.shared)
-            if settings.optimizer == "muon":
-                needed.append(layer.muon_shared)
     return f"{max(needed):,} bytes of shared memory are needed" if max(needed) > limit else None
 
 
@@ -198,6 +210,13 @@ def signatures():
     return found
 
 
+def refuse_others(kernel, given, known):
+    """An argument with another name would be lost, and the kernel's own a null pointer."""
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise TypeError(f"{kernel} takes {', '.join(unknown)}")
+
+
 class Program:
     """Kernels in the order in which they are launched, on a main branch (0) and some beside it.
 
@@ -207,20 +226,25 @@ class Program:
     """
 
     def __init__(self, device, **common):
+        known = {parameter for parameters in signatures().values() for _, parameter in parameters}
+        refuse_others("no kernel", common, known)
         self.device, self.common = device, common
         self.entries, self.kept = [], []
 
     def launch(self, name, grid, threads, shared=0, branch=0, **given):
         """Adds a kernel. Arguments have the names that they have in gpu.cu; an array that is not
         given is null."""
+        kernel = name.split("<")[0]
+        parameters = signatures()[kernel]
+        refuse_others(kernel, given, {parameter for _, parameter in parameters})
         given = self.common | given
         arguments = []
-        for kind, parameter in signatures()[name.split("<")[0]]:
-            value = given.get(parameter)
+        for kind, parameter in parameters:
             if kind.endswith("*"):
+                value = given.get(parameter)
                 arguments.append(NULL if value is None else value)
             else:
-                arguments.append(NUMBERS[kind](value))
+                arguments.append(NUMBERS[kind](given[parameter]))
         grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)
         self.entries.append((branch, name, grid, (threads, 1, 1), tuple(arguments), shared))
 
@@ -571,8 +595,11 @@ class Trainer(Network):
         m, v = self.moment(0, name), self.moment(1, name)
         mean = f"muon_mean<{R}, {K}>"
         program.launch(mean, strips, 256, branch=branch, dw=dw, m=m, v=v, X=X, parts=parts)
-        rounds, threads, shared = f"muon_rounds<{K}>", muon_threads(K), layer.muon_shared
-        sizes = dict(count=strips, Q_out=Q, scale=scale)
+        rounds, threads = f"muon_rounds<{K}, {str(layer.muon_in_shared).lower()}>", muon_threads(K)
+        shared, room = 4 * layer.muon_floats, None
+        if not layer.muon_in_shared:
+            shared, room = 0, program.empty(layer.muon_floats)
+        sizes = dict(count=strips, room=room, Q_out=Q, scale=scale)
         program.launch(rounds, 1, threads, shared, branch, parts=parts, **sizes)
         ema = None if self.ema is None else self.ema[name]
 
@@ -649,6 +676,32 @@ class Stream:
         return self.draw("fill_normal", shape)
 
 
-@lru_cache(maxsize=1)
 def cuda():
+    """What compiles and runs on the current device."""
+    import cupy
+
+    return cuda_of(cupy.cuda.Device().id)
+
+
+@lru_cache(maxsize=None)
+def cuda_of(_):  # the limits and the compiled modules are those of one device
     return Cuda()
+
+
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def errors_in_a_line():
+    """What CUDA reports while a run trains ends it in a line, as other errors do that the user can
+    put right. A kernel's error shows wherever the device is next waited for, so this stands around
+    the whole training."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("cupy"):
+            raise
+        raise UserError(
+            f"the GPU failed ({' '.join(str(error).split())[:200]}); "
+            "the checkpoints are intact, and the same command continues from the last one"
+        ) from error

@@ -23,7 +23,10 @@ struct float2 {
   float x, y;
 };
 static Place threadIdx, blockIdx, blockDim;
-alignas(16) static float shared_memory[1 << 16];
+
+// A block's shared memory, and behind it a guard that nobody should write to.
+static const int SHARED = 1 << 16, GUARD = 1 << 10;
+alignas(16) static float shared_memory[SHARED + GUARD];
 
 static int __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
 static unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
@@ -58,8 +61,10 @@ static void start() {
   next_thread(true);
 }
 
+// Returns how many floats behind its shared memory a block has written to.
 template <typename F>
-static void run(int blocks_x, int blocks_y, int block, F kernel) {
+static int run(int blocks_x, int blocks_y, int block, int shared, F kernel) {
+  int overwritten = 0;
   body = [](void* f) { (*(F*)f)(); };
   body_arguments = &kernel;
   blockDim = {block, 1};
@@ -67,7 +72,8 @@ static void run(int blocks_x, int blocks_y, int block, F kernel) {
   for (int y = 0; y < blocks_y; y++)
     for (int x = 0; x < blocks_x; x++) {
       blockIdx = {x, y};
-      for (float& f : shared_memory) f = NAN;  // what a kernel reads, it must have written
+      // What a kernel reads, it must have written.
+      for (int i = 0; i < shared + GUARD; i++) shared_memory[i] = NAN;
       threads.assign(block, ucontext_t());
       finished.assign(block, 0);
       for (int i = 0; i < block; i++) {
@@ -78,7 +84,9 @@ static void run(int blocks_x, int blocks_y, int block, F kernel) {
       }
       threadIdx = {0, 0};
       swapcontext(&outside, &threads[0]);
+      for (int i = 0; i < GUARD; i++) overwritten += !std::isnan(shared_memory[shared + i]);
     }
+  return overwritten;
 }
 
 template <typename... P, size_t... I>
@@ -87,6 +95,7 @@ static void call(void (*kernel)(P...), void** arguments, std::index_sequence<I..
 }
 
 template <typename... P>
-static void launch(void (*kernel)(P...), int x, int y, int block, void** arguments) {
-  run(x, y, block, [&] { call(kernel, arguments, std::index_sequence_for<P...>()); });
+static int launch(void (*kernel)(P...), int x, int y, int block, int shared, void** arguments) {
+  auto thread = [&] { call(kernel, arguments, std::index_sequence_for<P...>()); };
+  return run(x, y, block, shared, thread);
 }

@@ -6,9 +6,10 @@ a kernel reads, another must have written.
 """
 
 import ctypes
-import hashlib
+import itertools
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,10 @@ from support import gpu
 
 HERE = Path(__file__).resolve().parent
 COMPILER = shutil.which("g++") or shutil.which("c++")
+KIB = 1024
+
+# Kernels that are compiled already, by name, and their libraries: for all tests of a process.
+COMPILED, LIBRARIES, NUMBERS = {}, tempfile.TemporaryDirectory(), itertools.count()
 
 
 class Poisoned:
@@ -31,40 +36,35 @@ class Poisoned:
         return np.full(shape, np.nan if dtype.kind == "f" else np.iinfo(dtype).max, dtype)
 
 
-class CudaOnCpu:
-    def __init__(self, folder, limit=230_000):
-        self.xp, self.limit, self.folder, self.launched = Poisoned(), limit, Path(folder), []
-
-    def compile(self, names):
-        names = sorted(names)
+def compile_kernels(names):
+    """Compiles the kernels that are not yet; half of them at a time on each of two cores."""
+    missing = sorted(set(names) - COMPILED.keys())
+    compiling = []
+    for half in filter(None, (missing[::2], missing[1::2])):
         lines = [f'#include "{HERE / "cuda_on_cpu.h"}"', f'#include "{gpu.SOURCE}"', 'extern "C" {']
-        for i, name in enumerate(names):
-            head = f"void kernel_{i}(int x, int y, int block, void** a)"
-            lines.append(f"{head} {{ launch({name}, x, y, block, a); }}")
-        code = "\n".join([*lines, "}"])
-        stem = hashlib.sha256(
-            (code + gpu.SOURCE.read_text() + (HERE / "cuda_on_cpu.h").read_text()).encode()
-        )
-        library = self.folder / f"kernels_{stem.hexdigest()[:16]}.so"
-        if not library.exists():
-            source = library.with_suffix(".cpp")
-            source.write_text(code)
-            command = [
-                COMPILER,
-                "-std=c++17",
-                "-O2",
-                "-w",
-                "-shared",
-                "-fPIC",
-                "-o",
-                str(library),
-                str(source),
-            ]
-            subprocess.run(command, check=True)
+        for i, name in enumerate(half):
+            lines.append(
+                f"int kernel_{i}(int x, int y, int block, int shared, void** arguments) {{"
+            )
+            lines.append(f"  return launch({name}, x, y, block, shared, arguments);")
+            lines.append("}")
+        source = Path(LIBRARIES.name) / f"kernels_{next(NUMBERS)}.cpp"
+        source.write_text("\n".join([*lines, "}"]))
+        library = source.with_suffix(".so")
+        command = [COMPILER, "-std=c++17", "-O2", "-w", "-shared", "-fPIC", "-o", library, source]
+        compiling.append((half, library, subprocess.Popen(command)))
+    for half, library, compiler in compiling:
+        assert compiler.wait() == 0
         loaded = ctypes.CDLL(str(library))
-        return {name: getattr(loaded, f"kernel_{i}") for i, name in enumerate(names)}
+        COMPILED.update({name: getattr(loaded, f"kernel_{i}") for i, name in enumerate(half)})
 
-    def run(self, kernel, grid, block, arguments):
+
+class CudaOnCpu:
+    def __init__(self, limit=227 * KIB):
+        self.xp, self.limit = Poisoned(), limit
+
+    def run(self, name, grid, block, arguments, shared):
+        assert shared <= self.limit and block[0] <= 1024
         holders = []
         for a in arguments:
             if isinstance(a, np.ndarray):
@@ -73,20 +73,22 @@ class CudaOnCpu:
             else:
                 holders.append(ctypes.create_string_buffer(a.tobytes()))
         pointers = (ctypes.c_void_p * len(holders))(*[ctypes.addressof(h) for h in holders])
-        kernel(int(grid[0]), int(grid[1]), int(block[0]), pointers)
+        overwritten = COMPILED[name](
+            int(grid[0]), int(grid[1]), int(block[0]), int(shared) // 4, pointers
+        )
+        assert not overwritten, f"{name} writes beyond its shared memory"
 
     def record(self, program):
         launches = [entry for entry in program.entries if entry]
-        kernels = self.compile({entry[1] for entry in launches})
-        for *_, shared in launches:
-            assert shared <= 4 * 2**16
+        compile_kernels({entry[1] for entry in launches})
 
         def play():
-            for _, name, grid, block, arguments, _ in launches:
-                self.run(kernels[name], grid, block, arguments)
+            for _, name, grid, block, arguments, shared in launches:
+                self.run(name, grid, block, arguments, shared)
 
         return play
 
     def launch(self, name, grid, threads, *arguments, shared=0):
+        compile_kernels({name})
         grid = (grid, 1) if isinstance(grid, int) else grid
-        self.run(self.compile({name})[name], grid, (threads,), arguments)
+        self.run(name, grid, (threads,), arguments, shared)

@@ -102,6 +102,29 @@ def test_without_a_gpu_device_gpu_fails_in_a_line_and_auto_takes_the_cpu(
     assert m.use_device("cpu") == "CPU"
 
 
+def test_the_current_device_is_the_one_that_is_named_and_asked(monkeypatch):
+    """On a machine with several; `cupy.cuda.Device(1).use()` makes another one current."""
+    current, limits = [1], {1: 65_536, 2: 232_448}
+
+    def device():
+        return SimpleNamespace(
+            id=current[0], attributes={"MaxSharedMemoryPerBlockOptin": limits[current[0]]}
+        )
+
+    runtime = SimpleNamespace(getDeviceProperties=lambda number: {"name": b"card %d" % number})
+    cupy = SimpleNamespace(is_available=lambda: True, arange=np.arange, exp=np.exp)
+    cupy.float32, cupy.cuda = np.float32, SimpleNamespace(Device=device, runtime=runtime)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(m, "xp", np)
+    gpu.cuda_of.cache_clear()
+    try:
+        for current[0] in limits:
+            assert m.use_device("gpu") == f"GPU, card {current[0]}"
+            assert gpu.cuda().limit == limits[current[0]] and gpu.cuda() is gpu.cuda()
+    finally:
+        gpu.cuda_of.cache_clear()
+
+
 # A device that is made of NumPy: its arrays take part in nothing but their own module's functions,
 # as CuPy's do.
 
