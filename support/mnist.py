@@ -622,6 +622,10 @@ class HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, answer, code, message, headers, url)
 
 
+def open_url(url, timeout):
+    return urllib.request.build_opener(HttpsOnly).open(url, timeout=timeout)
+
+
 def download(file, folder):
     """Puts one of MNIST's files into folder, from the first mirror that sends the right bytes.
 
@@ -637,13 +641,12 @@ def download(file, folder):
         pass  # another program that downloads has removed it
     except OSError as error:
         raise NoDownload(f"{folder} cannot be written to ({reason(error)})") from None
-    urllib.request.install_opener(urllib.request.build_opener(HttpsOnly))
     problems = []
     for mirror in MIRRORS:
         deadline = time.monotonic() + DOWNLOAD_SECONDS
         try:
             url = f"{mirror}{file.name}.gz"
-            with urllib.request.urlopen(url, timeout=20) as answer, open(part, "wb") as target:
+            with open_url(url, timeout=20) as answer, open(part, "wb") as target:
                 size = int(answer.headers.get("Content-Length") or 0)
                 bar = tqdm(
                     total=size,

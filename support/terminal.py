@@ -102,7 +102,10 @@ def end(status, why=""):
     if status and cell:
         flush()
         if status > 128:
-            raise KeyboardInterrupt(why or "The run was stopped; its last lines say what is saved.")
+            text = why or "The run was stopped: see the lines above."
+            error = KeyboardInterrupt(text)
+            error._render_traceback_ = lambda: [f"KeyboardInterrupt: {text}"]
+            raise error
         raise UserError(why or "Something could not be saved: see the lines above.")
     if why:
         with contextlib.suppress(OSError):

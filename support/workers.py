@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import re
 import signal
 import sys
 import threading
@@ -174,10 +175,6 @@ class Lost(Exception):
     """No answer comes from a worker. The text says why."""
 
 
-def one_line(error):
-    return " ".join(str(error).split())
-
-
 def is_starting():
     """Whether this is a spawned process that is still importing the main script.
 
@@ -264,7 +261,8 @@ class Workers:
                 self.inbox = shared_memory()
             self.packed, functions = pack(function, self.inbox)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            self.say(f"no other process can be given what to compute ({one_line(error)})")
+            reason = " ".join(re.sub(" at 0x[0-9a-fA-F]+", "", str(error)).split())
+            self.say(f"what it computes cannot be sent to another ({reason})", once="sent")
             return False
         try:
             if self.watched is None or self.watched.has_changed(functions):
@@ -276,10 +274,10 @@ class Workers:
             raise
         return bool(self.workers)
 
-    def say(self, why):
-        if why not in self.said:
+    def say(self, why, once):
+        if once not in self.said:
             tqdm.write(f"*** This process computes alone: {why}.", file=sys.stderr)
-        self.said.add(why)
+        self.said.add(once)
 
     def start(self):
         if is_starting():  # it cannot have workers, and is one itself
@@ -334,7 +332,7 @@ class Workers:
             why = f"other processes find something else under these names: {some}"
             if not names:
                 return
-        self.say(why)
+        self.say(why, once=why)
         self.end(self.watched)
 
     def share_out(self, function, parts):

@@ -101,7 +101,7 @@ def mirrors(monkeypatch):
         answer.url = url
         return answer
 
-    monkeypatch.setattr(mnist.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(mnist, "open_url", urlopen)
     return answers, asked
 
 
