@@ -40,18 +40,24 @@ import functools
 import math
 import platform
 import sys
-import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
+if "__file__" in globals():  # `python - < mnist_resnet9.py` has none, and looks in this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
+if "support" in sys.modules and not hasattr(sys.modules["support"], "UserError"):
+    raise ImportError(
+        f"another module named support is loaded already ({sys.modules['support']}); "
+        "rename it, or import mnist_resnet9 first"
+    )
 
 from support import ROOT, UserError, gpu, terminal, winograd
 from support.bookkeeping import Bookkeeper
 from support.checkpoints import Unreadable, pack_checkpoint, read_checkpoint
+from support.cores import available_cores, cores_to_use  # noqa: F401  (m.available_cores)
 from support.mnist import DataFiles, find_mnist, hashes_of, note_on_pixels
 from support.run_folder import RunFolder
 from support.settings import (
@@ -61,7 +67,7 @@ from support.settings import (
     project_path,
     settings_class,
 )
-from support.workers import Workers, available_cores, prepare_process
+from support.workers import OneBlasThread, Workers, is_starting, prepare_process
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -1009,16 +1015,21 @@ def pixels_at(images, row, col):
 SHARD_IMAGES = 8
 PREDICT_SHARD_IMAGES = 32  # without a backward pass less is kept, so more fits
 
-workers = Workers(0)  # none, until use_cores() starts some
+workers = Workers(0)  # none, until use_cores() asks for some
 
 
 def use_cores(count):
     """Spreads the shards from now on over `count` processes, this one included.
 
     A GPU needs no more than this one."""
-    global workers
-    workers.close()
-    workers = Workers(count - 1 if xp is np else 0)
+    workers.use(count - 1 if xp is np else 0, [gradients_of_shards, logits_of_shards])
+
+
+def most_cores(settings):
+    """For how many cores a step or an evaluation has work: a shard each."""
+    step = math.ceil(settings.batch_size / SHARD_IMAGES)
+    evaluation = math.ceil(PREDICT_IMAGES / PREDICT_SHARD_IMAGES)
+    return max(step, evaluation)
 
 
 def shards_of(N, size):
@@ -1031,7 +1042,7 @@ def shards_of(N, size):
 
 def over_cores(work, shards):
     """work(shards), a list with one result for each shard; each core does a part of it."""
-    cores = min(1 + len(workers.workers), len(shards))
+    cores = min(1 + workers.count, len(shards))
     bounds = [i * len(shards) // cores for i in range(cores + 1)]
     parts = workers.map(work, [shards[start:stop] for start, stop in zip(bounds, bounds[1:])])
     return [result for part in parts for result in part]
@@ -1388,9 +1399,10 @@ def run(settings, network=None, scripts=SCRIPTS, machinery=None, data=None):
         )
     folder.write_config()
     folder.keep_code()
-    cores = settings.threads or available_cores()
+    most = most_cores(settings) if machinery.use_cores is use_cores else None
+    cores, words = cores_to_use(settings.threads, most)
     if not book.on_gpu:
-        device += f", {cores} core" if cores == 1 else f", {cores} cores"
+        device += f", {words}"
     engine, words = machinery.engine_of(training, device)
     book.say_start(data, words, continued=restored is not None)
 
@@ -1441,32 +1453,33 @@ def main(arguments=(), start=start_run):
     """Runs a command line, start(arguments), as `main(["--tag", "mine"])` in a notebook does.
 
     Returns the exit status: 0, 1 if something could not be saved, 2 after an error that the user
-    can put right (one line says it), or 128 + the number of a signal."""
+    can put right (one line says it), or 128 + the number of a signal. In a cell of a notebook, what
+    is not 0 is an exception: see terminal.end()."""
+    if is_starting():
+        return 0
     terminal.prepare()
     prepare_process()
-    warnings.simplefilter("ignore", RuntimeWarning)  # overflow shows in the loss, which is checked
+    status, why = 2, ""
     try:
-        return start([str(argument) for argument in arguments])
+        # Overflow shows in the loss, which is checked.
+        with OneBlasThread(), np.errstate(all="ignore"):
+            status = start(terminal.words_of(arguments))
+    except SystemExit as stop:  # after --help
+        status = stop.code or 0
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        why = terminal.prefix() + " ".join(str(error).split())
     except MemoryError as error:
         reason = " ".join(str(error).split()) or "no more is there"
-        print(
-            f"Out of memory ({reason}). What was saved stays; a smaller --batch-size takes less.",
-            file=sys.stderr,
-        )
-        return 2
+        why = f"Out of memory ({reason}). What was saved stays; a smaller --batch-size takes less."
     except BrokenPipeError:  # nobody reads the output any more, as after `| head`
-        return 128 + 13  # SIGPIPE, which ends other programs then
+        status = 128 + 13  # SIGPIPE, which ends other programs then
     except OSError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
+        why = f"{terminal.prefix()}{error}"
     except KeyboardInterrupt:  # before the training or after it: within, it saves what there is
-        print("Stopped; there is nothing to save.", file=sys.stderr)
-        return 130
+        status, why = 130, "Stopped; there is nothing to save."
     finally:
         terminal.flush()
+    return terminal.end(status, why)
 
 
 if __name__ == "__main__":

@@ -10,3 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class UserError(ValueError):
     """Something the user can put right. main() prints it in one line; the exit status is 2."""
+
+    def _render_traceback_(self):
+        """What a notebook shows of it, in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]

@@ -5,13 +5,12 @@ after_step, epoch_is_whole, end_epoch, finish. A first reading may skip this fil
 """
 
 import math
-import shlex
 import sys
 import time
 
 from tqdm import tqdm
 
-from support import ROOT, UserError, terminal
+from support import UserError, terminal
 from support.checkpoints import Epoch
 from support.run_folder import duration, log_header, log_line, write_metrics
 from support.settings import project_path
@@ -119,7 +118,7 @@ class Bookkeeper:
         steps = self.total_steps - self.state.step + evaluation * epochs_left
         self.folder.log(
             f"About {duration(step_seconds * steps)} to epoch {self.settings.epochs_max} "
-            "on this machine. Ctrl-C is safe: the same command continues."
+            f"on this machine. {terminal.how_to_stop()}"
         )
 
     def epoch_is_whole(self):
@@ -178,9 +177,10 @@ class Bookkeeper:
 
     def finished(self):
         folder = self.folder
-        figures = f"python {terminal.shown(ROOT / 'plot_figs.py')} {self.settings.tag}"
+        words = [self.settings.tag]
         if folder.path.parent != project_path(type(self.settings).save_dir):
-            figures += f" --save-dir {shlex.quote(terminal.shown(folder.path.parent))}"
+            words += ["--save-dir", terminal.shown(folder.path.parent)]
+        figures = terminal.command("plot_figs", *words)
         folder.log(f"Finished. {self.result()} Figures: {figures}")
         if not folder.write_unsaved():
             print("*** Some files were not written: see above.", file=sys.stderr)

@@ -458,11 +458,14 @@ class HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, answer, code, message, headers, url)
 
 
+def open_url(url, timeout):
+    return urllib.request.build_opener(HttpsOnly).open(url, timeout=timeout)
+
+
 def download(file, folder, notes):
     """The bytes of one of MNIST's files, from the first mirror that sends the right ones.
 
     They are kept in the folder, if it can be written to. NoDownload if no mirror sends them."""
-    urllib.request.install_opener(urllib.request.build_opener(HttpsOnly))
     problems = []
     for mirror in MIRRORS:
         try:
@@ -489,7 +492,7 @@ def fetch(url):
     """The bytes at the URL. OSError where they are too many, or come too slowly."""
     deadline = time.monotonic() + DOWNLOAD_SECONDS
     content = bytearray()
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with open_url(url, timeout=20) as answer:
         size = int(answer.headers.get("Content-Length") or 0)
         with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
             # read1() takes what is there; read() would wait for all of the 2**16 bytes.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from support import ROOT, UserError
+from support import ROOT, UserError, terminal
 
 
 def settings_class(cls):
@@ -133,6 +133,11 @@ METAVARS = {str: "STR", int: "INT", float: "FLOAT", tuple: "K,K,K,K"}
 
 class Parser(argparse.ArgumentParser):
     """argparse with a flag for each setting, and a UserError in place of printing its usage."""
+
+    def __init__(self, **options):
+        if terminal.in_notebook():  # sys.argv is the notebook's
+            options.setdefault("prog", "main()")
+        super().__init__(**options)
 
     def read_settings(self, kind, arguments):
         """{name: value} of the flags that were given, with one for each field of `kind`.

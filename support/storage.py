@@ -4,8 +4,12 @@ import contextlib
 import errno
 import io
 import os
+import sys
+import threading
+import weakref
 
 import numpy as np
+from tqdm import tqdm
 
 from support import UserError
 
@@ -96,20 +100,44 @@ def save_arrays(path, **arrays):
     write_file(path, pack_arrays(**arrays))
 
 
+# The files that this process has locked. The system's locks hold off other processes alone; and
+# whoever opens and closes such a file a second time frees it for them.
+HELD = weakref.WeakValueDictionary()  # (device, number) of the file → the open file
+HELD_LOCK = threading.Lock()
+
+
 def lock_file(path):
     """The open file at path, locked until it is closed or its process ends.
 
-    UserError if another program has it."""
-    file = open(path, "a")
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
-            raise UserError(
-                f"{path.parent} is in use by another program; wait or choose another --tag"
-            ) from None
-    return file
+    UserError if another program has it, or another run of this one."""
+    with HELD_LOCK:
+        if path.exists():
+            held = HELD.get(identity(path.stat()))
+            if held is not None and not held.closed:
+                raise UserError(
+                    f"{path.parent} is in use by another run of this program; wait or choose "
+                    "another --tag"
+                )
+        file = open(path, "a")
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise UserError(
+                    f"{path.parent} is in use by another program; wait or choose another --tag"
+                ) from None
+            tqdm.write(
+                f"*** {path.parent} is on a file system without locks ({error.strerror}): see to "
+                "it that no second run with this tag is started before this one has ended.",
+                file=sys.stderr,
+            )
+        HELD[identity(os.fstat(file.fileno()))] = file
+        return file
+
+
+def identity(stat):
+    return stat.st_dev, stat.st_ino

@@ -9,22 +9,28 @@ go through a pipe, except for their arrays: these are copied once, into memory t
 import contextlib
 import ctypes
 import functools
+import io
 import mmap
 import multiprocessing
 import os
 import pickle
 import platform
+import re
 import signal
 import sys
+import threading
 import time
+import types
 import warnings
+import weakref
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
 import numpy  # noqa: F401  (threadpoolctl finds only a BLAS that is already loaded)
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 from tqdm import tqdm
 
+from support.replaced import Watched, different
 from support.terminal import signals_to
 
 # How many times longer than this process, and a second, a worker may take. One that takes more is
@@ -36,28 +42,50 @@ SHARED_BYTES = 2**26  # for the arrays of one message; only what a message fills
 METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
-def available_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 @functools.lru_cache(maxsize=1)
 def prepare_process():
-    """One thread in BLAS, the library of NumPy's matrix products, and no page faults.
-
-    More threads would fight the other processes for the cores. And if a process is copied while
-    its BLAS has threads, the copy can wait for ever for one that was not copied. So this comes
-    before the first worker is started.
+    """No page faults.
 
     malloc, the system's allocator, gives large arrays back and asks for them again. Each new page
     then costs a fault: thousands in a step. With these limits raised, glibc's malloc keeps what it
     has. Others are left as they are.
     """
-    threadpool_limits(1, user_api="blas")
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
         mallopt(-2, 2**26)  # M_TOP_PAD
+
+
+class OneBlasThread(contextlib.ContextDecorator):
+    """Within this block BLAS, the library of NumPy's matrix products, computes in one thread.
+
+    More would fight the other processes for the cores, and round in another order. And if a process
+    is copied while its BLAS has threads, the copy can wait for ever for one that was not copied.
+
+    The number is the whole process's, and blocks may overlap, in one thread or several: the first
+    sets it, the last puts it back."""
+
+    lock = threading.Lock()
+    blocks = 0
+    limits = None
+
+    def __enter__(self):
+        with self.lock:
+            if OneBlasThread.blocks == 0:
+                OneBlasThread.limits = blas().limit(limits=1, user_api="blas")
+            OneBlasThread.blocks += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            OneBlasThread.blocks -= 1
+            if OneBlasThread.blocks == 0:
+                OneBlasThread.limits.restore_original_limits()
+
+
+@functools.lru_cache(maxsize=1)
+def blas():
+    return ThreadpoolController()  # looks for the libraries: a millisecond
 
 
 def shared_memory():
@@ -67,8 +95,21 @@ def shared_memory():
     return mmap.mmap(-1, SHARED_BYTES) if METHOD == "fork" else b""
 
 
+class Packer(pickle.Pickler):
+    """Also notes which functions and classes it meets."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.functions = set()
+
+    def reducer_override(self, value):
+        if isinstance(value, (types.FunctionType, type)):
+            self.functions.add(value)
+        return NotImplemented  # that is: as always
+
+
 def pack(message, memory):
-    """The message as bytes, and where its arrays lie in memory.
+    """((the message as bytes, where its arrays lie in memory), the functions it names).
 
     An array for which memory has no room stays in the bytes."""
     places, used = [], 0
@@ -82,15 +123,19 @@ def pack(message, memory):
         places.append((used, data.nbytes))
         used += (data.nbytes + 63) // 64 * 64  # each starts on a cache line, 64 bytes, of its own
 
-    return pickle.dumps(message, protocol=5, buffer_callback=place), places
+    stream = io.BytesIO()
+    packer = Packer(stream, protocol=5, buffer_callback=place)
+    packer.dump(message)
+    return (stream.getvalue(), places), packer.functions
 
 
 def unpack(packed, memory):
-    """The message that was packed.
+    """The message that was packed, and weak references that live as long as its arrays do.
 
-    Its arrays are views of memory: the next message will overwrite them."""
+    The arrays are views of memory: the next message will overwrite them."""
     data, places = packed
-    return pickle.loads(data, buffers=[memoryview(memory)[at : at + size] for at, size in places])
+    buffers = [(ctypes.c_char * size).from_buffer(memory, at) for at, size in places]
+    return pickle.loads(data, buffers=buffers), [weakref.ref(buffer) for buffer in buffers]
 
 
 def serve(connection, inbox, outbox):
@@ -105,14 +150,19 @@ def serve(connection, inbox, outbox):
     if sys.platform == "linux":
         # Even a stopped worker ends with the main process (PR_SET_PDEATHSIG, 1).
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     warnings.simplefilter("ignore", RuntimeWarning)  # the main process checks the loss
     prepare_process()
+    threadpool_limits(1, user_api="blas")
     parent = multiprocessing.parent_process().sentinel
     # A worker ends on any error; the main process then does its part, and meets the error itself.
     with contextlib.suppress(Exception):
         while parent not in wait([connection, parent]):
-            function, part = connection.recv()
-            connection.send(pack(unpack(function, inbox)(part), outbox))
+            packed, part = connection.recv()
+            function, _ = unpack(packed, inbox)
+            answer, _ = pack(function(part), outbox)
+            connection.send(answer)
 
 
 class Worker(NamedTuple):
@@ -121,95 +171,220 @@ class Worker(NamedTuple):
     outbox: mmap.mmap
 
 
+class Lost(Exception):
+    """No answer comes from a worker. The text says why."""
+
+
+def is_starting():
+    """Whether this is a spawned process that is still importing the main script.
+
+    Without `if __name__ == "__main__":` that script does there what it does in the main process."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)
+
+
 class Workers:
     """`count` processes beside this one. They end with it, however it ends.
 
-    Messages are pickles, as everywhere in multiprocessing. The pipes are inherited, so nobody else
-    can write to them.
+    They are started when they are first needed, and anew when functions were replaced since. The
+    threads of this process share them: one that finds them busy computes alone. Messages are
+    pickles, as everywhere in multiprocessing. The pipes are inherited, so nobody else can write to
+    them.
     """
 
-    def __init__(self, count):
-        context = multiprocessing.get_context(METHOD)
-        self.inbox = b""
+    def __init__(self, count=0):
+        self.lock = threading.Lock()  # held by the thread that gives the workers something to do
+        self.asked = {}  # thread → how many it has asked for
+        self.count = 0  # how many there are to be
         self.workers = []
+        self.inbox = b""
+        self.functions = set()  # that they are asked to compute
+        self.watched = None  # what the workers compute with; None before they are started
+        self.lent_to = 0  # the thread that got the last results,
+        self.lent = []  # and weak references to their memory
+        self.said = set()
         self.patience = PATIENCE
         self.took = 0  # seconds, for this process's own part
         self.ready = 0  # when it was done with it
-        if not count:
-            return
-        prepare_process()
-        self.inbox = shared_memory()
-        try:
-            with signals_to(signal.SIG_IGN, [signal.SIGINT]):  # a new process starts with this
-                for _ in range(count):
-                    self.workers.append(self.start(context))
-        except OSError as error:  # a limit on processes, files or memory
-            started = f"{len(self.workers)} of {count} worker processes started"
-            reason = error.strerror
-            tqdm.write(f"*** Only {started} ({reason}); fewer cores go on.", file=sys.stderr)
+        self.use(count)
 
-    def start(self, context):
-        here, there = context.Pipe()
-        outbox = shared_memory()
-        arguments = (there, self.inbox, outbox)
-        process = context.Process(target=serve, args=arguments, daemon=True)
-        # A start flushes the output; were that to fail, it would look as if the start had.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            with contextlib.redirect_stderr(nowhere):
-                process.start()
-        there.close()
-        return Worker(process, here, outbox)
+    def use(self, count, functions=()):
+        """From now on there are to be `count`, or as many as another thread has asked for.
+
+        They will be asked to compute these functions, perhaps others too."""
+        with self.lock:
+            self.functions = set(functions)
+            self.patience = PATIENCE
+            self.said.clear()
+            self.asked[threading.get_ident()] = count
+            self.settle()
+
+    def close(self):
+        """Ends the workers, unless another thread has asked for some."""
+        with self.lock:
+            self.asked.pop(threading.get_ident(), None)
+            self.settle()
+
+    def settle(self):
+        running = {thread.ident for thread in threading.enumerate()}
+        self.asked = {thread: n for thread, n in self.asked.items() if thread in running}
+        count = max(self.asked.values(), default=0)
+        if count != self.count or count == 0:
+            self.end()
+            self.count = count
 
     def map(self, function, parts):
         """[function(part) for part in parts], the first by this process, the others by workers.
 
         function must be found by its module and name; functools.partial gives it arguments. Arrays
-        in the results of workers are good until the next call. If a worker has died, its part is
-        computed here, and a line says so.
+        in the results of workers are good until this thread's next call. If a worker has died, its
+        part is computed here, and a line says so.
         """
         prepare_process()
+        with OneBlasThread():
+            if len(parts) > 1 and self.count and self.lock.acquire(blocking=False):
+                try:
+                    if self.are_free() and self.are_prepared(function):
+                        return self.share_out(function, parts)
+                finally:
+                    self.lock.release()
+            return [function(part) for part in parts]
+
+    def are_free(self):
+        """Whether their memory may be overwritten: no other thread still reads results there."""
+        mine = self.lent_to == threading.get_ident()
+        return mine or not any(reference() is not None for reference in self.lent)
+
+    def are_prepared(self, function):
+        """Packs function for them. False if none can compute what this process would."""
+        try:
+            if not self.inbox:
+                self.inbox = shared_memory()
+            self.packed, functions = pack(function, self.inbox)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            reason = " ".join(re.sub(" at 0x[0-9a-fA-F]+", "", str(error)).split())
+            self.say(f"what it computes cannot be sent to another ({reason})", once="sent")
+            return False
+        try:
+            if self.watched is None or self.watched.has_changed(functions):
+                self.functions |= functions
+                self.end(Watched(self.functions))
+                self.start()
+        except BaseException:
+            self.end()
+            raise
+        return bool(self.workers)
+
+    def say(self, why, once):
+        if once not in self.said:
+            tqdm.write(f"*** This process computes alone: {why}.", file=sys.stderr)
+        self.said.add(once)
+
+    def start(self):
+        if is_starting():  # it cannot have workers, and is one itself
+            return
+        context = multiprocessing.get_context(METHOD)
+        try:
+            with signals_to(signal.SIG_IGN, [signal.SIGINT]):  # a new process starts with this
+                for _ in range(self.count):
+                    self.workers.append(self.start_one(context))
+        except OSError as error:  # a limit on processes, files or memory
+            started = f"{len(self.workers)} of {self.count} worker processes started"
+            reason = error.strerror
+            tqdm.write(f"*** Only {started} ({reason}); fewer cores go on.", file=sys.stderr)
+            self.count = len(self.workers)
+        if METHOD != "fork":
+            self.compare()
+
+    def start_one(self, context):
+        here, there = context.Pipe()
+        outbox = shared_memory()
+        arguments = (there, self.inbox, outbox)
+        process = context.Process(target=serve, args=arguments, daemon=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                sys.stdout.flush()
+                sys.stderr.flush()
+            except (AttributeError, OSError, ValueError):
+                # A start flushes the output too, and would look as if it had failed itself.
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            process.start()
+        there.close()
+        return Worker(process, here, outbox)
+
+    def compare(self):
+        """Ends spawned workers that would compute something else than this process.
+
+        They have read the sources anew, and know nothing of what was replaced since."""
+        summary = self.watched.summary()
+        question, _ = pack(different, self.inbox)
+        for worker in self.workers:
+            with contextlib.suppress(OSError):
+                worker.connection.send((question, summary))
+        self.took, self.ready = 0, time.perf_counter()
+        try:
+            names = {name for worker in self.workers for name in self.receive(worker)}
+        except Lost as lost:
+            why = f"a worker process {lost} at its start"
+        else:
+            some = ", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else "")
+            why = f"other processes find something else under these names: {some}"
+            if not names:
+                return
+        self.say(why, once=why)
+        self.end(self.watched)
+
+    def share_out(self, function, parts):
         asked = self.workers[: len(parts) - 1]
         try:
-            packed = pack(function, self.inbox) if asked else None
             for worker, part in zip(asked, parts[1:]):
                 # An OSError means that it has died; that shows when its answer is missing.
                 with contextlib.suppress(OSError):
-                    worker.connection.send((packed, part))
+                    worker.connection.send((self.packed, part))
             first, *others = parts
             start = time.perf_counter()
             results = [function(first)]
             self.ready = time.perf_counter()
             self.took = self.ready - start
+            self.lent_to, self.lent = threading.get_ident(), []
             for worker, part in zip(asked, others):
                 results.append(self.answer(worker, function, part))
             for part in others[len(asked) :]:  # more parts than processes
                 results.append(function(part))
             return results
         except BaseException:
-            self.close()  # or its answer would be taken for that to the next question
+            self.end()  # or its answer would be taken for that to the next question
             raise
 
     def hurry(self):
         """Waits less long for answers from now on, the present one too. For a signal handler."""
         self.patience = HURRY
 
-    def answer(self, worker, function, part):
-        what = "has ended"
+    def receive(self, worker):
+        """The worker's answer. Lost if there is none."""
         try:
             while not worker.connection.poll(0.2):  # in short turns, so that hurry() is noticed
                 if time.perf_counter() > self.ready + self.patience * (1 + self.took):
-                    what = "does not answer, and is ended"
                     worker.process.kill()
-                    break
-            else:
-                return unpack(worker.connection.recv(), worker.outbox)
+                    raise Lost("does not answer, and is ended")
+            answer, references = unpack(worker.connection.recv(), worker.outbox)
+            self.lent += references
+            return answer
         except (EOFError, OSError):
-            pass
-        self.workers.remove(worker)
-        tqdm.write(f"*** A worker process {what}; the others do its work.", file=sys.stderr)
-        return function(part)
+            raise Lost("has ended") from None
 
-    def close(self):
+    def answer(self, worker, function, part):
+        try:
+            return self.receive(worker)
+        except Lost as lost:
+            self.workers.remove(worker)
+            self.count -= 1
+            tqdm.write(f"*** A worker process {lost}; the others do its work.", file=sys.stderr)
+            return function(part)
+
+    def end(self, watched=None):
+        """Ends the processes. They start anew when they are needed and something has changed."""
         for worker in self.workers:
             worker.process.terminate()
             worker.process.join(2)
@@ -217,3 +392,4 @@ class Workers:
             worker.process.join()
             worker.connection.close()
         self.workers = []
+        self.watched = watched

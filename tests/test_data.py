@@ -96,7 +96,7 @@ def mirrors(monkeypatch):
             raise urllib.error.URLError("no network")
         return Answer(answers[url])
 
-    monkeypatch.setattr(mnist.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(mnist, "open_url", urlopen)
     return answers, asked
 
 

@@ -2,18 +2,22 @@
 gone, with an encoding that has no letters but ASCII's."""
 
 import builtins
+import errno
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from programs import start
 
 import mnist_resnet9 as m
-from support import terminal
+from support import storage, terminal
 
 SCRIPT = "mnist_resnet9.py"
 FLAGS = "--channels 2,4,4,4 --train-images 64 --batch-size 32 --epochs-max 1".split()
@@ -186,11 +190,344 @@ def test_a_run_in_a_thread(tmp_path, capsys):
     assert results == [0] and "Finished" in capsys.readouterr().out
 
 
+def metrics_of(folder):
+    """All but the times."""
+    lines = (folder / "resnet9" / "metrics.csv").read_text().splitlines()
+    return [line.split(",")[:6] for line in lines]
+
+
+def weights_of(folder):
+    with np.load(folder / "resnet9" / "checkpoint_last.npz") as file:
+        return {name: file[name] for name in file.files if file[name].dtype == np.float32}
+
+
+def test_runs_and_evaluations_in_threads_give_the_numbers_of_a_run_alone(sample, tmp_path, capsys):
+    """All share one set of workers. A second run on the same tag is refused."""
+    flags = [*FLAGS, "--epochs-max", "3", "--save-dir"]
+    assert m.main([*flags, str(tmp_path / "alone")]) == 0
+    settings = m.parse_settings(FLAGS)
+    params, images = m.init_params(settings), sample.test_images[:200]
+    expected = m.predict(params, images, settings)
+    for turn in range(2):
+        statuses, wrong = {}, []
+
+        def run(name, folder, statuses=statuses):
+            statuses[name] = m.main([*flags, str(tmp_path / folder)])
+
+        def look(wrong=wrong, statuses=statuses):
+            while len(statuses) < 3:
+                wrong.append(not np.array_equal(m.predict(params, images, settings), expected))
+
+        threads = [threading.Thread(target=run, args=("first", f"first{turn}"))]
+        threads[0].start()
+        while not (tmp_path / f"first{turn}" / "resnet9" / "config.json").exists():
+            assert threads[0].is_alive()
+        for arguments in [("refused", f"first{turn}"), ("other", f"other{turn}")]:
+            threads.append(threading.Thread(target=run, args=arguments))
+        threads.append(threading.Thread(target=look))
+        for thread in threads[1:]:
+            thread.start()
+        for thread in threads:
+            thread.join(200)
+        assert statuses == {"first": 0, "refused": 2, "other": 0} and wrong and not any(wrong)
+        for name in (f"first{turn}", f"other{turn}"):
+            assert metrics_of(tmp_path / name) == metrics_of(tmp_path / "alone")
+            alone = weights_of(tmp_path / "alone")
+            for key, array in weights_of(tmp_path / name).items():
+                assert np.array_equal(array, alone[key])
+    error = capsys.readouterr().err
+    assert error.count("is in use by another run of this program") == 2
+
+
+LOCK = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[2])
+from support import UserError, storage
+try:
+    storage.lock_file(pathlib.Path(sys.argv[1]))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_lock_holds_off_this_process_and_others(tmp_path):
+    path = tmp_path / "a" / "lock"
+    path.parent.mkdir()
+    (tmp_path / "link").symlink_to(path.parent)
+
+    def another_program():
+        return subprocess.run([sys.executable, "-c", LOCK, str(path), str(m.ROOT)],
+                              capture_output=True, text=True, timeout=100)  # fmt: skip
+
+    held = storage.lock_file(path)
+    for same in (path, tmp_path / "link" / "lock", tmp_path / "a" / ".." / "a" / "lock"):
+        with pytest.raises(m.UserError, match="in use by another run of this program"):
+            storage.lock_file(same)
+        result = another_program()  # that refusal has not freed it
+        assert result.returncode == 1 and "in use by another program" in result.stderr
+    other = storage.lock_file(tmp_path / "lock")
+    held.close()
+    assert another_program().returncode == 0
+    storage.lock_file(path).close()
+    again = storage.lock_file(path)
+    del again  # a run that ended without closing it
+    storage.lock_file(path).close()
+    other.close()
+
+
+def test_many_threads_and_one_lock(tmp_path):
+    taken, start_line = [], threading.Barrier(8)
+
+    def take():
+        start_line.wait(60)
+        try:
+            taken.append(storage.lock_file(tmp_path / "lock"))
+        except m.UserError:
+            pass
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    assert len(taken) == 1
+    taken[0].close()
+
+
+@pytest.mark.skipif(storage.fcntl is None, reason="Windows locks in another way")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage.fcntl, "lockf", lockf)
+    file = storage.lock_file(tmp_path / "lock")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "without locks" in error and "no second run" in error
+    with pytest.raises(m.UserError):  # in this process it holds all the same
+        storage.lock_file(tmp_path / "lock")
+    file.close()
+
+
 def test_a_notebook_is_not_told_to_start_its_kernel(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["resnet9.py", "--tag", "my run"])
     assert terminal.this_command() == "python resnet9.py --tag 'my run'"
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
     assert "resnet9.py" not in terminal.this_command()
+
+
+@pytest.mark.parametrize("module", ["cProfile", "profile", "trace"])
+def test_a_profiler(module, tmp_path):
+    """Up to Python 3.13 the script is then not __main__, and no other process finds its names."""
+    options = ["--count", "--coverdir"] if module == "trace" else ["-o"]
+    python = ["-m", module, *options, tmp_path / "profile"]
+    result = start(SCRIPT, *FLAGS, "--save-dir", tmp_path, python=python)
+    assert result.returncode == 0 and "Finished" in result.stdout, result.stderr
+    alone = "*** This process computes alone: what it computes cannot be sent"
+    lines = [line for line in result.stderr.splitlines() if "***" in line]
+    assert len(lines) <= 1 and all(line.startswith(alone) for line in lines)
+    assert (tmp_path / "resnet9" / "checkpoint_best.npz").exists()
+
+
+UNGUARDED = """
+import sys
+sys.path.insert(0, {here!r})
+from support import workers
+workers.METHOD = {method!r}
+import mnist_resnet9 as m
+{statement}
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_the_script_on_standard_input(method, tmp_path):
+    source = SCRIPT.read_text(encoding="utf-8")
+    if method == "spawn":
+        at = source.index("# ── Settings")
+        source = (
+            f"{source[:at]}import support.workers\nsupport.workers.METHOD = 'spawn'\n{source[at:]}"
+        )
+    command = [sys.executable, "-", *FLAGS, "--save-dir", str(tmp_path)]
+    result = subprocess.run(
+        command, input=source, capture_output=True, encoding="utf-8", timeout=200, cwd=m.ROOT
+    )
+    assert result.returncode == 0 and "Finished" in result.stdout, result.stderr
+    assert result.stderr.count("***") == (1 if method == "spawn" else 0), result.stderr
+
+
+@pytest.mark.parametrize("exits", [False, True])
+def test_a_users_script_without_a_main_guard(exits, tmp_path):
+    """Where processes are spawned, each runs that script again, from its top."""
+    call = f"m.main({[*FLAGS, '--save-dir', str(tmp_path)]})"
+    statement = f"sys.exit({call})" if exits else f"assert {call} == 0; print('the end')"
+    path = tmp_path / "program.py"
+    path.write_text(UNGUARDED.format(here=str(m.ROOT), method="spawn", statement=statement))
+    result = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and no_traceback(result), result.stderr
+    assert result.stdout.count("Finished") == 1 and result.stdout.count("2 steps an epoch") == 1
+    assert result.stderr.count("***") == (1 if exits else 0), result.stderr
+
+
+def test_an_evaluation_without_a_main_guard(tmp_path):
+    statement = """
+settings = m.Settings(channels=(2, 4, 4, 4))
+m.use_cores(2)
+images = m.load_mnist("data/sample").test_images[:64]
+print(m.predict(m.init_params(settings), images, settings).shape, len(m.workers.workers))
+"""
+    path = tmp_path / "program.py"
+    path.write_text(UNGUARDED.format(here=str(m.ROOT), method="spawn", statement=statement))
+    result = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and result.stderr == ""
+    # The worker runs it again, and has none of its own.
+    assert sorted(result.stdout.splitlines()) == ["(64, 10) 0", "(64, 10) 1"]
+
+
+def test_another_module_named_support(tmp_path):
+    (tmp_path / "support.py").write_text("")
+    program = f"import support, sys; sys.path.insert(0, {str(m.ROOT)!r}); import mnist_resnet9"
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
+                            text=True, timeout=100)  # fmt: skip
+    last = result.stderr.splitlines()[-1]
+    assert "another module named support is loaded already" in last and "support.py" in last
+    plain = program.replace("import support, ", "import ")
+    assert subprocess.run([sys.executable, "-c", plain], cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX")
+@pytest.mark.parametrize("to_all", [False, True], ids=["program", "group"])
+def test_the_signal_of_a_batch_system_before_its_limit(to_all, tmp_path):
+    """It may reach the workers too: they leave it to the program."""
+    flags = [*FLAGS, "--save-dir", tmp_path, "--epochs-max", "10000"]
+    program = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in program.stdout:
+        if line.startswith("    2 "):
+            break
+    (os.killpg if to_all else os.kill)(program.pid, signal.SIGUSR1)
+    out, error = program.communicate(timeout=100)
+    assert program.returncode == 128 + signal.SIGUSR1 and "everything is saved" in out
+    assert "***" not in error
+    state = m.load_checkpoint(tmp_path / "resnet9" / "checkpoint_last.npz", m.parse_settings(FLAGS))
+    assert state.step >= 4
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX")
+def test_a_signal_that_has_another_meaning_keeps_it():
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        assert signal.SIGUSR1 not in terminal.stop_signals()
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        assert signal.SIGUSR1 not in terminal.stop_signals()
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        assert signal.SIGUSR1 in terminal.stop_signals()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_commands_can_be_pasted(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "my folder" / "script.py"), "--tag", "x"])
+    assert terminal.this_command() == f"python '{tmp_path}/my folder/script.py' --tag x"
+    monkeypatch.chdir(m.ROOT)
+    assert terminal.command("plot_figs", "x") == "python plot_figs.py x"
+    monkeypatch.setattr(terminal, "ROOT", tmp_path / "my folder")
+    monkeypatch.chdir(tmp_path)
+    command = terminal.command("plot_figs", "x", "--save-dir", Path("a b"))
+    assert command == "python 'my folder/plot_figs.py' x --save-dir 'a b'"
+
+
+# ── Notebooks ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--tag x", b"--tag x", "it's", 5, None, {"--tag": "x"}, Path("a")]
+)
+def test_main_takes_a_list(arguments, capsys):
+    assert m.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "main() takes a list of words, as main([" in error
+    assert arguments != "--tag x" or "main(['--tag', 'x'])" in error
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ("--help",), iter(["--help"])])
+def test_help_is_no_exit(arguments, capsys):
+    assert m.main(arguments) == 0 and capsys.readouterr().out.startswith("usage:")
+
+
+KERNEL = """
+import os, signal, sys, threading, warnings, urllib.request
+sys.path.insert(0, {here!r})
+import numpy as np
+import mnist_resnet9 as m
+flags = {flags!r}
+filters = list(warnings.filters)
+---
+m.main("--tag x")
+---
+m.main(["--help"])
+---
+m.main(["--tag", "no tag"])
+---
+m.main([*flags, "--train-images", "100000"])
+---
+m.main(flags)
+---
+threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+m.main([*flags, "--tag", "long", "--epochs-max", "100000"])
+---
+os.path.exists(os.path.join(flags[-1], "long", "checkpoint_last.npz"))
+---
+statuses = []
+thread = threading.Thread(target=lambda: statuses.append(m.main(["--tag", "no tag"])))
+thread.start()
+thread.join()
+statuses
+---
+warnings.filters == filters, urllib.request._opener
+"""
+
+
+def test_in_a_kernel(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient")
+    flags = [*FLAGS, "--save-dir", str(tmp_path)]
+    sources = KERNEL.format(here=str(m.ROOT), flags=flags).split("---\n")
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    client.NotebookClient(notebook, timeout=200, allow_errors=True).execute(cwd=str(tmp_path))
+
+    def of(number, kind):
+        return [out for out in notebook.cells[number].outputs if out.output_type == kind]
+
+    def text(number):
+        return "".join(out.text for out in of(number, "stream"))
+
+    def value(number):
+        return [out.data["text/plain"] for out in of(number, "execute_result")]
+
+    def failure(number):
+        (error,) = of(number, "error")
+        assert len(error.traceback) == 1 and "\n" not in error.traceback[0]
+        return error.traceback[0]
+
+    assert not notebook.cells[0].outputs
+    assert failure(1).startswith("UserError: main() takes a list of words, as main(['--tag', 'x'])")
+    assert text(2).startswith("usage: main() [-h]") and value(2) == ["0"]
+    assert failure(3).startswith("UserError: tag 'no tag' cannot name a folder")
+    assert failure(4).startswith("UserError: ")
+    assert "Finished." in text(5) and value(5) == ["0"]
+    assert "Figures: plot_figs.main(['resnet9', '--save-dir', '" in text(5)
+    assert failure(6).startswith("KeyboardInterrupt: ") and "everything is saved" in text(6)
+    assert value(7) == ["True"]
+    assert value(8) == ["[2]"] and "cannot name a folder" in text(8)
+    assert value(9) == ["(True, None)"]
+    for number in range(10):
+        assert "ipykernel" not in text(number) and "Ctrl-C" not in text(number)
 
 
 def test_cupys_error_is_shown_by_its_cause():

@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import ThreadpoolController, threadpool_info
 
 import mnist_resnet9 as m
 from support import workers
@@ -37,6 +39,7 @@ def three(request, monkeypatch):
         pytest.skip("copies of a running process are made on Linux only")
     monkeypatch.setattr(workers, "METHOD", request.param)
     pool = workers.Workers(2)
+    pool.map(abs, [1, 2, 3])  # starts them
     yield pool
     pool.close()
 
@@ -74,7 +77,8 @@ def test_packed_arrays_keep_shape_order_dtype_and_are_aligned(rng):
         np.asfortranarray(rng.random((4, 6))),
         {"text": "ü", "number": 1.5},
     ]
-    *arrays, rest = workers.unpack(workers.pack(message, memory), memory)
+    packed, _ = workers.pack(message, memory)
+    (*arrays, rest), references = workers.unpack(packed, memory)
     for array, expected in zip(arrays, message):
         assert np.array_equal(array, expected) and (array.shape, array.dtype) == (
             expected.shape,
@@ -84,6 +88,11 @@ def test_packed_arrays_keep_shape_order_dtype_and_are_aligned(rng):
     assert rest == message[-1]
     memory[:] = bytes(2**16)
     assert not arrays[0].any()  # a view, not a copy
+    view = arrays[0][1:]
+    del arrays, array
+    assert [reference() is not None for reference in references] == [True, False, False, False]
+    del view
+    assert not any(reference() is not None for reference in references)
 
 
 def test_an_error_is_raised_here_wherever_it_happens(three, capfd):
@@ -96,10 +105,11 @@ def test_an_error_is_raised_here_wherever_it_happens(three, capfd):
 
 @POSIX
 def test_what_a_dead_worker_owes_is_computed_by_the_others(three, capsys):
+    work = functools.partial(scaled, [np.arange(4.0)] * 3, 1)
+    three.map(work, [[0], [1], [2]])
     process = three.workers[0].process
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    work = functools.partial(scaled, [np.arange(4.0)] * 3, 1)
     pids = [[pid for _, pid in part] for part in three.map(work, [[0], [1], [2]])]
     assert pids == [[os.getpid()], [os.getpid()], [three.workers[0].process.pid]]
     assert capsys.readouterr().err.count("has ended") == 1 and len(three.workers) == 1
@@ -186,11 +196,11 @@ def test_a_limit_on_processes_leaves_fewer_workers(monkeypatch, capsys):
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start_one)
     pool = workers.Workers(3)
+    assert pool.map(abs, [-1, -2, -3, -4]) == [1, 2, 3, 4] and pool.count == 1
     assert (
         "Only 1 of 3 worker processes started (Resource temporarily unavailable)"
         in capsys.readouterr().err
     )
-    assert pool.map(abs, [-1, -2, -3, -4]) == [1, 2, 3, 4]
     pool.close()
 
 
@@ -200,7 +210,7 @@ def test_output_that_cannot_be_written_costs_no_worker(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", full)
         print("a line that stays in the buffer")
         pool = workers.Workers(2)
-        assert len(pool.workers) == 2 and pool.map(abs, [-1, -2, -3]) == [1, 2, 3]
+        assert pool.map(abs, [-1, -2, -3]) == [1, 2, 3] and len(pool.workers) == 2
         pool.close()
         assert sys.stdout is full
         os.dup2(nowhere.fileno(), full.fileno())  # so that it can be closed
@@ -209,13 +219,15 @@ def test_output_that_cannot_be_written_costs_no_worker(monkeypatch, capsys):
 
 def test_use_cores_starts_and_ends_workers(monkeypatch):
     m.use_cores(3)
+    assert not m.workers.workers and m.workers.count == 2  # not before they are needed
+    assert m.over_cores(list, [1, 2, 3, 4]) == [1, 2, 3, 4]
     processes = [worker.process for worker in m.workers.workers]
     assert len(processes) == 2 and all(process.is_alive() for process in processes)
     m.use_cores(1)
     assert not m.workers.workers and not any(process.is_alive() for process in processes)
     monkeypatch.setattr(m, "xp", object())
     m.use_cores(3)  # a GPU needs none
-    assert not m.workers.workers
+    assert not m.workers.count
 
 
 @pytest.mark.parametrize(
@@ -223,7 +235,7 @@ def test_use_cores_starts_and_ends_workers(monkeypatch):
 )
 def test_shards_are_spread_evenly_and_in_order(count, parts, monkeypatch):
     spread = []
-    monkeypatch.setattr(m.workers, "workers", [None] * 2)
+    monkeypatch.setattr(m.workers, "count", 2)
     monkeypatch.setattr(
         m.workers,
         "map",
@@ -249,3 +261,289 @@ def test_every_process_computes_with_one_thread(three):
     cores."""
     for counts in three.map(blas_threads, [0, 1, 2]):
         assert counts and set(counts) == {1}
+
+
+# ── Functions that are replaced while the program lives ───────────────────────────────────────────
+
+
+SLOPE = 0.25
+TABLE = {"leaky": None}
+
+
+def helper(x):
+    return np.where(x > 0, x, SLOPE * x)
+
+
+def leaky(x, out=None):
+    return helper(x), x > 0
+
+
+def twice(part):
+    return [helper(x) for x in part]
+
+
+def by_table(part):
+    return [TABLE["leaky"](x) for x in part]
+
+
+TINY = m.Settings(channels=(4, 4, 4, 4), dropout=0.0)
+
+
+def loss_of(sample):
+    state = m.init_state(TINY)
+    part = slice(0, 32)
+    loss, _ = m.loss_and_gradients(
+        state.params, sample.train_images[part], sample.train_labels[part], TINY
+    )
+    return loss
+
+
+def logits_of(sample):
+    """A number that depends on all logits of 64 images: two shards."""
+    return m.predict(m.init_state(TINY).params, sample.train_images[:64], TINY).sum(dtype=float)
+
+
+@pytest.fixture
+def two_cores():
+    m.use_cores(2)
+    yield
+    m.use_cores(1)
+
+
+@pytest.mark.skipif(workers.METHOD != "fork", reason="processes are copied")
+def test_a_replaced_function_is_used_by_every_process(sample, two_cores, monkeypatch):
+    """relu by name, a helper or a constant of the user's, a constant of the script, a table."""
+    losses = {}
+    for cores in (2, 1):
+        m.use_cores(cores)
+        with monkeypatch.context() as patch:
+            said = [float(logits_of(sample))]
+            for change in (
+                lambda: patch.setattr(m, "relu", leaky),
+                lambda: patch.setitem(globals(), "SLOPE", 0.5),
+                lambda: patch.setitem(globals(), "helper", abs),
+                lambda: patch.setattr(m, "PIXEL_MEAN", 0.5),
+                lambda: patch.setattr(m.winograd, "conv2d", lambda x, w, b: (x[..., :1] + b, None)),
+                lambda: patch.setattr(m, "relu", lambda x, out=None: (0 * x, x > 0)),
+            ):
+                change()
+                said.append(float(logits_of(sample)))
+        said.append(float(logits_of(sample)))
+        losses[cores] = said
+    assert losses[1] == losses[2] and losses[1][0] == losses[1][-1]
+    assert len(set(losses[1])) == len(losses[1]) - 1
+
+
+@pytest.mark.skipif(workers.METHOD != "fork", reason="processes are copied")
+def test_functions_edited_in_place_and_tables_are_noticed(monkeypatch):
+    monkeypatch.setitem(TABLE, "leaky", abs)
+    pool = workers.Workers(1)
+    assert pool.map(by_table, [[-2], [-2]]) == [[2], [2]]
+    monkeypatch.setitem(TABLE, "leaky", float)
+    assert pool.map(by_table, [[-2], [-2]]) == [[-2.0], [-2.0]]
+    pids = [worker.process.pid for worker in pool.workers]
+    assert pool.map(twice, [[-2.0], [-2.0]]) == [[-0.5], [-0.5]]
+    assert pids != [worker.process.pid for worker in pool.workers]  # twice() was new to them
+    before = helper.__code__
+    helper.__code__ = (lambda x: 7).__code__  # as IPython's autoreload does
+    try:
+        assert pool.map(twice, [[-2.0], [-2.0]]) == [[7], [7]]
+    finally:
+        helper.__code__ = before
+        pool.close()
+
+
+def test_what_stays_starts_nothing_anew(sample, two_cores):
+    state = m.init_state(TINY)
+    pids = set()
+    for _ in range(3):
+        loss_of(sample)
+        m.predict(state.params, sample.train_images[:64], TINY)
+        pids |= {worker.process.pid for worker in m.workers.workers}
+    assert len(pids) == 1
+
+
+SPAWNED = """
+import sys
+sys.path[:0] = [{here!r}, {tests!r}]
+from support import workers
+workers.METHOD = "spawn"
+import mnist_resnet9 as m
+
+if __name__ == "__main__":
+    from test_workers import leaky, loss_of
+    sample = m.load_mnist("data/sample")
+    for cores in (1, 2):
+        m.use_cores(cores)
+        said = [loss_of(sample)]
+        m.relu, relu = leaky, m.relu
+        said += [loss_of(sample), loss_of(sample)]
+        m.relu = relu
+        said += [loss_of(sample), len(m.workers.workers)]
+        print(*map(repr, said))
+    m.use_cores(1)
+"""
+
+
+def test_spawned_processes_do_not_know_what_was_replaced(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(SPAWNED.format(here=str(m.ROOT), tests=str(m.ROOT / "tests")))
+    result = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    alone, shared = map(str.split, result.stdout.splitlines())
+    assert alone[:-1] == shared[:-1] and alone[0] != alone[1]
+    assert alone[-1] == "0" and shared[-1] == "1"  # it computes again once relu is back
+    line = "*** This process computes alone: other processes find something else under these names:"
+    assert result.stderr == f"{line} relu.\n"
+
+
+def test_what_cannot_be_sent_is_computed_here(three, capsys):
+    def local(part):
+        return -part
+
+    for function in (lambda part: -part, local, functools.partial(fail_at, sys.stdout)):
+        expected = [1, 2, 3] if isinstance(function, functools.partial) else [-1, -2, -3]
+        assert three.map(function, [1, 2, 3]) == three.map(function, [1, 2, 3]) == expected
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and " 0x" not in error
+    assert error.startswith("*** This process computes alone: what it computes cannot be sent")
+    assert three.map(abs, [-1, -2, -3]) == [1, 2, 3] and len(three.workers) == 2
+
+
+# ── Threads ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def slowly_scaled(arrays, factor, parts):
+    return [arrays[i] * factor for i in parts]
+
+
+def test_threads_share_the_workers_and_no_number_is_wrong(rng, monkeypatch):
+    """Also where a thread holds its results while another one asks: they lie in shared memory."""
+    pool, wrong, shared = workers.Workers(2), [], []
+    arrays = [rng.standard_normal(1000) for _ in range(6)]
+    share_out = pool.share_out
+
+    def counted(*arguments):
+        shared.append(threading.get_ident())
+        return share_out(*arguments)
+
+    monkeypatch.setattr(pool, "share_out", counted)
+
+    def loop(factor):
+        for i in range(60):
+            work = functools.partial(slowly_scaled, arrays, factor + i)
+            results = pool.map(work, [[0, 1], [2, 3], [4, 5]])
+            time.sleep(0.0005)
+            for array, result in zip(arrays, sum(results, [])):
+                if not np.array_equal(array * (factor + i), result):
+                    wrong.append(factor + i)
+            del results, result
+
+    threads = [threading.Thread(target=loop, args=(1000 * n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(200)
+    assert not wrong and shared
+    pool.close()
+
+
+def test_results_that_another_thread_holds_are_not_overwritten(rng):
+    pool, array = workers.Workers(1), rng.standard_normal(100)
+    times = [functools.partial(slowly_scaled, [array], factor) for factor in (2, 3)]
+    held = pool.map(times[0], [[], [0]])
+    answers = []
+
+    def ask():
+        answers.append(pool.map(times[1], [[], [0]]))
+
+    for _ in range(2):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join(100)
+    assert np.array_equal(held[1][0], 2 * array)
+    for answer in answers:
+        assert np.array_equal(answer[1][0], 3 * array)
+    assert pool.map(times[0], [[], [0]])[1][0][0] == 2 * array[0] and len(pool.workers) == 1
+    pool.close()
+
+
+def test_a_thread_ends_only_the_workers_that_no_other_has_asked_for():
+    pool = workers.Workers(2)
+    pool.map(abs, [1, 2, 3])
+    pids = [worker.process.pid for worker in pool.workers]
+
+    def in_a_thread(*steps):
+        thread = threading.Thread(target=lambda: [step() for step in steps])
+        thread.start()
+        thread.join(100)
+
+    in_a_thread(lambda: pool.use(1), lambda: pool.map(abs, [1, 2]), pool.close)
+    in_a_thread(pool.close)
+    in_a_thread(lambda: pool.use(0))
+    assert [worker.process.pid for worker in pool.workers] == pids
+    in_a_thread(lambda: pool.use(3))  # and ends without close(), as by an error
+    assert pool.count == 3
+    pool.use(2)
+    assert pool.count == 2
+    pool.close()
+    assert pool.count == 0 and not pool.workers
+
+
+def test_an_interrupt_costs_only_the_question(three):
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            three.map(functools.partial(fail_at, 0), [0, 1, 2])
+        assert three.map(functools.partial(fail_at, 9), [0, 1, 2]) == [0, 1, 2]
+        assert len(three.workers) == 2
+
+
+def test_a_run_that_was_hurried_leaves_no_hurry_behind():
+    pool = workers.Workers(0)
+    pool.hurry()
+    pool.use(1)
+    assert pool.patience == workers.PATIENCE
+    pool.close()
+
+
+# ── What a call leaves behind ─────────────────────────────────────────────────────────────────────
+
+
+def test_blas_has_as_many_threads_afterwards_as_before(sample, two_cores, tmp_path, monkeypatch):
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        before = blas_threads(0)
+        if 2 not in before:
+            pytest.skip("a BLAS of one thread")
+        params = m.init_params(TINY)
+        m.predict(params, sample.test_images[:40], TINY)
+        assert blas_threads(0) == before
+        loss_of(sample)
+        assert blas_threads(0) == before
+        within = []
+        assert m.main([], lambda arguments: within.append(blas_threads(0)) or 0) == 0
+        assert set(within[0]) == {1} and blas_threads(0) == before
+        assert m.main(["--tag", "no tag"]) == 2 and blas_threads(0) == before
+        with pytest.raises(ZeroDivisionError):
+            m.main([], lambda arguments: 1 / 0)
+        assert blas_threads(0) == before
+
+
+def test_blocks_of_one_blas_thread_may_overlap_in_any_order():
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        before = blas_threads(0)
+        first, second = workers.OneBlasThread(), workers.OneBlasThread()
+        with first:
+            second.__enter__()
+        assert set(blas_threads(0)) == {1}
+        second.__exit__(None, None, None)
+        assert blas_threads(0) == before
+
+
+def test_warnings_are_as_they_were():
+    filters, errors = list(warnings.filters), np.geterr()
+    seen = []
+    m.main([], lambda arguments: seen.append(np.geterr()["over"]) or 0)
+    assert m.main(["--tag", "no tag"]) == 2
+    assert seen == ["ignore"] and warnings.filters == filters and np.geterr() == errors
+    with pytest.warns(RuntimeWarning):
+        np.float32(1e38) * np.float32(10)
