@@ -155,19 +155,13 @@ def is_own(folder, name):
     return os.path.realpath(folder) == os.path.realpath(ROOT / name)
 
 
-def sha256(*parts):
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 def hashes_of(arrays):
-    """MNIST's file name → SHA-256 of the idx file that the array makes, in the order of ROLES."""
-    return {
-        file: sha256(idx_head(array), np.ascontiguousarray(array))
-        for file, array in zip(MNIST, arrays)
-    }
+    """MNIST's file name → SHA-256 of the idx file that an array makes; arrays: {role: array}."""
+    return {file: sha256(to_idx(arrays[role])) for role, file in zip(ROLES, MNIST)}
 
 
 def note_on_pixels(images, mean, deviation):
@@ -288,17 +282,12 @@ def read_files(folder, found, notes):
     for role, file in lacking.items():
         contents[role] = download(file, found.place, notes)
     for part in ("train", "test"):
-        # An idx file has its first length there.
-        images, labels = (
-            int.from_bytes(contents[f"{part}_{kind}"][4:8], "big") for kind in ("images", "labels")
-        )
+        images, labels = count(contents[f"{part}_images"]), count(contents[f"{part}_labels"])
         if images != labels:
             raise UserError(
                 f"{found.place} has {images} {part} images but {labels} labels; "
                 "are files of two sets mixed?"
             )
-    if found.form == "EMNIST digits":
-        notes.append("EMNIST stores its images transposed; they were turned.")
     return contents
 
 
@@ -325,7 +314,8 @@ def read_file(path, notes):
                 if array.max() <= 1 < a.max():
                     notes.append(f"The pixels of {path} are 0 to 1; they were multiplied by 255.")
                 if name.startswith("emnist"):
-                    a = a.transpose(0, 2, 1)  # rows and columns are swapped in the file
+                    a = a.transpose(0, 2, 1)
+                    notes.append("EMNIST stores its images transposed; they were turned.")
             contents[role] = content if read is read_idx and a is array else to_idx(a)
         return contents
     except UserError:
@@ -373,12 +363,12 @@ def to_idx(array):
     """The bytes of an idx file of uint8 that holds the array, for data that comes in another form.
 
     mnist_resnet9.read_idx() reads it."""
-    return idx_head(array) + array.astype(np.uint8).tobytes()
+    return np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes() + array.tobytes()
 
 
-def idx_head(array):
-    """The bytes before the numbers."""
-    return np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes()
+def count(content):
+    """How many images or labels an idx file holds: the length of its first axis."""
+    return int.from_bytes(content[4:8], "big")
 
 
 def read_npz(content):
@@ -434,7 +424,7 @@ def images_of(array):
 
 
 def labels_of(array):
-    """The digits in the array, if it is one of labels. QMNIST has them in the first of eight."""
+    """Digits in any kind of number as uint8. QMNIST has them in the first of eight columns."""
     digits = array[:, 0] if array.shape[1:] == (8,) else array
     if digits.dtype.kind not in "uif" or digits.ndim != 1 or not len(digits):
         raise Unfit(f"holds {array.dtype} of {'×'.join(map(str, array.shape))} for labels")
@@ -443,7 +433,7 @@ def labels_of(array):
         raise Unfit(f"has a label {others[0]:g}")
     if (digits == digits[0]).all():
         raise Unfit(f"has no label but {digits[0]:g}")
-    return digits
+    return digits.astype(np.uint8, copy=False)
 
 
 # ── Downloading ───────────────────────────────────────────────────────────────────────────────────
@@ -470,7 +460,7 @@ def download(file, folder, notes):
     for mirror in MIRRORS:
         try:
             sent = fetch(f"{mirror}{file}.gz")
-            content = unpacked(io.BytesIO(sent)).read(MAX_BYTES)
+            content = read_all(unpacked(io.BytesIO(sent)))
             if sha256(content) != MNIST[file]:
                 raise ValueError("its bytes are not MNIST's")
         except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as error:
@@ -493,8 +483,8 @@ def fetch(url):
     deadline = time.monotonic() + DOWNLOAD_SECONDS
     content = bytearray()
     with open_url(url, timeout=20) as answer:
-        size = int(answer.headers.get("Content-Length") or 0)
-        with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        name, size = url.rpartition("/")[2], int(answer.headers.get("Content-Length") or 0)
+        with tqdm(None, name, size, leave=False, unit="B", unit_scale=True, disable=None) as bar:
             # read1() takes what is there; read() would wait for all of the 2**16 bytes.
             while block := answer.read1(2**16):
                 content += block

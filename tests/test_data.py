@@ -127,6 +127,13 @@ def test_idx_files_are_handed_over_as_they_are_and_decoded_by_the_script(folder,
         assert np.array_equal(m.read_idx(files.contents[role]), getattr(data, role))
 
 
+@pytest.mark.parametrize("kind", [9, 11, 12, 13, 14])
+def test_labels_may_be_in_any_kind_of_number(folder, before, kind):
+    (folder / LABELS).write_bytes(idx(before.train_labels, kind))
+    data = m.load_mnist(folder)
+    assert same(data, before) and data.hashes == before.hashes
+
+
 def test_another_data_set_is_named_after_its_folder_and_reported(before):
     assert before.name == "fashion" and "not MNIST's" in before.notes[0]
     assert before.train_images.shape == (30, 28, 28) and before.train_labels.dtype == np.uint8

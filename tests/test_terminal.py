@@ -341,7 +341,7 @@ import mnist_resnet9 as m
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_the_script_on_standard_input(method, tmp_path):
-    source = SCRIPT.read_text(encoding="utf-8")
+    source = (m.ROOT / SCRIPT).read_text(encoding="utf-8")
     if method == "spawn":
         at = source.index("# ── Settings")
         source = (
@@ -400,7 +400,7 @@ def test_the_signal_of_a_batch_system_before_its_limit(to_all, tmp_path):
     """It may reach the workers too: they leave it to the program."""
     flags = [*FLAGS, "--save-dir", tmp_path, "--epochs-max", "10000"]
     program = subprocess.Popen(
-        [sys.executable, SCRIPT, *flags],
+        [sys.executable, m.ROOT / SCRIPT, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
