@@ -50,9 +50,7 @@ def summary(runs):
                 f"{run.folder.name} has done {done} epochs, and should have done {last}"
             )
     if len({first_weights(run) for run in runs}) > 1:
-        raise UserError(
-            "these runs should have started from the same weights, or all from new ones"
-        )
+        raise UserError("these runs should have started from the same weights, or all anew")
     if any(network(run) != network(runs[0]) for run in runs):
         raise UserError("these runs should be of the same network")
     last = [100 * run.metrics["test_accuracy"][-1] for run in runs]
