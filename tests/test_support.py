@@ -47,8 +47,8 @@ def test_without_winograd_the_script_trains_the_same(tmp_path):
     assert lines.count(use) == 1 and "winograd.is_faster(w)" in lines[at - 1]
     plain = "".join(lines[: at - 1] + lines[at + 1 :])
     flags = "--device cpu --threads 1 --epochs-max 1 --train-images 128 --batch-size 32".split()
-    flags += ["--dropout", "0.2", "--data-dir", ROOT / "data" / "sample"]
-    flags += ["--save-dir", tmp_path / "save"]
+    flags += "--dropout 0.2 --channels 4,8,8,8".split()
+    flags += ["--data-dir", ROOT / "data" / "sample", "--save-dir", tmp_path / "save"]
     rows = []
     for name, text in (("fast", source), ("plain", plain)):
         folder = tmp_path / name

@@ -93,13 +93,20 @@ def test_every_script_of_a_document_is_there():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_reads_its_command_line(script):
+def test_every_script_explains_the_flags_of_its_documents(script):
     if script.startswith("torch_version"):
         pytest.importorskip("torch")
     usage = start(script, "--help")
     assert usage.returncode == 0 and usage.stdout.startswith("usage:") and no_traceback(usage)
     known = set(re.findall(r"--[\w-]+", usage.stdout))
     assert documented_commands().get(script, set()) <= known
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_refuses_a_flag_that_it_has_not(script):
+    if script.startswith("torch_version"):
+        pytest.importorskip("torch")
     wrong = start(script, "--no-such-flag")
     assert wrong.returncode == 2 and no_traceback(wrong)
     assert "--no-such-flag" in wrong.stderr or "required" in wrong.stderr

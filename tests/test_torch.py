@@ -19,6 +19,8 @@ from support.checkpoints import read_checkpoint
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
+# More of its threads wait for each other at full speed, longer than these small networks compute.
+torch.set_num_threads(1)
 
 sys.path.insert(0, str(m.ROOT / "torch_version"))
 import resnet9_torch as t

@@ -6,6 +6,7 @@ results are.
 """
 
 import argparse
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -14,8 +15,24 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import mnist_resnet9 as m
+from plot_figs import read_params
 from support import UserError
 from support.runs import find_runs, read_run
+from support.storage import read_file
+
+
+def network(run):
+    """The shapes of the parameters by name. Steps of evolution/ may have the same settings."""
+    path = run.folder / "checkpoint_last.npz"
+    if not path.exists():
+        raise UserError(f"{run.folder.name} has no {path.name}, which shows what network it is")
+    return {name: a.shape for name, a in read_params(path).items()}
+
+
+def first_weights(run):
+    """The checkpoint that a run of the PyTorch version started from, or "": `--weights`."""
+    config = json.loads(read_file(run.folder / "config.json"))
+    return config["settings"].get("weights", "")
 
 
 def summary(runs):
@@ -33,6 +50,10 @@ def summary(runs):
             raise UserError(
                 f"{run.folder.name} has done {done} epochs, and should have done {last}"
             )
+    if len({first_weights(run) for run in runs}) > 1:
+        raise UserError("these runs should have started from the same weights, or all anew")
+    if any(network(run) != network(runs[0]) for run in runs):
+        raise UserError("these runs should be of the same network")
     last = [100 * run.metrics["test_accuracy"][-1] for run in runs]
     spread = f" ± {statistics.stdev(last):.3f}" if len(last) > 1 else ""
     each = ", ".join(f"{accuracy:.2f}" for accuracy in last)
