@@ -40,6 +40,7 @@ import functools
 import math
 import platform
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
@@ -56,7 +57,7 @@ if "support" in sys.modules and not hasattr(sys.modules["support"], "UserError")
 
 from support import ROOT, UserError, gpu, terminal, winograd
 from support.bookkeeping import Bookkeeper
-from support.checkpoints import Unreadable, pack_checkpoint, read_checkpoint
+from support.checkpoints import check_arrays, pack_checkpoint, read_checkpoint, read_weights
 from support.cores import available_cores, cores_to_use  # noqa: F401  (m.available_cores)
 from support.mnist import DataFiles, find_mnist, hashes_of, note_on_pixels
 from support.run_folder import RunFolder
@@ -753,8 +754,7 @@ class State:
     moments: Any  # (1, parameters), a running sum of dw (sgd), or (2, …), means of dw and dw²
     ema: Any  # running mean of the parameters, or None
     step: int = 0  # steps done
-    history: list = field(default_factory=list)  # an Epoch for each epoch, from epoch 0 on
-    weights_only: bool = False  # too little to train on: see benchmarks/share_run.py
+    history: list = field(default_factory=list)  # a row {column: number} for each epoch
 
     def views(self):
         """name → array: all that a checkpoint holds in the parameters' dtype."""
@@ -764,8 +764,8 @@ class State:
     def is_finite(self):
         return all(bool(xp.isfinite(a).all()) for a in self.views().values())
 
-    def averaged(self):
-        """The parameters to evaluate with."""
+    def to_evaluate(self):
+        """The parameters to evaluate with: the mean ones, if there is a mean."""
         return self.ema if self.ema is not None else self.params
 
 
@@ -1152,21 +1152,30 @@ def experiment_of(settings):
     return {name: value for name, value in asdict(settings).items() if name not in left_out}
 
 
-def load_checkpoint(path, settings, network=None, to_continue=False):
-    """The State that checkpoint_of() packed. UserError if it is damaged or of another network, or,
-    to continue it, of another experiment."""
+def load_checkpoint(path, settings, network=None):
+    """The State that checkpoint_of() packed, to be continued.
+
+    UserError if it is damaged, of another network or of another experiment."""
     state = init_state(settings, network)
     views = state.views()
-    same = {"pool": settings.pool, "optimizer": settings.optimizer}  # shapes show the others
-    if to_continue:
-        same = experiment_of(settings)
-    arrays, state.step, state.history = read_checkpoint(path, views, same)
-    if "moments" not in arrays:
-        state.weights_only = True  # the mean ones, that is, if there is a mean
-        del views["moments"]
+    arrays, state.step, state.history = read_checkpoint(path, views, experiment_of(settings))
     for name, a in views.items():
-        a[...] = xp.asarray(arrays[name if name in arrays else name.removeprefix("ema.")])
+        a[...] = xp.asarray(arrays[name])
     return state
+
+
+def load_weights(path, settings, network=None):
+    """The Parameters that a checkpoint was evaluated with: their running mean, if it has one.
+
+    UserError if it is damaged or of another network."""
+    params, weights = init_params(settings, network=network), read_weights(path)
+    try:
+        check_arrays(weights, params)
+    except ValueError as error:
+        raise UserError(f"{path} is of another network ({error})") from None
+    for name, a in params.items():
+        a[...] = xp.asarray(weights[name])
+    return params
 
 
 # ── The parts of a run ────────────────────────────────────────────────────────────────────────────
@@ -1223,19 +1232,20 @@ def plan_of(run, epoch):
 
 
 def evaluate_all(run, engine):
-    """(loss, accuracy) of training and of test images, [accuracy] of the validation images if there
-    are any, and the arrays of predictions.npz."""
+    """What is measured after an epoch: a row of metrics.csv, {column: number}, to which a line here
+    adds one more; and the arrays of predictions.npz."""
 
     def measure(images, labels):
         if engine:
             return scores(engine.predict(images), labels)
-        return evaluate(run.state.averaged(), images, labels, run.settings, run.network)
+        return evaluate(run.state.to_evaluate(), images, labels, run.settings, run.network)
 
     images, labels = run.train
-    part = slice(TRAIN_EVALUATION_IMAGES)
-    *train, _ = measure(images[part], labels[part])
-    *test, probs = measure(*run.test)
-    validation = [measure(*run.validation)[1]] if run.settings.validation_images else []
+    part, row = slice(TRAIN_EVALUATION_IMAGES), {}
+    row["train_loss"], row["train_accuracy"], _ = measure(images[part], labels[part])
+    row["test_loss"], row["test_accuracy"], probs = measure(*run.test)
+    if run.settings.validation_images:
+        _, row["validation_accuracy"], _ = measure(*run.validation)
     if engine:
         engine.fetch()
     predictions = {
@@ -1243,7 +1253,7 @@ def evaluate_all(run, engine):
         "predictions": to_host(probs.argmax(axis=1)),
         "probabilities": to_host(probs),
     }
-    return train, test, validation, predictions
+    return row, predictions
 
 
 # ── One step of learning ──────────────────────────────────────────────────────────────────────────
@@ -1360,11 +1370,15 @@ def run(settings, network=None, scripts=SCRIPTS, machinery=None, data=None):
     data, a Dataset, takes the place of the one in settings.data_dir."""
     machinery = machinery or Machinery(use_device, use_cores, gpu_engine)
     device = machinery.use_device(settings.device)
-    network = network or layers
     data = data or load_mnist(settings.data_dir)
     parts = split(data, settings)
-    folder = open_folder(settings, data, device, scripts)
-    restored = folder.restore(lambda path: load_checkpoint(path, settings, network, True))
+    with closing(open_folder(settings, data, device, scripts)) as folder:
+        return run_in(folder, settings, network or layers, machinery, device, data, parts)
+
+
+def run_in(folder, settings, network, machinery, device, data, parts):
+    """run(), with what it has found out so far."""
+    restored = folder.restore(lambda path: load_checkpoint(path, settings, network))
     state = restored or init_state(settings, network)
     engine = None
 
@@ -1384,26 +1398,18 @@ def run(settings, network=None, scripts=SCRIPTS, machinery=None, data=None):
         evaluated=min(images[0], TRAIN_EVALUATION_IMAGES) + images[1] + images[2],
         on_gpu=device.startswith("GPU"),
     )
-    training = Run(settings, network, state, *parts, book.total_steps)
     if book.is_finished():
-        make_up_for_failed_saves(training, book)
-        longer = settings.schedule == "constant" and not state.weights_only
-        further = "raise --epochs-max" if longer else "take another --tag"
+        further = "raise --epochs-max" if settings.schedule == "constant" else "take another --tag"
         print(f"{settings.tag} is finished. {book.result()} To go further, {further}.")
-        return 0 if folder.write_unsaved() else 1
-    if state.weights_only:
-        raise UserError(
-            f"{folder.path} has the weights alone, which is too little to continue; "
-            "choose another --tag"
-        )
+        return 0
     folder.write_config()
     folder.keep_code()
     most = most_cores(settings) if machinery.use_cores is use_cores else None
     cores, words = cores_to_use(settings.threads, most)
-    if not book.on_gpu:
-        device += f", {words}"
-    engine, words = machinery.engine_of(training, device)
-    book.say_start(data, words, continued=restored is not None)
+    where = device if book.on_gpu else f"{device}, {words}"
+    training = Run(settings, network, state, *parts, book.total_steps)
+    engine, where = machinery.engine_of(training, where)
+    book.say_start(data, where, continued=restored is not None)
 
     def stop(number, _frame):
         book.stop = number
@@ -1415,33 +1421,7 @@ def run(settings, network=None, scripts=SCRIPTS, machinery=None, data=None):
             with gpu.errors_in_a_line():
                 return train(training, book, engine)
         finally:
-            folder.close()
             workers.close()
-
-
-def make_up_for_failed_saves(training, book):
-    """Writes what a finished run could not save after its last epoch, on a full disk, say."""
-    history, folder = training.state.history, book.folder
-    best = max(history, key=lambda row: row.test_accuracy)
-    if folder.predicted_accuracy() != history[-1].test_accuracy:
-        print("*** predictions.npz is not that of the last epoch: it is written now.")
-        book.save_predictions(evaluate_all(training, None)[-1])
-    if best is history[-1] and saved_best(training, folder) != best.epoch:
-        print("*** checkpoint_best.npz is not that of the best epoch: it is written now.")
-        book.save(folder.best)
-
-
-def saved_best(training, folder):
-    """The epoch of checkpoint_best.npz; None if the file is missing or damaged."""
-    if not folder.best.exists():
-        return None
-    try:
-        state = load_checkpoint(folder.best, training.settings, training.network)
-    except Unreadable:
-        raise
-    except UserError:
-        return None
-    return state.history[-1].epoch if state.history else None
 
 
 def start_run(arguments):

@@ -184,7 +184,7 @@ class Reader:
                 f"*** {folder.name} was trained on {run.data}, not on MNIST: "
                 "its answers 0 to 9 are the classes of that data, which need not be digits."
             )
-        self.params = m.load_checkpoint(folder / "checkpoint_last.npz", self.settings).averaged()
+        self.params = m.load_weights(folder / "checkpoint_last.npz", self.settings)
         sample = m.load_mnist("data/sample")
         self.known = unit_rows(sample.train_images)  # (4000, 784)
         self.least = np.quantile(self.digitness(sample.test_images), self.FOREIGN)

@@ -60,9 +60,10 @@ def what_it_bought(number, folder, before):
     rows = read_metrics(folder / "metrics.csv")
     comparable = data_of(folder) is not None and data_of(folder) == data_of(before)
     if not comparable or not (before / "metrics.csv").exists():
-        return f"Step {number}: test accuracy {rows[-1][5]:.2%} after epoch {len(rows) - 1}."
+        now = rows[-1]["test_accuracy"]
+        return f"Step {number}: test accuracy {now:.2%} after epoch {len(rows) - 1}."
     old = read_metrics(before / "metrics.csv")
     epoch = min(len(rows), len(old)) - 1
-    now, then = rows[epoch][5], old[epoch][5]
+    now, then = (table[epoch]["test_accuracy"] for table in (rows, old))
     gain = f"{100 * (now - then):+.2f} percentage points on step {number - 1}, which had {then:.2%}"
     return f"Step {number}: test accuracy {now:.2%} after epoch {epoch}, {gain}."

@@ -5,14 +5,12 @@ after_step, epoch_is_whole, end_epoch, finish. A first reading may skip this fil
 """
 
 import math
-import sys
 import time
 
 from tqdm import tqdm
 
 from support import UserError, terminal
-from support.checkpoints import Epoch
-from support.run_folder import duration, log_header, log_line, write_metrics
+from support.run_folder import duration, log_header, log_line, pack_metrics
 from support.settings import project_path
 from support.storage import pack_arrays, write_file
 
@@ -38,8 +36,10 @@ class Bookkeeper:
         self.stop = 0
         # Epochs in a row that could not be saved.
         self.unsaved = 0
-        lost = [math.nan] * (3 if settings.validation_images else 2)
-        self.metrics = folder.restore_metrics(state.history, lost)
+        self.unwritten = {}  # path → bytes of the files of an epoch that are not on the disk yet
+        self.flushed = True  # whether what was saved survives a power cut
+        times = folder.read_times()
+        self.metrics = [row | times.get(row["epoch"], {}) for row in state.history]
         self.start_clock()
 
     def is_finished(self):
@@ -126,48 +126,61 @@ class Bookkeeper:
         return self.state.step == len(self.state.history) * self.epoch_steps
 
     def end_epoch(self, evaluate):
-        """Evaluates, logs and saves. evaluate: see evaluate_all() in mnist_resnet9.py.
-
-        The checkpoint comes last: a crash before it leaves only what restore() removes."""
+        """Evaluates, logs and saves. evaluate: see evaluate_all() in mnist_resnet9.py."""
         settings, state, folder = self.settings, self.state, self.folder
         epoch = len(state.history)
         if epoch == 0:
             self.start_time, self.done = time.perf_counter(), self.epoch_steps
         trained = time.perf_counter() - self.start_time
-        train, test, validation, predictions = evaluate()
+        measured, predictions = evaluate()
         finite = state.is_finite()
-        self.check_finite(train[0] + test[0] if finite else math.nan, f"epoch {epoch}")
+        loss = measured["train_loss"] + measured["test_loss"]
+        self.check_finite(loss if finite else math.nan, f"epoch {epoch}")
         seconds = time.perf_counter() - self.start_time
 
+        rate = self.rate_of(max(0, state.step - 1))
+        state.history.append({"epoch": epoch, "learning_rate": rate, **measured})
         seen = max(0, self.images - self.done * settings.batch_size)
-        best = test[1] > max((row.test_accuracy for row in state.history), default=-1)
-        row = Epoch(epoch, self.rate_of(max(0, state.step - 1)), *train, *test)
-        state.history.append(row)
-        self.metrics.append([*row, seconds, seen / seconds, *validation])
+        times = {"seconds": seconds, "images_per_second": seen / seconds}
+        self.metrics.append(state.history[-1] | times)
         # What the epoch would have taken, had it not been interrupted.
         whole = trained * self.images / max(1, seen) + seconds - trained
         folder.log(log_line(self.metrics[-1], whole * (settings.epochs_max - epoch)))
 
-        folder.write(folder.path / "metrics.csv", lambda path: write_metrics(path, self.metrics))
-        self.save_predictions(predictions)
-        if best:
-            self.save(folder.best)
-        else:
-            folder.write_unsaved(folder.best)
-        self.unsaved = 0 if self.save(folder.last) else self.unsaved + 1
+        self.unwritten[folder.path / "metrics.csv"] = pack_metrics(self.metrics)
+        self.unwritten[folder.path / "predictions.npz"] = pack_arrays(**predictions)
+        if self.best()["epoch"] == epoch:
+            self.unwritten[folder.best] = self.pack(state)
+        self.unsaved = 0 if self.save() else self.unsaved + 1
         if epoch == 0:
             self.start_clock()
 
-    def save_predictions(self, predictions):
-        packed = pack_arrays(**predictions)
-        path = self.folder.path / "predictions.npz"
-        self.folder.write(path, lambda path: write_file(path, packed))
+    def save(self):
+        """Writes the files of the epoch, and then a checkpoint. Returns whether it could.
 
-    def save(self, path):
-        """Writes a checkpoint. Returns whether it could."""
-        checkpoint = self.pack(self.state)
-        previous = self.folder.previous if path == self.folder.last else None
-        return self.folder.write(path, lambda path: write_file(path, checkpoint, previous))
+        An epoch is saved whole: where one of its files cannot be written, its checkpoint is not
+        either, and whoever continues takes that epoch again."""
+        folder = self.folder
+        try:
+            for path in list(self.unwritten):
+                self.write(path, self.unwritten[path])
+                del self.unwritten[path]
+            self.write(folder.last, self.pack(self.state), folder.previous)
+            return True
+        except OSError as error:
+            folder.warn(
+                f"{path if self.unwritten else folder.last} was NOT written "
+                f"({error.strerror or error}). Training goes on; the next epoch tries again."
+            )
+            return False
+
+    def write(self, path, data, previous=None):
+        if not write_file(path, data, previous) and self.flushed:
+            self.flushed = False
+            self.folder.warn(
+                f"The file system of {terminal.shown(path.parent)} cannot flush a folder: what is "
+                "saved may not survive a power cut."
+            )
 
     def finish(self):
         """The last line of the log. Returns the exit status."""
@@ -182,14 +195,14 @@ class Bookkeeper:
             words += ["--save-dir", terminal.shown(folder.path.parent)]
         figures = terminal.command("plot_figs", *words)
         folder.log(f"Finished. {self.result()} Figures: {figures}")
-        if not folder.write_unsaved():
-            print("*** Some files were not written: see above.", file=sys.stderr)
+        if self.unsaved or folder.unlogged:
+            folder.warn("Some files were not written: see above. The same command tries again.")
             return 1
         return 0
 
     def stopped(self):
         """Saves what there is after a stop signal."""
-        saved = self.save(self.folder.last)
+        saved = self.save()
         what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
         again = terminal.this_command()
         self.folder.log(f"Stopped after step {self.state.step:,}; {what}. To continue: {again}")
@@ -204,10 +217,14 @@ class Bookkeeper:
         )
         return 1
 
+    def best(self):
+        """The row of the best epoch: by the images held out, where there are some."""
+        by = "validation_accuracy" if self.settings.validation_images else "test_accuracy"
+        return max(self.state.history, key=lambda row: row.get(by, -1))
+
     def result(self):
-        last = self.state.history[-1]
-        best = max(self.state.history, key=lambda row: row.test_accuracy)
+        last, best = self.state.history[-1], self.best()
         return (
-            f"Test accuracy {last.test_accuracy:.2%} at the last epoch ({last.epoch}), "
-            f"{best.test_accuracy:.2%} at the best ({best.epoch})."
+            f"Test accuracy {last['test_accuracy']:.2%} at the last epoch ({last['epoch']}), "
+            f"{best['test_accuracy']:.2%} at the best ({best['epoch']})."
         )

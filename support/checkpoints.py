@@ -4,31 +4,29 @@ import hashlib
 import io
 import json
 import zipfile
-from typing import NamedTuple
 
 import numpy as np
 
 from support import UserError
-from support.storage import pack_arrays
+from support.storage import pack_arrays, read_file, reason, refuse_lfs_pointer
 
-
-class Epoch(NamedTuple):
-    """What is known of an epoch: a row of a run's history, in checkpoints and metrics."""
-
-    epoch: int
-    learning_rate: float
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
+# The columns that every run's history has: a row an epoch, {column: value}.
+HISTORY = (
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+)
+VERSION = 1
+# What a checkpoint holds beside the parameters and their running mean.
+OTHERS = {"moments", "step", "version", "history", "columns", "settings", "sha256"}
+MAX_BYTES = 2**32
 
 
 class Unreadable(UserError):
     """A checkpoint that the system does not hand over. It may be whole."""
-
-
-HISTORY = Epoch._fields
-CHECKPOINT_VERSION = 1
 
 
 def checksums(arrays):
@@ -43,18 +41,82 @@ def checksums(arrays):
     return np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32)
 
 
+def columns_of(rows):
+    """All columns that any of these rows has, those of HISTORY first."""
+    return list(dict.fromkeys([*HISTORY, *(column for row in rows for column in row)]))
+
+
 def pack_checkpoint(arrays, step, history, settings):
     """The bytes of a checkpoint.
 
-    arrays: {name: array} of all that the training changes; settings: a dict of all that defines the
-    experiment."""
+    arrays: {name: array} of all that the training changes; history: a row an epoch; settings: a
+    dict of all that defines the experiment."""
+    columns = columns_of(history)
+    table = [[row.get(column, np.nan) for column in columns] for row in history]
     arrays = arrays | {
         "step": np.int64(step),
-        "version": np.int64(CHECKPOINT_VERSION),
-        "history": np.array(history, float).reshape(-1, len(HISTORY)),
+        "version": np.int64(VERSION),
+        "history": np.array(table, float).reshape(-1, len(columns)),
+        "columns": np.array(columns),
         "settings": np.array(json.dumps(settings)),
     }
     return pack_arrays(**arrays, sha256=checksums(arrays))
+
+
+def read_arrays(path):
+    """{name: array} of a checkpoint, each of them whole.
+
+    Unreadable if the system does not hand the file over, another UserError if it is damaged."""
+    try:
+        content = read_file(path, MAX_BYTES)
+    except OSError as error:
+        raise Unreadable(
+            f"{path} cannot be read ({error.strerror or error}); nothing was changed"
+        ) from None
+    refuse_lfs_pointer(path, content)
+    try:
+        return unpack(content)
+    except MemoryError:
+        raise  # it may be whole
+    except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
+        raise UserError(f"{path} is damaged ({reason(error)})") from None
+
+
+def unpack(content):
+    """The substance of read_arrays(), with a ValueError or another one for what is wrong."""
+    # A compressed or overlapping member could fill the memory.
+    with zipfile.ZipFile(io.BytesIO(content)) as file:
+        members = file.infolist()
+    size = sum(member.file_size for member in members)
+    if size > len(content) or any(member.compress_type for member in members):
+        raise ValueError("its arrays are not as a run packs them")
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    sums = arrays.pop("sha256", None)
+    if not np.array_equal(sums, checksums(arrays)):
+        raise ValueError("its checksums are not those of its arrays")
+    for name, a in arrays.items():
+        if name not in OTHERS - {"moments"} and not (a.dtype.kind == "f" and np.isfinite(a).all()):
+            raise ValueError(f"{name} is not all finite numbers")
+    return arrays
+
+
+def check_arrays(arrays, expected):
+    """ValueError, which names them, if these are not arrays of the names, shapes and dtypes of the
+    expected ones."""
+    wrong = []
+    for name in sorted(arrays.keys() | expected.keys()):
+        found, wanted = arrays.get(name), expected.get(name)
+        if wanted is None:
+            wrong.append(f"{name}, which is not expected")
+        elif found is None:
+            wrong.append(f"no {name}")
+        elif (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            there, should = (f"{a.dtype} {a.shape}" for a in (found, wanted))
+            wrong.append(f"{name} {there}, not {should}")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"it has {'; '.join(wrong[:5])}{more}")
 
 
 def read_checkpoint(path, expected, settings):
@@ -64,62 +126,43 @@ def read_checkpoint(path, expected, settings):
     must be the same in the file. Unreadable if the system does not hand the file over, another
     UserError if anything is wrong with it.
     """
+    arrays = read_arrays(path)
+    if "moments" not in arrays:
+        raise UserError(f"{path} has the weights alone, which is too little to continue")
     try:
-        # A checkpoint is twice its largest arrays at most; anything may lie under its name.
-        bound = 2**26 + 2 * sum(a.nbytes for a in expected.values())
-        with open(path, "rb") as file:
-            content = file.read(bound + 1)
-    except OSError as error:
-        raise Unreadable(
-            f"{path} cannot be read ({error.strerror or error}); nothing was changed"
-        ) from None
-    try:
-        if len(content) > bound:
-            raise ValueError("it is larger than a checkpoint")
-        return check_checkpoint(io.BytesIO(content), bound, expected, settings)
-    except MemoryError:
-        raise  # it may be whole
-    except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
-        reason = str(error) or repr(error)
-        raise UserError(f"{path} is damaged or of another network ({reason})") from None
+        if arrays.get("version") != VERSION:
+            raise ValueError(f"it has not version {VERSION}")
+        left_out = OTHERS - {"moments"}
+        check_arrays({n: a for n, a in arrays.items() if n not in left_out}, expected)
+        history = read_history(arrays)
+        step = int(arrays["step"])
+        if step < 0:
+            raise ValueError(f"its step is {step}")
+        then = json.loads(str(arrays["settings"]))
+        for name, value in json.loads(json.dumps(settings)).items():
+            if name in then and then[name] != value:  # an older run lacks the newest settings
+                raise ValueError(f"its {name} is {then[name]!r}, not {value!r}")
+    except Exception as error:
+        raise UserError(f"{path} is damaged or of another network ({reason(error)})") from None
+    return {name: arrays[name] for name in expected}, step, history
 
 
-def check_checkpoint(content, bound, expected, settings):
-    """The substance of read_checkpoint(), with a ValueError or another one for what is wrong."""
-    # A compressed or overlapping member could fill the memory.
-    with zipfile.ZipFile(content) as file:
-        members = file.infolist()
-    size = sum(member.file_size for member in members)
-    if size > bound or any(member.compress_type for member in members):
-        raise ValueError("it is larger than a checkpoint")
-    content.seek(0)
-    with np.load(content, allow_pickle=False) as file:
-        if "version" not in file or file["version"] != CHECKPOINT_VERSION:
-            raise ValueError(f"it has not version {CHECKPOINT_VERSION}")
-        arrays = {name: file[name] for name in file.files}
-    sums = arrays.pop("sha256", None)
-    if "moments" not in arrays:  # a finished run, made small to be passed on: see save/README.md
-        expected = {name: a for name, a in expected.items() if not name.startswith("ema.")}
-        expected.pop("moments")
-    if arrays.keys() != expected.keys() | {"step", "history", "settings", "version"}:
-        others = ", ".join(sorted(arrays.keys() ^ expected.keys()))
-        raise ValueError(f"it has other arrays: {others[:200]}")
-    if not np.array_equal(sums, checksums(arrays)):
-        raise ValueError("its checksums are not those of its arrays")
-    for name, wanted in expected.items():
-        a = arrays[name]
-        if (a.shape, a.dtype) != (wanted.shape, wanted.dtype):
-            raise ValueError(f"{name} is {a.dtype} {a.shape}, not {wanted.dtype} {wanted.shape}")
-        if not np.isfinite(a).all():
-            raise ValueError(f"{name} is not finite")
-    step = int(arrays["step"])
-    history = arrays["history"]
-    columns_are_right = history.shape[1:] == (len(HISTORY),)
-    if step < 0 or not columns_are_right or not np.array_equal(history[:, 0], range(len(history))):
+def read_history(arrays):
+    """A row for each epoch: {column: value}. ValueError if they are not those of a run."""
+    # Before there was this array, all had the same columns.
+    columns = [str(column) for column in arrays.get("columns", HISTORY)]
+    table = arrays["history"]
+    right = table.ndim == 2 and table.shape[1] == len(columns) and columns[0] == HISTORY[0]
+    if not right or not np.array_equal(table[:, 0], range(len(table))):
         raise ValueError("its history is not that of a run")
-    then = json.loads(str(arrays["settings"]))
-    for name, value in json.loads(json.dumps(settings)).items():
-        if name in then and then[name] != value:  # an older run lacks the newest settings
-            raise ValueError(f"its {name} is {then[name]!r}, not {value!r}")
-    epochs = [Epoch(int(epoch), *values) for epoch, *values in history.tolist()]
-    return {name: arrays[name] for name in expected}, step, epochs
+    return [dict(zip(columns, row)) | {"epoch": i} for i, row in enumerate(table.tolist())]
+
+
+def read_weights(path):
+    """{name: array} of the parameters that a checkpoint of any network was evaluated with.
+
+    Where the run keeps a mean of its weights (the setting ema), that is the mean. Unreadable or
+    another UserError as read_arrays()."""
+    arrays = read_arrays(path)
+    names = [name for name in arrays if name not in OTHERS and not name.startswith("ema.")]
+    return {name: arrays.get(f"ema.{name}", arrays[name]) for name in names}

@@ -6,15 +6,15 @@ import os
 import re
 import sys
 
-import numpy as np
 from tqdm import tqdm
 
 from support import ROOT, UserError
-from support.checkpoints import HISTORY, Epoch, Unreadable
+from support.checkpoints import HISTORY, Unreadable, columns_of
 from support.storage import lock_file, make_folder, read_file, write_file
 
-METRICS = (*HISTORY, "seconds", "images_per_second")
-VALIDATION = ("validation_accuracy",)  # one more column where images were held out
+# The columns of metrics.csv in every run; others follow: validation_accuracy, or a student's own.
+TIMES = ("seconds", "images_per_second")
+METRICS = (*HISTORY, *TIMES)
 
 
 def log_header(validation):
@@ -22,17 +22,15 @@ def log_header(validation):
     return f"epoch  train loss  train acc  test loss  test acc{valid}  seconds  images/s  left"
 
 
-def log_line(metrics, left):
+def log_line(row, left):
     """A row of metrics.csv as a line of log.txt. left: the seconds to the end of the run."""
-    row = Epoch(*metrics[: len(HISTORY)])
-    seconds, speed, *validation = metrics[len(HISTORY) :]
-    line = f"{row.epoch:5d}  {row.train_loss:10.5f}  {row.train_accuracy:9.2%}"
-    line += f"  {row.test_loss:9.5f}  {row.test_accuracy:8.2%}"
-    for accuracy in validation:
-        line += f"  {accuracy:9.2%}"
-    line += f"  {seconds:7.1f}"
-    if row.epoch:  # epoch 0 is only evaluated
-        line += f"  {speed:8.0f}  {duration(left)}"
+    line = f"{row['epoch']:5d}  {row['train_loss']:10.5f}  {row['train_accuracy']:9.2%}"
+    line += f"  {row['test_loss']:9.5f}  {row['test_accuracy']:8.2%}"
+    if "validation_accuracy" in row:
+        line += f"  {row['validation_accuracy']:9.2%}"
+    line += f"  {row['seconds']:7.1f}"
+    if row["epoch"]:  # epoch 0 is only evaluated
+        line += f"  {row['images_per_second']:8.0f}  {duration(left)}"
     return line
 
 
@@ -45,26 +43,28 @@ def duration(seconds):
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def write_metrics(path, rows):
-    columns = (METRICS + VALIDATION)[: len(rows[0])]
+def pack_metrics(rows):
+    """The bytes of metrics.csv. rows: a {column: value} an epoch."""
+    columns = [*METRICS, *(column for column in columns_of(rows) if column not in METRICS)]
     lines = [",".join(columns)]
     for row in rows:
-        lines.append(",".join(f"{value:.8g}" for value in row))
-    write_file(path, "".join(f"{line}\n" for line in lines).encode())
+        lines.append(",".join(f"{row.get(column, float('nan')):.8g}" for column in columns))
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
 def read_metrics(path):
-    """The rows of metrics.csv, from epoch 0 on: METRICS, and VALIDATION if it is there.
+    """The rows of metrics.csv, from epoch 0 on: {column: value}, METRICS and perhaps others.
 
     UserError if the file is anything else."""
     try:
         header, *lines = read_file(path).decode().splitlines()
+        columns = header.split(",")
         rows = [[float(value) for value in line.split(",")] for line in lines]
-        columns = tuple(header.split(","))
-        known = columns in (METRICS, METRICS + VALIDATION)
-        if not known or any(len(row) != len(columns) for row in rows):
+        if tuple(columns[: len(METRICS)]) != METRICS or len(set(columns)) < len(columns):
             raise ValueError("other columns")
-        return rows
+        if any(len(row) != len(columns) for row in rows):
+            raise ValueError("rows of another length")
+        return [dict(zip(columns, row)) for row in rows]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as the metrics of a run ({error})") from None
 
@@ -80,18 +80,15 @@ class RunFolder:
     def __init__(self, path, config, free, defaults, scripts):
         self.path, self.config = path, config
         self.scripts = scripts
-        self.unsaved = {}  # path → save, of what could not be written
         self.unlogged = []  # lines that log.txt lacks
+        self.lock = None
         self.last = path / "checkpoint_last.npz"
         self.previous = path / "checkpoint_previous.npz"
         self.best = path / "checkpoint_best.npz"
         try:
             new = not (path / "config.json").exists()
-            unfinished = {
-                "code",
-                "lock",
-                "config.json.part",
-            }  # what a start that was cut off leaves
+            # What a start that was cut off leaves.
+            unfinished = {"code", "lock", "config.json.part"}
             if new and path.exists() and {file.name for file in path.iterdir()} - unfinished:
                 raise UserError(f"{path} holds something else than a run; choose another --tag")
             make_folder(path)
@@ -101,8 +98,11 @@ class RunFolder:
                     part.unlink()
             if not new:
                 check_same_experiment(path, config, free, defaults)
-        except OSError as error:
-            raise cannot_be_written(path, error) from None
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise cannot_be_written(path, error) from None
+            raise
 
     def write_config(self):
         try:
@@ -168,95 +168,43 @@ class RunFolder:
                     # Or the next save would make the damaged one the previous one.
                     damaged = self.path / "checkpoint_damaged.npz"
                     os.replace(self.last, damaged)
-                    print(
-                        f"*** {problem}. Continuing from {path.name}, step {state.step:,}; "
-                        f"the damaged file is now {damaged.name}.",
-                        file=sys.stderr,
+                    self.warn(
+                        f"{problem}. Continuing from {path.name}, step {state.step:,}; "
+                        f"the damaged file is now {damaged.name}."
                     )
                 return state
         if problem:
             raise UserError(
                 f"{problem}; there is no other checkpoint to continue from: choose another --tag"
             )
-        self.begin_anew()
-        return None
-
-    def begin_anew(self):
-        """Without a checkpoint the run starts from epoch 0, whatever else an earlier start left.
-
-        What contradicts that goes; a best checkpoint is kept under another name."""
-        left = []
-        for name in ("metrics.csv", "predictions.npz"):
-            if (self.path / name).exists():
-                (self.path / name).unlink()
-                left.append(name)
-        if self.best.exists():
-            kept = self.path / "checkpoint_best_before.npz"
-            os.replace(self.best, kept)
-            left.append(f"{self.best.name}, now {kept.name}")
-        if left:
-            print(
-                f"*** {self.path} has no checkpoint to continue from, only {', '.join(left)}: "
-                "the run starts from epoch 0.",
-                file=sys.stderr,
+        if (self.path / "metrics.csv").exists():
+            # Its files are those of an epoch 0 that was cut off, or of a run that has lost its
+            # checkpoints. They are written anew at the end of epoch 0.
+            self.warn(
+                f"{self.path} has no checkpoint to continue from: the run starts from epoch 0."
             )
-
-    def restore_metrics(self, history, lost):
-        """The rows of metrics.csv: history, from the checkpoint, with the file's further columns.
-
-        Where the file lacks an epoch, `lost` stands in for these. metrics.csv and log.txt are then
-        as they were when the checkpoint was written: no epoch twice, none missing.
-        """
-        path = self.path / "metrics.csv"
-        others = {}
-        if path.exists():
-            with contextlib.suppress(UserError):  # a damaged file is no loss: it is written anew
-                others = {row[0]: row[len(HISTORY) :] for row in read_metrics(path)}
-        rows = [[*row, *others.get(row[0], lost)] for row in history]
-        if path.exists():
-            self.write(path, lambda path: write_metrics(path, rows))
-        self.write(self.path / "log.txt", lambda path: restore_log(path, rows))
-        return rows
-
-    def predicted_accuracy(self):
-        """The accuracy that predictions.npz shows; None if the file is missing or damaged."""
-        with contextlib.suppress(Exception):  # zip, zlib and NumPy raise many kinds
-            with np.load(self.path / "predictions.npz", allow_pickle=False) as arrays:
-                return float((arrays["labels"] == arrays["predictions"]).mean())
         return None
 
-    def write(self, path, save):
-        """Calls save(path), which writes that file. Returns whether it could.
-
-        Training goes on without it, and write_unsaved() tries again. So save must write then what
-        it would write now."""
+    def read_times(self):
+        """{epoch: the columns of metrics.csv that a checkpoint does not hold}."""
         try:
-            save(path)
-            self.unsaved.pop(path, None)
-            return True
-        except OSError as error:
-            self.unsaved[path] = save
-            tqdm.write(
-                f"*** {path} was NOT written ({error.strerror or error}). Training goes on; "
-                "the next epoch tries again.",
-                file=sys.stderr,
-            )
-            return False
+            rows = read_metrics(self.path / "metrics.csv")
+        except UserError:  # a missing or damaged file is no loss: it is written anew
+            return {}
+        return {row["epoch"]: {name: row[name] for name in TIMES} for row in rows}
 
-    def write_unsaved(self, *paths):
-        """Writes what could not be written before: all, or these files.
+    def warn(self, line):
+        """As log(), to whom the terminal shows what goes wrong."""
+        self.log(f"*** {line}", sys.stderr)
 
-        Returns whether all there is to save is saved."""
-        for path in paths or list(self.unsaved):
-            if path in self.unsaved:
-                self.write(path, self.unsaved[path])
-        return not (self.unsaved or self.unlogged)
+    def log(self, line, stream=None):
+        """Says a line on the terminal, above the progress bar if there is one, and in log.txt.
 
-    def log(self, line):
-        """Says a line on the terminal, above the progress bar if there is one, and in log.txt."""
+        log.txt is a diary: what stands there stays."""
+        stream = stream or sys.stdout
         with contextlib.suppress(OSError):  # the terminal may be gone: the run goes on
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            tqdm.write(line, file=stream)
+            stream.flush()
         self.unlogged.append(line)
         try:
             append_lines(self.path / "log.txt", self.unlogged)
@@ -266,7 +214,9 @@ class RunFolder:
             tqdm.write(f"*** log.txt was NOT written ({reason}).", file=sys.stderr)
 
     def close(self):
-        self.lock.close()
+        """Lets another program, or another run of this one, have the folder."""
+        if self.lock:
+            self.lock.close()
 
 
 def cannot_be_written(path, error):
@@ -283,24 +233,6 @@ def append_lines(path, lines):
         with contextlib.suppress(OSError):
             os.truncate(path, before)  # a disk that is nearly full takes half a line
         raise
-
-
-def restore_log(path, rows):
-    """Leaves one line in log.txt for each epoch of rows, and none for others.
-
-    Lines that are not about an epoch stay."""
-    lines = []
-    if path.exists():
-        lines = read_file(path).decode(errors="replace").splitlines()
-    missing = {row[0]: log_line(row, 0) for row in rows}
-    kept = []
-    for line in lines:
-        epoch = int(line[:5]) if line[:5].strip().isdecimal() else None
-        same = epoch in missing and line[:50] == missing[epoch][:50]  # [:50]: without the times
-        if epoch is None or same:
-            kept.append(line)
-            missing.pop(epoch, None)
-    write_file(path, "".join(f"{line}\n" for line in [*kept, *missing.values()]).encode())
 
 
 def check_same_experiment(folder, config, free, defaults):

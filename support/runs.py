@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from support import UserError
-from support.run_folder import METRICS, VALIDATION, read_metrics
+from support.run_folder import METRICS, read_metrics
 from support.settings import project_path, user_path
 from support.storage import read_file
 from support.style import INK, ORANGE
@@ -64,9 +64,8 @@ def read_run(folder, kind):
 def read_history(path):
     """{column of metrics.csv: its values, one an epoch}; they are empty before there is a file."""
     rows = read_metrics(path) if path.exists() else []
-    columns = (METRICS + VALIDATION)[: len(rows[0])] if rows else METRICS
-    table = np.array(rows, float).reshape(-1, len(columns))
-    metrics = dict(zip(columns, table.T))
+    columns = list(rows[0]) if rows else METRICS
+    metrics = {name: np.array([row[name] for row in rows], float) for name in columns}
     losses = np.concatenate([metrics["train_loss"], metrics["test_loss"]])
     accuracies = np.concatenate([metrics["train_accuracy"], metrics["test_accuracy"]])
     good = np.isfinite(losses).all() and ((0 <= accuracies) & (accuracies <= 1)).all()

@@ -24,14 +24,14 @@ except ImportError:  # Windows
 MAX_BYTES = 2**26  # of a file that is read whole: a log of a million epochs has as many
 
 
-def read_file(path):
+def read_file(path, most=MAX_BYTES):
     """The bytes of a file. OSError if it is none, or has no end: a device or a pipe, say."""
-    if not path.is_file():
+    if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no file", str(path))
     with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise OSError(errno.EFBIG, f"is larger than {MAX_BYTES >> 20} MiB", str(path))
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"is larger than {most >> 20} MiB", str(path))
     return data
 
 
@@ -52,9 +52,8 @@ def reason(error):
 def write_file(path, data, previous=None):
     """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole.
 
-    previous: the name that the old file keeps. A crash between the two renames leaves only that
-    one: see RunFolder.restore.
-    """
+    previous: the name that the old file keeps. Returns whether the file will survive a power cut,
+    as flush_folder() does."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -62,23 +61,47 @@ def write_file(path, data, previous=None):
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
-            os.replace(path, previous)
+            keep(path, previous)
         os.replace(part, path)
     except OSError:
         with contextlib.suppress(OSError):
             part.unlink()  # half a file on a full disk is in the way of everything else
         raise
-    flush_folder(path.parent)
+    return flush_folder(path.parent)
+
+
+def keep(path, name):
+    """Gives the file at path a second name, which it keeps when another file takes the first.
+
+    Where the file system has no hard links, no file is at path until then."""
+    link = name.with_name(name.name + ".part")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:
+        os.replace(path, name)
+        return
+    os.replace(link, name)
+    # Where both are names of the same file, the system leaves both.
+    link.unlink(missing_ok=True)
 
 
 def flush_folder(path):
-    """Makes the names in a folder survive a power cut. Windows has no way to do that."""
-    if fcntl:
+    """Makes the names in a folder survive a power cut. Returns whether the system could do that.
+
+    Windows has no way to, and some network and shared file systems have none either. The names are
+    there all the same, so this is no reason to lose anything."""
+    if not fcntl:
+        return True
+    try:
         folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError:
+        return False
+    return True
 
 
 def make_folder(path):

@@ -3,9 +3,10 @@
 import math
 import shlex
 
+from programs import write_metrics
+
 import mnist_resnet9 as m
 from benchmarks.accuracy import dropout_study as study
-from support import run_folder
 
 
 def test_it_prints_ordinary_commands_that_differ_in_dropout_only(capsys):
@@ -26,7 +27,7 @@ def test_it_draws_the_runs_that_have_got_far_enough(tmp_path):
             [e, 1e-4, 1, 0, 1, 0.9 + rate / 100 + e / 1000, math.nan, math.nan]
             for e in range(epochs + 1)
         ]
-        run_folder.write_metrics(tmp_path / f"dropout_{rate}" / "metrics.csv", rows)
+        write_metrics(tmp_path / f"dropout_{rate}", rows)
     found = study.accuracies(tmp_path, 5)
     assert {rate: round(accuracy, 6) for rate, accuracy in found.items()} == {0.5: 0.91, 0.9: 0.914}
     (line,) = study.draw(found, 5).axes[0].lines

@@ -6,10 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from programs import start
+from programs import metrics_of, start, write_metrics
 
 import mnist_resnet9 as m
-from support import run_folder
 
 FOLDER = m.ROOT / "evolution"
 SCRIPTS = sorted(FOLDER.glob("step[0-9]_*.py"))
@@ -38,7 +37,7 @@ def made_up_run(folder, accuracies, data="0"):
     """What a comparison reads of a run: its metrics and its data. Returns the folder."""
     folder.mkdir()
     rows = [[epoch, 1e-3, 1, 0.5, 1, accuracy, 1, 1] for epoch, accuracy in enumerate(accuracies)]
-    run_folder.write_metrics(folder / "metrics.csv", rows)
+    write_metrics(folder, rows)
     config = {"data": {"sha256": {"train": data}}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -100,8 +99,8 @@ def test_a_step_trains_with_the_same_flags_and_can_be_continued(step, tmp_path, 
         assert train(step, tmp_path) == 0
     out = capsys.readouterr().out
     folder = tmp_path / f"evolution_{step.__name__[4]}"
-    rows = run_folder.read_metrics(folder / "metrics.csv")
-    assert len(rows) == 3 and rows[-1][5] > 0.6 and rows[-1][2] < rows[0][2]
+    rows = metrics_of(folder)
+    assert len(rows) == 3 and rows[-1, 5] > 0.6 and rows[-1][2] < rows[0][2]
     assert step.ADDS in out and "is finished" in out
     assert f"test accuracy {rows[-1][5]:.2%} after epoch 2" in out
     config = json.loads((folder / "config.json").read_text())

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from programs import write_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # (the backend comes first)
@@ -59,7 +60,7 @@ def add_run(save, tag, epochs=3, without=(), **config):
             [i, 1e-4, 2.3 / (i + 1) ** 2, a, 2.3 / (i + 1), a, 1.0, 100.0]
             for i, a in enumerate(accuracy)
         ]
-        run_folder.write_metrics(save / tag / "metrics.csv", rows)
+        write_metrics(save / tag, rows)
     path = save / tag / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return save / tag
@@ -581,8 +582,8 @@ def test_watching_a_run_draws_after_each_epoch_and_ends_with_it(save, monkeypatc
     rows = [[i, 1e-4, 2.3 / (i + 1), 0.3 * i, 2.3 / (i + 1), 0.3 * i, 1.0, 100.0] for i in range(3)]
     happens = iter([
         lambda: None,
-        lambda: run_folder.write_metrics(folder / "metrics.csv", rows[:2]),
-        lambda: run_folder.write_metrics(folder / "metrics.csv", rows),
+        lambda: write_metrics(folder, rows[:2]),
+        lambda: write_metrics(folder, rows),
         lambda: shutil.copy(save / "real" / "checkpoint_last.npz", folder),
         lambda: None,
     ])  # fmt: skip

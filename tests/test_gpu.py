@@ -16,9 +16,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from programs import metrics_of
 
 import mnist_resnet9 as m
-from support import gpu, run_folder
+from support import gpu
 
 
 def xp_names():
@@ -432,10 +433,7 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     monkeypatch.setattr(m, "loss_and_gradients", real_gradients)
     monkeypatch.setattr(m, "update", real_update)
     assert m.run(m.Settings(tag="cpu", epochs_max=2, device="cpu", **given)) == 0
-    one, two = (
-        np.array(run_folder.read_metrics(tmp_path / tag / "metrics.csv"))
-        for tag in ("device", "cpu")
-    )
+    one, two = (metrics_of(tmp_path / tag) for tag in ("device", "cpu"))
     np.testing.assert_allclose(one[:, :3], two[:, :3], rtol=1e-4)
     log = (tmp_path / "device" / "log.txt").read_text()
     assert "GPU, pretended (plain operations: a pretended GPU); files" in log

@@ -647,7 +647,7 @@ def test_the_graph_computes_what_the_plain_operations_do(sample, monkeypatch):
         assert float(loss) == pytest.approx(losses[step], rel=1e-4)
     assert far(m.to_host(fast.params.flat), m.to_host(plain.params.flat)) < 1e-3
     expected = m.to_host(
-        m.predict(plain.averaged(), xp.asarray(sample.test_images[:100]), settings)
+        m.predict(plain.to_evaluate(), xp.asarray(sample.test_images[:100]), settings)
     )
     assert far(logits, expected) < 1e-3
 

@@ -232,7 +232,7 @@ def test_optimizers_agree_with_their_formulas(rng, optimizer, beta2):
     for name in w:
         np.testing.assert_allclose(state.params[name], w[name], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(state.ema[name], ema[name], rtol=1e-4, atol=1e-5)
-    assert state.step == 5 and state.averaged() is state.ema
+    assert state.step == 5 and state.to_evaluate() is state.ema
 
 
 @pytest.mark.parametrize("warm_up", [0, 0.1, 0.3])

@@ -70,13 +70,13 @@ def test_a_state_owes_what_had_been_saved_before_the_latest_cut_that_leads_to_it
 
 def test_a_write_that_is_not_recorded_is_noticed(tmp_path, monkeypatch):
     """Path.write_bytes does not go through the open() that is watched."""
-    save_predictions = m.Bookkeeper.save_predictions
+    save = m.Bookkeeper.save
 
-    def unwatched(self, probs):
-        save_predictions(self, probs)
+    def unwatched(self):
         (self.folder.path / "unseen").write_bytes(b"")
+        return save(self)
 
-    monkeypatch.setattr(m.Bookkeeper, "save_predictions", unwatched)
+    monkeypatch.setattr(m.Bookkeeper, "save", unwatched)
     with pytest.raises(AssertionError, match="the record lacks an operation"):
         powercut.record("fresh", tmp_path)
 

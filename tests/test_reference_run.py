@@ -9,6 +9,7 @@ import pytest
 
 import mnist_resnet9 as m
 import plot_figs
+from support.checkpoints import read_arrays, read_history
 from support.runs import read_run
 
 RECORD = m.ROOT / "save" / "record"
@@ -20,9 +21,10 @@ def run():
 
 
 def test_its_files_belong_together(run):
-    state = m.load_checkpoint(RECORD / "checkpoint_last.npz", run.settings)
-    assert len(state.history) == run.settings.epochs_max + 1 == len(run.metrics["epoch"])
-    np.testing.assert_allclose([row[5] for row in state.history], run.metrics["test_accuracy"])
+    history = read_history(read_arrays(RECORD / "checkpoint_last.npz"))
+    assert len(history) == run.settings.epochs_max + 1 == len(run.metrics["epoch"])
+    accuracies = [row["test_accuracy"] for row in history]
+    np.testing.assert_allclose(accuracies, run.metrics["test_accuracy"])
     with np.load(RECORD / "predictions.npz") as file:
         labels, predictions, probabilities = (
             file[name] for name in ("labels", "predictions", "probabilities")
@@ -49,7 +51,7 @@ def test_it_names_no_folder_of_the_machine_that_it_was_made_on():
 def test_it_reads_digits_that_it_was_trained_on(run, sample):
     """The sample's images are training images of MNIST, so nearly all must be right, and surely
     so."""
-    params = m.load_checkpoint(RECORD / "checkpoint_last.npz", run.settings).averaged()
+    params = m.load_weights(RECORD / "checkpoint_last.npz", run.settings)
     loss, accuracy, _ = m.evaluate(
         params, sample.train_images[:1000], sample.train_labels[:1000], run.settings
     )

@@ -5,10 +5,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from programs import write_metrics
 
 import mnist_resnet9 as m
 from benchmarks.accuracy import seeds
-from support import run_folder
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def made(tmp_path, capsys):
         (folder / "config.json").write_text(json.dumps(config))
         accuracies = np.linspace(0.1, accuracy, epochs + 1)
         rows = [[epoch, 1e-3, 1, 0.5, 1, a, 1, 1] for epoch, a in enumerate(accuracies)]
-        run_folder.write_metrics(folder / "metrics.csv", rows)
+        write_metrics(folder, rows)
         if params != {}:
             np.savez(folder / "checkpoint_last.npz", **(params or {"fc9.bias": np.zeros(10)}))
 
@@ -80,7 +80,7 @@ def test_steps_of_the_evolution_are_told_apart(tmp_path, monkeypatch, capsys):
     flags += ["--data-dir", "data/sample", "--save-dir", str(tmp_path)]
     for number, step in enumerate((one, one, two), start=1):
         mine = [*flags, "--tag", f"mine_{number}", "--seed", str(number)]
-        assert step.run_step(int(step.__name__[4]), step.ADDS, step.NETWORK, mine) == 0
+        assert step.run_step(int(step.__name__[4]), step.ADDS, step.layers, mine) == 0
     capsys.readouterr()
     assert m.main(["mine_1", "mine_2", "--save-dir", str(tmp_path)], seeds.main) == 0
     assert "over 2 seeds" in capsys.readouterr().out

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from programs import start
+from programs import metrics_of, start
 
-from support import ROOT, run_folder
+from support import ROOT
 
 MODULES = sorted((ROOT / "support").glob("*.py"))
 
@@ -58,8 +58,7 @@ def test_without_winograd_the_script_trains_the_same(tmp_path):
         (folder / "mnist_resnet9.py").write_text(text, encoding="utf-8")
         result = start(folder / "mnist_resnet9.py", *flags, "--tag", name)
         assert result.returncode == 0, result.stderr
-        metrics = run_folder.read_metrics(tmp_path / "save" / name / "metrics.csv")
-        rows.append(np.array(metrics)[:, 2:6])
+        rows.append(metrics_of(tmp_path / "save" / name)[:, 2:6])
     assert rows[0][1, 0] < rows[0][0, 0]  # four steps have learnt something
     np.testing.assert_allclose(*rows, rtol=1e-4)
     assert not np.array_equal(*rows)  # rounding does differ: the fast path was really gone

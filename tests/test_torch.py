@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from programs import metrics_of
 from test_run import SMALL, arrays, assert_same_run
 
 import mnist_resnet9 as m
 import plot_figs
-from support import run_folder, storage
-from support.checkpoints import read_checkpoint
+from support import storage
+from support.checkpoints import checksums, read_checkpoint
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -159,7 +160,7 @@ class Ours:
         return loss
 
     def predict(self, images):
-        return m.predict(self.run.state.averaged(), images, self.settings)
+        return m.predict(self.run.state.to_evaluate(), images, self.settings)
 
 
 class Theirs(t.Engine):
@@ -348,10 +349,7 @@ def test_a_tiny_training_ends_alike_on_both_sides(pool, tolerance, tmp_path):
         "x",
     )
     assert m.main([*TINY, *flags]) == 0 and torch_main(*flags) == 0
-    one, two = (
-        np.array(run_folder.read_metrics(tmp_path / tag / "metrics.csv"))
-        for tag in ("x", "torch_x")
-    )
+    one, two = (metrics_of(tmp_path / tag) for tag in ("x", "torch_x"))
     np.testing.assert_allclose(one[0, :6], two[0, :6], rtol=1e-5)  # the network before training
     np.testing.assert_allclose(one[:, [2, 4]], two[:, [2, 4]], atol=tolerance)
     assert two[-1, 2] < two[0, 2] - 0.1
@@ -368,13 +366,11 @@ def test_weights_go_both_ways_and_the_run_has_its_files(tmp_path, capsys, monkey
     support = {f"support/{path.name}" for path in (m.ROOT / "support").glob("*.py")}
     assert code == {"torch_version/resnet9_torch.py", "mnist_resnet9.py", "plot_figs.py", *support}
     assert "PyTorch" in (folder / "log.txt").read_text()
-    ours, theirs = (
-        run_folder.read_metrics(path / "metrics.csv") for path in (tmp_path / "resnet9", folder)
-    )
+    ours, theirs = (metrics_of(path) for path in (tmp_path / "resnet9", folder))
     assert theirs[0][2:6] == pytest.approx(ours[1][2:6], rel=1e-5)  # it starts where ours ended
 
     settings, data = m.Settings(channels=(4, 16, 16, 16)), m.load_mnist("")
-    params = m.load_checkpoint(folder / "checkpoint_last.npz", settings).params
+    params = m.load_weights(folder / "checkpoint_last.npz", settings)
     probs = m.softmax(m.predict(params, data.test_images, settings))[0]
     np.testing.assert_allclose(
         probs, arrays(folder / "predictions.npz")["probabilities"], atol=1e-5
@@ -400,7 +396,7 @@ def test_either_version_continues_what_the_other_made(tmp_path):
     assert torch_main(*flags, "--epochs-max", "1") == 0
     assert m.main([*TINY, *map(str, flags), "--tag", "torch_resnet9", "--epochs-max", "2"]) == 0
     assert torch_main(*flags, "--epochs-max", "3") == 0
-    assert len(run_folder.read_metrics(tmp_path / "torch_resnet9" / "metrics.csv")) == 4
+    assert len(metrics_of(tmp_path / "torch_resnet9")) == 4
 
 
 def test_altered_weights_are_refused(tmp_path, capsys):
@@ -416,8 +412,8 @@ def test_altered_weights_are_refused(tmp_path, capsys):
 
 
 BAD = {
-    "--weights missing.npz": "missing.npz is no checkpoint of this network",
-    "--weights README.md": "README.md is no checkpoint of this network",
+    "--weights missing.npz": "missing.npz cannot be read",
+    "--weights README.md": "README.md is damaged",
     "--foo 1": "--weights",
     "--batch-size 0": "batch_size is 0",
     "--device gpu": "device gpu cannot be used: ",
@@ -438,9 +434,9 @@ def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monk
 def test_weights_of_another_network_are_refused(tmp_path, capsys):
     # NumPy would stretch one channel to four.
     params = m.init_params(m.Settings(channels=(1, 16, 16, 16)))
-    storage.save_arrays(tmp_path / "other.npz", **params)
+    storage.save_arrays(tmp_path / "other.npz", **params, sha256=checksums(params))
     assert torch_main("--save-dir", tmp_path / "save", "--weights", tmp_path / "other.npz") == 2
-    assert "conv1.weight has the shape (3, 3, 1, 1)" in capsys.readouterr().err
+    assert "conv1.weight float32 (3, 3, 1, 1), not float32 (3, 3, 1, 4)" in capsys.readouterr().err
 
 
 def test_device_auto_says_what_it_took():

@@ -47,7 +47,7 @@ from mnist_resnet9 import (
     beta1_of,
     device_stream,
     dropout,
-    init_params,
+    load_weights,
     main,
     orthogonal,
     parse_settings,
@@ -58,7 +58,6 @@ from mnist_resnet9 import (
     to_input,
 )
 from support import UserError
-from support.checkpoints import checksums
 from support.settings import project_path, settings_class, user_path
 from support.workers import prepare_process
 
@@ -147,26 +146,6 @@ def use_device(device):
                 f"device gpu cannot be used: {reason}; --device cpu works everywhere"
             ) from None
         return f"CPU (no GPU: {reason}), {version}"
-
-
-def load_weights(path, settings):
-    """The weights that the checkpoint at path was evaluated with: their running mean, if it has
-    one."""
-    params = init_params(settings)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        sums = arrays.pop("sha256", None)
-        if sums is not None and not np.array_equal(sums, checksums(arrays)):
-            raise ValueError("its checksums are not those of its arrays")
-        for name, a in params.items():
-            theirs = arrays[f"ema.{name}" if f"ema.{name}" in arrays else name]
-            if theirs.shape != a.shape:
-                raise ValueError(f"{name} has the shape {theirs.shape}, not {a.shape}")
-            a[...] = theirs
-    except Exception as error:  # zip, zlib and NumPy raise many kinds on a damaged file
-        raise UserError(f"{path} is no checkpoint of this network ({error})") from None
-    return params
 
 
 def use_cores(count):

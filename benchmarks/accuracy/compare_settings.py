@@ -84,12 +84,12 @@ def measure(flags, data, fold, folder, halves=False):
         sys.exit(status)
     run = Path(settings.save_dir) / settings.tag
     last = read_metrics(run / "metrics.csv")
-    seconds = sum(row[6] for row in last[1:]) / settings.epochs_max
+    seconds = sum(row["seconds"] for row in last[1:]) / settings.epochs_max
     with np.load(run / "predictions.npz") as file:
         probs, labels = file["probabilities"], file["labels"]
     errors = int((probs.argmax(axis=1) != labels).sum())
     seen = min(len(held_out.train_images), m.TRAIN_EVALUATION_IMAGES)
-    train_errors = round((1 - last[-1][3]) * seen)
+    train_errors = round((1 - last[-1]["train_accuracy"]) * seen)
     m.xp = np
     return errors, best_loss(probs, labels), train_errors, seconds
 

@@ -1,9 +1,9 @@
 """What a run writes, operation by operation: to record it, to stop it there, or to make it fail.
 
 A run writes in few ways (support/storage.py, support/run_folder.py): it opens a file, writes, calls
-fsync on the file or its folder, renames, deletes, makes a folder. watching() calls a function
-before each of these. powercut.py records them, torture.py ends the process or raises an error at
-one.
+fsync on the file or its folder, renames, links, deletes, makes a folder. watching() calls a
+function before each of these. powercut.py records them, torture.py ends the process or raises an
+error at one.
 """
 
 import builtins
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 
 class Operation(NamedTuple):
-    kind: str  # open, write, fsync, rename, unlink or mkdir
+    kind: str  # open, write, fsync, rename, link, unlink or mkdir
     path: Path
     new: bool = False  # open: whether the file is emptied, not continued
     data: bytes = b""  # write: what is added
-    target: Path = Path()  # rename: the new name
+    target: Path = Path()  # rename, link: the new name
 
 
 class WatchedFile:
@@ -44,8 +44,8 @@ class WatchedFile:
 @contextlib.contextmanager
 def watching(folder, watch):
     """Within this block, calls watch(Operation) before each operation on what is below folder."""
-    real = builtins.open, os.fsync, os.replace, Path.unlink, Path.mkdir
-    real_open, fsync, replace, unlink, mkdir = real
+    real = builtins.open, os.fsync, os.replace, os.link, Path.unlink, Path.mkdir
+    real_open, fsync, replace, link, unlink, mkdir = real
 
     def is_below(path):
         return Path(path).is_relative_to(folder)
@@ -68,6 +68,11 @@ def watching(folder, watch):
             watch(Operation("rename", Path(path), target=Path(path).parent / target))
         replace(path, target)
 
+    def watched_link(path, target):
+        if is_below(path):
+            watch(Operation("link", Path(path), target=Path(target)))
+        link(path, target)
+
     def watched_unlink(path, *rest, **named):
         if is_below(path) and path.exists():
             watch(Operation("unlink", path))
@@ -79,8 +84,9 @@ def watching(folder, watch):
         mkdir(path, *rest, **named)
 
     try:
-        builtins.open, os.fsync, os.replace = watched_open, watched_fsync, watched_replace
+        builtins.open, os.fsync = watched_open, watched_fsync
+        os.replace, os.link = watched_replace, watched_link
         Path.unlink, Path.mkdir = watched_unlink, watched_mkdir
         yield
     finally:
-        builtins.open, os.fsync, os.replace, Path.unlink, Path.mkdir = real
+        builtins.open, os.fsync, os.replace, os.link, Path.unlink, Path.mkdir = real

@@ -12,8 +12,8 @@ the disk then depends on what had been flushed:
 - The run's own folder is a name too, in save/: without a flush there, all of it may be missing.
 
 In each state the same command is repeated. It must end with exit status 0 and the same bytes as a
-run that nothing disturbed, say each epoch once in metrics.csv and log.txt, and continue no earlier
-than from the last checkpoint whose save had ended. Not modelled: a disk that says it flushed and
+run that nothing disturbed, with each epoch once in metrics.csv, and continue no earlier than from
+the last checkpoint whose save had ended. Not modelled: a disk that says it flushed and
 has not, damage to what was flushed long ago (torture.py does that), and writes out of order within
 one file other than the four cases above.
 """
@@ -58,12 +58,10 @@ def train(save, epochs=4):
 
 
 def result(folder):
-    """What must not depend on power cuts: the files' bytes, the metrics and log but for times."""
+    """What must not depend on power cuts: the files' bytes, and the metrics but for times."""
     files = ("checkpoint_last.npz", "checkpoint_best.npz", "predictions.npz")
     rows = [line.split(",")[:6] for line in (folder / "metrics.csv").read_text().splitlines()]
-    log = [line[:50] for line in (folder / "log.txt").read_text(errors="replace").splitlines()]
-    epochs = [line for line in log if line[:5].strip().isdigit()]
-    return [(folder / name).read_bytes() for name in files], rows, epochs
+    return [(folder / name).read_bytes() for name in files], rows
 
 
 # ── The disk ──────────────────────────────────────────────────────────────────────────────────────
@@ -122,6 +120,10 @@ class Disk:
             self.seen[path].now += operation.data
         elif operation.kind == "unlink":
             self.change({path: "gone"})
+        elif operation.kind == "link":
+            self.change({operation.target: self.seen[path]})
+        elif operation.kind == "rename" and self.seen[path] is self.seen.get(operation.target):
+            pass  # two names of one file: the system leaves both
         elif operation.kind == "rename":
             self.change({operation.target: self.seen[path], path: "gone"})
         elif operation.kind == "fsync" and path in self.seen and self.seen[path] is not None:
