@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support import ROOT, UserError
-from support.storage import reason, refuse_lfs_pointer, write_file
+from support.storage import is_lfs_pointer, reason, write_file
 
 ROLES = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -305,7 +305,8 @@ def read_file(path, notes):
     try:
         with open(path, "rb") as file:
             content = read_all(unpacked(file))
-        refuse_lfs_pointer(path, content)
+        if is_lfs_pointer(content):
+            raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
         for role, array in zip(roles_of(name), read(content)):
             if "labels" in role:
                 a = labels_of(array)
@@ -318,7 +319,7 @@ def read_file(path, notes):
                     notes.append("EMNIST stores its images transposed; they were turned.")
             contents[role] = content if read is read_idx and a is array else to_idx(a)
         return contents
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Unfit as error:
         raise UserError(f"{path} {error}; it should be {right}") from None

@@ -721,7 +721,7 @@ def test_a_git_lfs_pointer_is_called_what_it_is(root, name):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11490434\n"
     (root / "data" / name).write_bytes(pointer)
     error = error_of("data")
-    assert f"{name} is only git-lfs's pointer to the file; `git lfs pull` fetches it" in error
+    assert f"{name} is a git-lfs pointer, not the file: run `git lfs pull`" in error
     assert "delete" not in error
 
 
