@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support import ROOT, UserError
-from support.storage import reason, refuse_lfs_pointer, write_file
+from support.storage import is_lfs_pointer, reason, write_file
 
 ROLES = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -194,15 +194,11 @@ def find_files(folder):
         if place != folder and not place.is_dir():
             continue
         files = [name for name, is_file in names_in(place) if is_file]
-        # The usual names are the shortest, in lower case.
-        files.sort(key=lambda name: (len(name), name.swapcase()))
+        # The usual names, which are the shortest and in lower case, come last and stay.
+        files.sort(key=lambda name: (len(name), name.swapcase()), reverse=True)
         for form, pattern in FORMS.items():
-            paths = {}
-            for name in files:
-                if re.fullmatch(pattern, plain(name)):
-                    for role in roles_of(plain(name)):
-                        paths.setdefault(role, place / name)
-            paths = {role: paths[role] for role in ROLES if role in paths}
+            there = [name for name in files if re.fullmatch(pattern, plain(name))]
+            paths = {role: place / name for name in there for role in roles_of(plain(name))}
             candidates.append(Found(form, place, paths))
     found = max(candidates, key=lambda found: len(found.paths))
     if found.paths:
@@ -304,21 +300,22 @@ def read_file(path, notes):
     contents = {}
     try:
         with open(path, "rb") as file:
-            content = read_all(unpacked(file))
-        refuse_lfs_pointer(path, content)
+            content = read_all(file)
+        if is_lfs_pointer(content):
+            raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
         for role, array in zip(roles_of(name), read(content)):
             if "labels" in role:
                 a = labels_of(array)
             else:
                 a = images_of(array)
-                if array.max() <= 1 < a.max():
+                if array.max() <= 1:
                     notes.append(f"The pixels of {path} are 0 to 1; they were multiplied by 255.")
                 if name.startswith("emnist"):
                     a = a.transpose(0, 2, 1)
                     notes.append("EMNIST stores its images transposed; they were turned.")
             contents[role] = content if read is read_idx and a is array else to_idx(a)
         return contents
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Unfit as error:
         raise UserError(f"{path} {error}; it should be {right}") from None
@@ -328,18 +325,15 @@ def read_file(path, notes):
         raise Damaged(f"{path} is damaged ({reason(error)}); it should be {right}") from None
 
 
-def unpacked(file):
-    """The open file, or what is in it if it is packed.
+def read_all(file):
+    """What is in an open file, unpacked if it is packed. ValueError if it is more than MAX_BYTES.
 
-    Its first bytes say so and not its name: browsers unpack a .gz and leave the name, or take the
-    name away and leave it packed."""
+    Its first bytes say whether it is packed and not its name: browsers unpack a .gz and leave the
+    name, or take the name away and leave it packed."""
     packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    return gzip.GzipFile(fileobj=file) if packed else file
-
-
-def read_all(file):
-    """What is in an open file. ValueError if that is more than MAX_BYTES."""
+    if packed:
+        file = gzip.GzipFile(fileobj=file)
     blocks = iter(lambda: file.read(2**20), b"")
     content = b"".join(itertools.islice(blocks, MAX_BYTES >> 20))
     if file.read(1):
@@ -412,10 +406,10 @@ def images_of(array):
     """Images in any kind of number as uint8. Pixels from 0 to 1 are multiplied by 255."""
     if array.dtype.kind not in "buif" or array.shape[1:] != SHAPE or not len(array):
         raise Unfit(f"holds {array.dtype} of {'×'.join(map(str, array.shape))}")
-    low, high = array.min(), array.max()
-    if not (0 <= low and high <= 255):
+    low, high = float(array.min()), float(array.max())
+    if not 0 <= low < high <= 255:
         raise Unfit(f"has pixels from {low:g} to {high:g}")
-    if 0 < high <= 1:
+    if high <= 1:
         return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     whole = array.astype(np.uint8, copy=False)
     if not np.array_equal(whole, array):
@@ -460,7 +454,7 @@ def download(file, folder, notes):
     for mirror in MIRRORS:
         try:
             sent = fetch(f"{mirror}{file}.gz")
-            content = read_all(unpacked(io.BytesIO(sent)))
+            content = read_all(io.BytesIO(sent))
             if sha256(content) != MNIST[file]:
                 raise ValueError("its bytes are not MNIST's")
         except (OSError, EOFError, ValueError, zlib.error, http.client.HTTPException) as error:

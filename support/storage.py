@@ -35,10 +35,9 @@ def read_file(path, most=MAX_BYTES):
     return data
 
 
-def refuse_lfs_pointer(path, content):
-    """UserError if these bytes of the file at path are what git-lfs leaves in place of the file."""
-    if content.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise UserError(f"{path} is only git-lfs's pointer to the file; `git lfs pull` fetches it")
+def is_lfs_pointer(data):
+    """Whether these are the first bytes of what git-lfs leaves in place of a file not yet there."""
+    return data.startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def reason(error):

@@ -266,7 +266,7 @@ def test_no_file_is_unpacked_without_a_bound(folder, monkeypatch, name):
 def change_a_pixel(folder, name=IMAGES):
     path = folder / f"{name}.gz" if (folder / f"{name}.gz").exists() else folder / name
     with open(path, "rb") as file:
-        content = bytearray(mnist.unpacked(file).read())
+        content = bytearray(mnist.read_all(file))
     content[5000] ^= 1
     path.write_bytes(content)
 
@@ -696,6 +696,7 @@ def test_pixels_in_any_numbers_become_those_from_0_to_255(folder, before, small_
         (lambda a: a + 0.5, "has pixels from 0.5 to 255.5; it should be"),
         (lambda a: a / 2, "has pixels from 0 to 127.5 that are no whole numbers; it should be"),
         (lambda a: np.where(a == 0, np.nan, a), "has pixels from nan to nan; it should be"),
+        (lambda a: a != a, "has pixels from 0 to 0; it should be"),
     ],
 )
 def test_other_pixels_are_refused(folder, before, form, change, said):
@@ -721,7 +722,7 @@ def test_a_git_lfs_pointer_is_called_what_it_is(root, name):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11490434\n"
     (root / "data" / name).write_bytes(pointer)
     error = error_of("data")
-    assert f"{name} is only git-lfs's pointer to the file; `git lfs pull` fetches it" in error
+    assert f"{name} is a git-lfs pointer, not the file: run `git lfs pull`" in error
     assert "delete" not in error
 
 
