@@ -218,7 +218,7 @@ def use_device(device):
         number = cupy.cuda.Device().id
         return f"GPU, {cupy.cuda.runtime.getDeviceProperties(number)['name'].decode()}"
     except Exception as error:  # ImportError, or any of many ways for CUDA to be incomplete
-        reason = root_cause(error)
+        reason = gpu.with_remedy(root_cause(error))
         if device == "gpu":
             raise UserError(
                 f"device gpu cannot be used: {reason}; --device cpu works everywhere"

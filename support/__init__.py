@@ -8,6 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def ceil_div(a, b):
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 class UserError(ValueError):
     """Something the user can put right. main() prints it in one line; the exit status is 2."""
 

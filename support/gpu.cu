@@ -7,8 +7,8 @@
 //
 // Three convolutions carry nearly all of the work: y from x, dx from dy, dw from both. Each is a
 // matrix product that a block of threads computes for one tile of the result: tiles of both
-// factors are copied into shared memory (copy, two buffers in turns: one is filled while the other
-// is used), multiplied there (multiply), and what follows the convolution (bias, relu, the sum of a
+// factors are copied into shared memory (copy, in two buffers: in_turns), multiplied there
+// (multiply), and what follows the convolution (bias, relu, the sum of a
 // residual block, their gradients) is done on the way out, while the numbers are still in
 // registers.
 //
@@ -32,6 +32,9 @@ __host__ __device__ constexpr int row_of_4x8(int n) {
 }
 __host__ __device__ constexpr int row_of_8x4(int n) { return round_up(n, 8) + 4; }
 
+// How many floats a thread copies at once, from rows of C channels.
+__host__ __device__ constexpr int floats_at_once(int C) { return C % 4 ? 1 : 4; }
+
 // Copies FLOATS (1 or 4) into shared memory, or zeros where `from` is outside of the image. Newer
 // GPUs copy in the background; copies_done<n> waits until at most n groups of copies are under way.
 template <int FLOATS>
@@ -41,7 +44,10 @@ __device__ void copy(float* to, const float* from, bool inside) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
                "n"(4 * FLOATS), "r"(inside ? 4 * FLOATS : 0));
 #else
-  for (int i = 0; i < FLOATS; i++) to[i] = inside ? from[i] : 0;
+  if (FLOATS == 4)
+    *(float4*)to = inside ? *(const float4*)from : float4{0, 0, 0, 0};
+  else
+    *to = inside ? *from : 0;
 #endif
 }
 
@@ -56,6 +62,33 @@ __device__ void copies_done() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS));
 #endif
+}
+
+// Fills two buffers in turns: while stage s is used, stage s + 1 is copied into the other buffer.
+// fill(stage, buffer) starts the copies of a stage, use(buffer) computes with what they brought.
+template <typename Fill, typename Use>
+__device__ void in_turns(int stages, Fill fill, Use use) {
+  fill(0, 0);
+  end_of_group();
+  for (int stage = 0; stage < stages; stage++) {
+    int buffer = stage % 2;
+    if (stage + 1 < stages) {
+      fill(stage + 1, 1 - buffer);
+      end_of_group();
+      copies_done<1>();  // all but the group that was just begun
+    } else {
+      copies_done<0>();
+    }
+    __syncthreads();  // a thread waits for its own copies; now those of all others are there too
+    use(buffer);
+    __syncthreads();  // all threads have used this buffer; now it may be filled anew
+  }
+}
+
+template <int THREADS>
+__device__ void fill_with_zeros(float* a, int size) {
+  for (int i = threadIdx.x; i < size; i += THREADS) a[i] = 0;
+  __syncthreads();
 }
 
 // The sum of one number a thread, the same in all threads, added in the same order each time.
@@ -74,11 +107,34 @@ __device__ float sum_of_block(float value, float* scratch) {
 }
 
 // ── Matrix products ─────────────────────────────────────────────────────────────────────────────
-// acc += A @ B for the tile of MT·16 rows and NT·8 columns that a warp (32 threads) is responsible
-// for. A[r, k] is a[r * AR + k * AK], B[k, c] is b[k * BK + c * BC], so each may be transposed.
-// Thread t of a warp owns, in each 16×8 part of the tile, rows t/4 and t/4 + 8, columns 2(t%4) and
-// one more: acc[m][n][i] is row 16m + t/4 + 8(i/2), column 8n + 2(t%4) + i%2.
-//
+
+// A matrix in memory: from one row to the next it is ROW floats, from one column to the next COLUMN
+// floats, so it may be transposed.
+template <int ROW, int COLUMN>
+struct Matrix {
+  const float* start;
+  __device__ float operator()(int row, int column) const {
+    return start[row * ROW + column * COLUMN];
+  }
+};
+
+// multiply<DEPTH>(acc, a, b): acc += a b, where a has DEPTH columns and b has DEPTH rows, for the
+// tile of MT·16 rows and NT·8 columns that a warp (32 threads) is responsible for. Each thread has
+// four numbers of each 16×8 part of it: two of one row, and below them two of another one.
+// for_pairs goes through these pairs: use(row, column, left, right), from the tile's first row and
+// column.
+template <int MT, int NT, typename F>
+__device__ void for_pairs(const float (&acc)[MT][NT][4], F use) {
+  int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        use(16 * m + row + 8 * half, 8 * n + column, acc[m][n][2 * half], acc[m][n][2 * half + 1]);
+}
+
 // Tensor cores (from compute capability 8.0 on) multiply such parts in one instruction, but round
 // each factor to 11 significant bits (TF32). A float has 24: so each factor is split into its
 // upper 11 bits and the rest, x = high + low, and three products make up a float32 one:
@@ -100,8 +156,8 @@ __device__ void tensor_core(float (&acc)[4], const unsigned (&a)[4], const unsig
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-template <int DEPTH, int AR, int AK, int BK, int BC, int MT, int NT>
-__device__ void multiply(float (&acc)[MT][NT][4], const float* a, const float* b) {
+template <int DEPTH, int MT, int NT, typename A, typename B>
+__device__ void multiply(float (&acc)[MT][NT][4], A a, B b) {
   int row = threadIdx.x % 32 / 4, four = threadIdx.x % 4;
 #pragma unroll 4
   for (int k = four; k < DEPTH; k += 8) {
@@ -110,12 +166,11 @@ __device__ void multiply(float (&acc)[MT][NT][4], const float* a, const float* b
     for (int m = 0; m < MT; m++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        split(a[(16 * m + row + i % 2 * 8) * AR + (k + i / 2 * 4) * AK], a_high[m][i], a_low[m][i]);
+        split(a(16 * m + row + i % 2 * 8, k + i / 2 * 4), a_high[m][i], a_low[m][i]);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        split(b[(k + 4 * i) * BK + (8 * n + row) * BC], b_high[n][i], b_low[n][i]);
+      for (int i = 0; i < 2; i++) split(b(k + 4 * i, 8 * n + row), b_high[n][i], b_low[n][i]);
     // One product of all parts after the other: each waits for the sum before it, others do not.
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -134,8 +189,8 @@ __device__ void multiply(float (&acc)[MT][NT][4], const float* a, const float* b
 
 #else
 
-template <int DEPTH, int AR, int AK, int BK, int BC, int MT, int NT>
-__device__ void multiply(float (&acc)[MT][NT][4], const float* a, const float* b) {
+template <int DEPTH, int MT, int NT, typename A, typename B>
+__device__ void multiply(float (&acc)[MT][NT][4], A a, B b) {
   int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll 4
   for (int k = 0; k < DEPTH; k++)
@@ -145,8 +200,7 @@ __device__ void multiply(float (&acc)[MT][NT][4], const float* a, const float* b
       for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          acc[m][n][i] += a[(16 * m + row + i / 2 * 8) * AR + k * AK] *
-                          b[k * BK + (8 * n + column + i % 2) * BC];
+          acc[m][n][i] += a(16 * m + row + i / 2 * 8, k) * b(k, 8 * n + column + i % 2);
 }
 
 #endif
@@ -156,16 +210,24 @@ __device__ void multiply(float (&acc)[MT][NT][4], const float* a, const float* b
 // r / N, where inverse is 2³²/N rounded up: exact where r N < 2³², so up to N = 2,340.
 __device__ int pixel_of(int r, unsigned inverse) { return inverse ? __umulhi(r, inverse) : r; }
 
-// How many of the nine taps of a kernel are multiplied at once: narrow layers fill a tile better
-// with several.
-__host__ __device__ constexpr int taps_at_once(int C) { return C >= 32 ? 1 : C >= 8 ? 3 : 9; }
+// Where in its image a row of an activation is.
+struct Place {
+  short row, column;
 
-// Where row r of an activation is: 256 · row of the image + column; -1 from row `end` on, which is
-// outside of every image.
-template <int W>
-__device__ int place_of(int r, int end, unsigned inverse) {
+  // Whether the pixel so far down and to the right is in an image of SIDE × SIDE pixels.
+  template <int SIDE>
+  __device__ bool has(int down, int right) const {
+    unsigned r = row + down, c = column + right;  // below 0 is a large number then
+    return r < SIDE && c < SIDE;
+  }
+};
+
+// The place of row r; from row `end` on, one that is far outside of every image.
+template <int SIDE>
+__device__ Place place_of(int r, int end, unsigned inverse) {
   int pixel = pixel_of(r, inverse);
-  return r < end ? pixel / W * 256 + pixel % W : -1;
+  if (r >= end) return {-SIDE, -SIDE};
+  return {(short)(pixel / SIDE), (short)(pixel % SIDE)};
 }
 
 // Shares ROWS · PER_ROW copies out over the threads of a block: use(j, row, place in the row) for
@@ -181,24 +243,19 @@ __device__ void for_copies(F use) {
   }
 }
 
-// How many of C channels each of several slices of a tap has; the last one may have fewer.
-__host__ __device__ constexpr int channels_of_slice(int C, int slices) {
-  return slices == 1 ? C : round_up((C + slices - 1) / slices, 8);
-}
-
 // Rows first … first + ROWS of the windows: what TAPS taps of the kernel, from `tap` on, see of x
-// (H, W, N, C), with zeros beyond the border; of each tap SLICE channels, from `channel` on, with
-// zeros beyond the last one. place(j, r) is place_of the row r of this thread's copy j.
-template <int H, int W, int C, int TAPS, int SLICE, int ROWS, int LENGTH, int THREADS, typename F>
+// (SIDE, SIDE, N, C), with zeros beyond the border; of each tap SLICE channels, from `channel` on,
+// with zeros beyond the last one. place(j, r) is the place of row first + r, this thread's copy j.
+template <int SIDE, int C, int TAPS, int SLICE, int ROWS, int LENGTH, int THREADS, typename F>
 __device__ void copy_windows(float* to, const float* x, int first, int tap, int channel, int N,
                              F place) {
-  constexpr int FLOATS = C % 4 ? 1 : 4;
+  constexpr int FLOATS = floats_at_once(C);
   for_copies<ROWS, TAPS * SLICE / FLOATS, THREADS>([&](int j, int r, int at) {
-    int k = at * FLOATS, c = channel + k % SLICE, here = place(j, r);
+    int k = at * FLOATS, c = channel + k % SLICE;
     int down = (tap + k / SLICE) / 3 - 1, right = (tap + k / SLICE) % 3 - 1;
-    unsigned h = (here >> 8) + down, w = (here & 255) + right;  // below 0 is a large number then
-    bool inside = h < H && w < W && (C % SLICE == 0 || c < C);
-    const float* from = x + (first + r + (down * W + right) * N) * C + c;
+    Place here = place(j, r);
+    bool inside = here.template has<SIDE>(down, right) && (C % SLICE == 0 || c < C);
+    const float* from = x + (first + r + (down * SIDE + right) * N) * C + c;
     copy<FLOATS>(to + r * LENGTH + k, inside ? from : x, inside);
   });
 }
@@ -206,171 +263,136 @@ __device__ void copy_windows(float* to, const float* x, int first, int tap, int 
 // Forward (BACK = false): y = conv(x, w) + b [+ add], then relu; w is (3, 3, C, K).
 // Backward (BACK = true): y = (conv(x, w turned round and transposed) [+ add]) · [gate > 0], where
 // x is the gradient of the layer's output, y that of its input, gate that input; w is (3, 3, K, C).
-// b, add and gate may be null. A block computes WARPS_M·MT·16 rows by WARPS_N·NT·8 channels of y.
-// Where shared memory is small, the channels of each tap come in several SLICES.
-template <int H, int W, int C, int K, bool BACK, int SLICES, int WARPS_M, int WARPS_N, int MT,
+// b, add and gate may be null. A block computes WARPS_M·MT·16 rows by WARPS_N·NT·8 channels of y,
+// in stages of TAPS taps of the kernel and, of each, SLICE channels.
+template <int SIDE, int C, int K, bool BACK, int TAPS, int SLICE, int WARPS_M, int WARPS_N, int MT,
           int NT>
 __global__ void __launch_bounds__(WARPS_M * WARPS_N * 32)
     convolution(const float* x, const float* w, const float* b, const float* add, const float* gate,
                 float* y, int relu, int N, unsigned inverse) {
-  constexpr int THREADS = WARPS_M * WARPS_N * 32, ROWS = WARPS_M * MT * 16,
-                COLUMNS = WARPS_N * NT * 8;
-  constexpr int TAPS = taps_at_once(C), SLICE = channels_of_slice(C, SLICES);
-  constexpr int STAGES = 9 / TAPS * SLICES, DEPTH = round_up(TAPS * SLICE, 8);
-  static_assert(SLICES == 1 || TAPS == 1, "one tap is cut, several are not");
+  constexpr int THREADS = WARPS_M * WARPS_N * 32;
+  constexpr int ROWS = WARPS_M * MT * 16, COLUMNS = WARPS_N * NT * 8;
+  constexpr int SLICES = (C + SLICE - 1) / SLICE, STAGES = 9 / TAPS * SLICES;
+  constexpr int DEPTH = round_up(TAPS * SLICE, 8);
+  static_assert(TAPS == 1 || SLICES == 1, "one tap is cut, several are not");
   constexpr int A_ROW = row_of_8x4(DEPTH), B_ROW = BACK ? row_of_8x4(DEPTH) : row_of_4x8(COLUMNS);
   constexpr int A_SIZE = ROWS * A_ROW, B_SIZE = (BACK ? COLUMNS : DEPTH) * B_ROW;
+  constexpr int FLOATS = floats_at_once(C), PER_ROW = TAPS * SLICE / FLOATS;
   SHARED_FLOATS(shared);
-  int rows = H * W * N, first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
+  int rows = SIDE * SIDE * N, first_row = blockIdx.x * ROWS, first_column = blockIdx.y * COLUMNS;
 
-  constexpr int FLOATS = C % 4 ? 1 : 4, PER_ROW = TAPS * SLICE / FLOATS;
-  int places[(ROWS * PER_ROW + THREADS - 1) / THREADS];  // the same for all taps
+  Place places[(ROWS * PER_ROW + THREADS - 1) / THREADS];  // the same in all stages
   for_copies<ROWS, PER_ROW, THREADS>(
-      [&](int j, int r, int) { places[j] = place_of<W>(first_row + r, rows, inverse); });
+      [&](int j, int r, int) { places[j] = place_of<SIDE>(first_row + r, rows, inverse); });
+  auto has_channel = [](int c) { return C % SLICE == 0 || c < C; };
+  auto has_column = [&](int c) { return K % COLUMNS == 0 || first_column + c < K; };
 
-  auto fill = [&](int stage) {
-    float *a = shared + stage % 2 * (A_SIZE + B_SIZE), *kernel = a + A_SIZE;
+  auto fill = [&](int stage, int buffer) {
+    float *windows = shared + buffer * (A_SIZE + B_SIZE), *kernel = windows + A_SIZE;
     int tap = stage / SLICES * TAPS, channel = stage % SLICES * SLICE;
-    copy_windows<H, W, C, TAPS, SLICE, ROWS, A_ROW, THREADS>(
-        a, x, first_row, tap, channel, N, [&](int j, int) { return places[j]; });
+    copy_windows<SIDE, C, TAPS, SLICE, ROWS, A_ROW, THREADS>(
+        windows, x, first_row, tap, channel, N, [&](int j, int) { return places[j]; });
     if (BACK) {  // (K, C) of each tap; turned round, tap 8 comes first
       for_copies<COLUMNS, PER_ROW, THREADS>([&](int, int column, int at) {
         int k = at * FLOATS, c = channel + k % SLICE;
-        bool inside = (K % COLUMNS == 0 || first_column + column < K) && (C % SLICE == 0 || c < C);
+        bool inside = has_column(column) && has_channel(c);
         const float* from = w + ((8 - tap - k / SLICE) * K + first_column + column) * C + c;
         copy<FLOATS>(kernel + column * B_ROW + k, inside ? from : w, inside);
       });
     } else {
       for_copies<TAPS * SLICE, COLUMNS / 4, THREADS>([&](int, int k, int at) {
-        bool inside = (K % COLUMNS == 0 || first_column + 4 * at < K) &&
-                      (C % SLICE == 0 || channel + k < C);
+        bool inside = has_column(4 * at) && has_channel(channel + k);
         const float* from = w + (tap * C + channel + k) * K + first_column + 4 * at;
         copy<4>(kernel + k * B_ROW + 4 * at, inside ? from : w, inside);
       });
     }
-    end_of_group();
   };
 
-  if (DEPTH != TAPS * SLICE) {  // the product reads what no copy fills
-    for (int i = threadIdx.x; i < (STAGES > 1 ? 2 : 1) * (A_SIZE + B_SIZE); i += THREADS)
-      shared[i] = 0;
-    __syncthreads();
-  }
-  int warp_row = threadIdx.x / 32 / WARPS_N * MT * 16,
-      warp_column = threadIdx.x / 32 % WARPS_N * NT * 8;
+  if (DEPTH != TAPS * SLICE)  // the product reads what no copy fills
+    fill_with_zeros<THREADS>(shared, (STAGES > 1 ? 2 : 1) * (A_SIZE + B_SIZE));
+  int warp_row = threadIdx.x / 32 / WARPS_N * MT * 16;
+  int warp_column = threadIdx.x / 32 % WARPS_N * NT * 8;
   float acc[MT][NT][4] = {};
-  fill(0);
-  for (int stage = 0; stage < STAGES; stage++) {
-    if (stage + 1 < STAGES) {
-      fill(stage + 1);
-      copies_done<1>();
-    } else {
-      copies_done<0>();
-    }
-    __syncthreads();
-    const float *a = shared + stage % 2 * (A_SIZE + B_SIZE), *kernel = a + A_SIZE;
+  in_turns(STAGES, fill, [&](int buffer) {
+    const float *windows = shared + buffer * (A_SIZE + B_SIZE), *kernel = windows + A_SIZE;
+    Matrix<A_ROW, 1> a{windows + warp_row * A_ROW};
     if (BACK)
-      multiply<DEPTH, A_ROW, 1, 1, B_ROW>(acc, a + warp_row * A_ROW, kernel + warp_column * B_ROW);
+      multiply<DEPTH>(acc, a, Matrix<1, B_ROW>{kernel + warp_column * B_ROW});
     else
-      multiply<DEPTH, A_ROW, 1, B_ROW, 1>(acc, a + warp_row * A_ROW, kernel + warp_column);
-    __syncthreads();
-  }
+      multiply<DEPTH>(acc, a, Matrix<B_ROW, 1>{kernel + warp_column});
+  });
 
-#pragma unroll
-  for (int m = 0; m < MT; m++)
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        int r = first_row + warp_row + 16 * m + threadIdx.x % 32 / 4 + 8 * half;
-        int c = first_column + warp_column + 8 * n + threadIdx.x % 4 * 2;
-        if (r >= rows || c >= K) continue;
-        float2 value = {acc[m][n][2 * half], acc[m][n][2 * half + 1]};
-        if (b) value.x += b[c], value.y += b[c + 1];
-        if (add) {
-          float2 other = *(const float2*)(add + r * K + c);
-          value.x += other.x, value.y += other.y;
-        }
-        if (relu) value.x *= value.x > 0, value.y *= value.y > 0;
-        if (gate) {
-          float2 passed = *(const float2*)(gate + r * K + c);
-          value.x *= passed.x > 0, value.y *= passed.y > 0;
-        }
-        *(float2*)(y + r * K + c) = value;
-      }
+  for_pairs(acc, [&](int row, int column, float left, float right) {
+    int r = first_row + warp_row + row, c = first_column + warp_column + column;
+    if (r >= rows || c >= K) return;
+    if (b) left += b[c], right += b[c + 1];
+    if (add) {
+      float2 other = *(const float2*)(add + r * K + c);
+      left += other.x, right += other.y;
+    }
+    if (relu) left *= left > 0, right *= right > 0;
+    if (gate) {
+      float2 passed = *(const float2*)(gate + r * K + c);
+      left *= passed.x > 0, right *= passed.y > 0;
+    }
+    *(float2*)(y + r * K + c) = {left, right};
+  });
 }
 
-// dw = windowsᵀ dy and db = Σ dy, as parts: block (p, …) sums over some of the rows, and each of
-// its WARPS_R groups of warps over some of those; part q = p · WARPS_R + group is (9·C·K + K)
-// floats of `parts`, kernel first, then bias. blockIdx.y says which TAPS of the taps and which
-// channels of dy.
-template <int H, int W, int C, int K, int TAPS, int WARPS_M, int WARPS_N, int WARPS_R, int MT,
-          int NT, int ROWS>
+// dw = windowsᵀ dy and db = Σ dy, as parts: block (p, …) sums over some of the rows, ROWS at a
+// time, and each of its WARPS_R groups of warps over some of those; part q = p · WARPS_R + group is
+// (9·C·K + K) floats of `parts`, kernel first, then bias. blockIdx.y says which TAPS of the taps
+// and which channels of dy.
+template <int SIDE, int C, int K, int TAPS, int WARPS_M, int WARPS_N, int WARPS_R, int MT, int NT,
+          int ROWS>
 __global__ void __launch_bounds__(WARPS_M * WARPS_N * WARPS_R * 32)
     kernel_gradient(const float* x, const float* dy, float* parts, int rows_a_block, int N,
                     unsigned inverse) {
-  constexpr int THREADS = WARPS_M * WARPS_N * WARPS_R * 32, COLUMNS = WARPS_N * NT * 8,
-                DEPTH = ROWS / WARPS_R;
+  constexpr int THREADS = WARPS_M * WARPS_N * WARPS_R * 32, COLUMNS = WARPS_N * NT * 8;
+  constexpr int DEPTH = ROWS / WARPS_R, COLUMN_TILES = (K + COLUMNS - 1) / COLUMNS;
   static_assert(THREADS >= COLUMNS, "each column's bias is added by a thread of its own");
   constexpr int X_ROW = row_of_4x8(WARPS_M * MT * 16), Y_ROW = row_of_4x8(COLUMNS);
-  constexpr int X_SIZE = ROWS * X_ROW, Y_SIZE = ROWS * Y_ROW,
-                COLUMN_TILES = (K + COLUMNS - 1) / COLUMNS;
+  constexpr int X_SIZE = ROWS * X_ROW, Y_SIZE = ROWS * Y_ROW;
   SHARED_FLOATS(shared);
   int tap = blockIdx.y / COLUMN_TILES * TAPS, first_column = blockIdx.y % COLUMN_TILES * COLUMNS;
   int start = blockIdx.x * rows_a_block, end = start + rows_a_block;
-  if (end > H * W * N) end = H * W * N;
+  if (end > SIDE * SIDE * N) end = SIDE * SIDE * N;
+  auto has_column = [&](int c) { return K % COLUMNS == 0 || first_column + c < K; };
 
-  auto fill = [&](int first, int buffer) {
+  auto fill = [&](int stage, int buffer) {
     float *windows = shared + buffer * (X_SIZE + Y_SIZE), *slopes = windows + X_SIZE;
-    copy_windows<H, W, C, TAPS, C, ROWS, X_ROW, THREADS>(
+    int first = start + stage * ROWS;
+    copy_windows<SIDE, C, TAPS, C, ROWS, X_ROW, THREADS>(
         windows, x, first, tap, 0, N,
-        [&](int, int r) { return place_of<W>(first + r, end, inverse); });
+        [&](int, int r) { return place_of<SIDE>(first + r, end, inverse); });
     for_copies<ROWS, COLUMNS / 4, THREADS>([&](int, int r, int at) {
-      bool inside = first + r < end && (K % COLUMNS == 0 || first_column + 4 * at < K);
+      bool inside = first + r < end && has_column(4 * at);
       const float* from = dy + (first + r) * K + first_column + 4 * at;
       copy<4>(slopes + r * Y_ROW + 4 * at, inside ? from : dy, inside);
     });
-    end_of_group();
   };
 
-  if (WARPS_M * MT * 16 != TAPS * C) {
-    for (int i = threadIdx.x; i < 2 * (X_SIZE + Y_SIZE); i += THREADS) shared[i] = 0;
-    __syncthreads();
-  }
+  if (WARPS_M * MT * 16 != TAPS * C)  // the product reads what no copy fills
+    fill_with_zeros<THREADS>(shared, 2 * (X_SIZE + Y_SIZE));
   int group = threadIdx.x / 32 / (WARPS_M * WARPS_N), warp = threadIdx.x / 32 % (WARPS_M * WARPS_N);
   int warp_row = warp / WARPS_N * MT * 16, warp_column = warp % WARPS_N * NT * 8;
   float acc[MT][NT][4] = {}, bias = 0;
-  fill(start, 0);
-  for (int first = start, buffer = 0; first < end; first += ROWS, buffer = 1 - buffer) {
-    if (first + ROWS < end) {
-      fill(first + ROWS, 1 - buffer);
-      copies_done<1>();
-    } else {
-      copies_done<0>();
-    }
-    __syncthreads();
+  in_turns((end - start + ROWS - 1) / ROWS, fill, [&](int buffer) {
     const float *windows = shared + buffer * (X_SIZE + Y_SIZE), *slopes = windows + X_SIZE;
-    multiply<DEPTH, 1, X_ROW, Y_ROW, 1>(acc, windows + group * DEPTH * X_ROW + warp_row,
-                                        slopes + group * DEPTH * Y_ROW + warp_column);
+    Matrix<1, X_ROW> transposed{windows + group * DEPTH * X_ROW + warp_row};
+    multiply<DEPTH>(acc, transposed,
+                    Matrix<Y_ROW, 1>{slopes + group * DEPTH * Y_ROW + warp_column});
     if (tap == 0 && threadIdx.x < COLUMNS)
       for (int r = 0; r < ROWS; r++) bias += slopes[r * Y_ROW + threadIdx.x];
-    __syncthreads();
-  }
+  });
 
   constexpr int SIZE = 9 * C * K + K;
   float* part = parts + (blockIdx.x * WARPS_R + group) * SIZE;
-#pragma unroll
-  for (int m = 0; m < MT; m++)
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        int r = warp_row + 16 * m + threadIdx.x % 32 / 4 + 8 * half;
-        int c = first_column + warp_column + 8 * n + threadIdx.x % 4 * 2;
-        if (r < TAPS * C && c < K)
-          *(float2*)(part + (tap * C + r) * K + c) = {acc[m][n][2 * half], acc[m][n][2 * half + 1]};
-      }
-  if (tap == 0 && threadIdx.x < COLUMNS && first_column + threadIdx.x < K)
+  for_pairs(acc, [&](int row, int column, float left, float right) {
+    int r = warp_row + row, c = first_column + warp_column + column;
+    if (r < TAPS * C && c < K) *(float2*)(part + (tap * C + r) * K + c) = {left, right};
+  });
+  if (tap == 0 && threadIdx.x < COLUMNS && has_column(threadIdx.x))
     for (int q = 0; q < WARPS_R; q++)
       parts[(blockIdx.x * WARPS_R + q) * SIZE + 9 * C * K + first_column + threadIdx.x] =
           q ? 0 : bias;
@@ -399,44 +421,46 @@ __global__ void __launch_bounds__(256)
 
 // ── Pooling ─────────────────────────────────────────────────────────────────────────────────────
 
-// The four values of a 2×2 window of x (H, W, N, C); at: place in the pooled (H/2, W/2, N, C).
-template <int W, typename F>
+// The four values of a 2×2 window of x (SIDE, SIDE, N, C); at: place in the pooled (SIDE/2, SIDE/2,
+// N, C).
+template <int SIDE, typename F>
 __device__ void for_window(int at, int NC, F use) {
-  int pixel = at / NC, from = (pixel / (W / 2) * 2 * W + pixel % (W / 2) * 2) * NC + at % NC;
-  use(from), use(from + NC), use(from + W * NC), use(from + W * NC + NC);
+  constexpr int HALF = SIDE / 2;
+  int pixel = at / NC, from = (pixel / HALF * 2 * SIDE + pixel % HALF * 2) * NC + at % NC;
+  use(from), use(from + NC), use(from + SIDE * NC), use(from + SIDE * NC + NC);
 }
 
-template <int W, bool MAX>
+template <int SIDE, bool MAX>
 __device__ float pooled(const float* x, int at, int NC) {
   float y = MAX ? -1e38f : 0;
-  for_window<W>(at, NC, [&](int from) { y = MAX ? (x[from] > y ? x[from] : y) : y + x[from] / 4; });
+  for_window<SIDE>(at, NC, [&](int from) { y = MAX ? (x[from] > y ? x[from] : y) : y + x[from] / 4; });
   return y;
 }
 
 // dx at the window, from dy; then through the relu that made x: 0 where x is 0.
-template <int W, bool MAX>
+template <int SIDE, bool MAX>
 __device__ void unpooled(const float* x, float dy, float* dx, int at, int NC) {
   float least = 0;
   if (MAX) {
-    float y = pooled<W, MAX>(x, at, NC);
+    float y = pooled<SIDE, MAX>(x, at, NC);
     least = y - 1e-5f * (1 + fabsf(y));  // equal up to rounding counts as equal
   }
-  for_window<W>(at, NC, [&](int from) {
+  for_window<SIDE>(at, NC, [&](int from) {
     float slope = MAX ? dy * (x[from] >= least) : dy / 4;
     dx[from] = slope * (x[from] > 0);
   });
 }
 
-template <int W, bool MAX>
+template <int SIDE, bool MAX>
 __global__ void pool(const float* x, float* y, int size, int NC) {
   int at = blockIdx.x * blockDim.x + threadIdx.x;
-  if (at < size) y[at] = pooled<W, MAX>(x, at, NC);
+  if (at < size) y[at] = pooled<SIDE, MAX>(x, at, NC);
 }
 
-template <int W, bool MAX>
+template <int SIDE, bool MAX>
 __global__ void pool_gradient(const float* x, const float* dy, float* dx, int size, int NC) {
   int at = blockIdx.x * blockDim.x + threadIdx.x;
-  if (at < size) unpooled<W, MAX>(x, dy[at], dx, at, NC);
+  if (at < size) unpooled<SIDE, MAX>(x, dy[at], dx, at, NC);
 }
 
 // ── Random numbers ──────────────────────────────────────────────────────────────────────────────
@@ -681,7 +705,7 @@ __global__ void __launch_bounds__(256) muon_mean(const float* dw, float* m, floa
                                                  float fresh2) {
   constexpr int KP = round_up(K, 16), ROW = row_of_4x8(KP), TILES = KP / 16;
   __shared__ float strip[32 * ROW];
-  int first = blockIdx.x * 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int first = blockIdx.x * 32, warp = threadIdx.x / 32;
   for (int at = threadIdx.x; at < 32 * KP; at += 256) {
     int r = first + at / KP, c = at % KP, i = r * K + c;
     float x = 0;
@@ -697,38 +721,25 @@ __global__ void __launch_bounds__(256) muon_mean(const float* dw, float* m, floa
   for (int task = warp; task < TILES * TILES; task += 8) {
     int row = task / TILES * 16, column = task % TILES * 16;
     float acc[1][2][4] = {};
-    multiply<32, 1, ROW, ROW, 1>(acc, strip + row, strip + column);
-#pragma unroll
-    for (int n = 0; n < 2; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int r = row + lane / 4 + i / 2 * 8, c = column + 8 * n + lane % 4 * 2 + i % 2;
-        parts[(blockIdx.x * KP + r) * KP + c] = acc[0][n][i];
-      }
+    multiply<32>(acc, Matrix<1, ROW>{strip + row}, Matrix<ROW, 1>{strip + column});
+    for_pairs(acc, [&](int r, int c, float left, float right) {
+      *(float2*)(parts + (blockIdx.x * KP + row + r) * KP + column + c) = {left, right};
+    });
   }
 }
 
-// Parts of a tile's columns that a warp computes: so many that at most 32 warps share the tiles.
-__host__ __device__ constexpr int parts_a_warp(int KP, int parts = 1) {
-  return KP / 8 % parts == 0 && KP / 16 * (KP / 8 / parts) <= 32 ? parts
-                                                                 : parts_a_warp(KP, parts + 1);
-}
-
-// Q (KP, KP) from `count` parts of G, in one block with a tile for each warp; and in scale[0] what
-// brings X to length 1, so that no singular value of it is above 1. The three matrices of the rounds
-// lie in shared memory or, where that is too small, in room.
-template <int K, bool IN_SHARED>
-__global__ void __launch_bounds__(round_up(K, 16) / 16 *
-                                  (round_up(K, 16) / 8 / parts_a_warp(round_up(K, 16))) * 32)
+// Q (KP, KP) from `count` parts of G, in one block with a tile of 16 rows and NT·8 columns for each
+// warp; and in scale[0] what brings X to length 1, so that no singular value of it is above 1. The
+// three matrices of the rounds lie in shared memory or, where that is too small, in room.
+template <int K, int NT, bool IN_SHARED>
+__global__ void __launch_bounds__(round_up(K, 16) / 16 * (round_up(K, 16) / 8 / NT) * 32)
     muon_rounds(const float* parts, int count, float* room, float* Q_out, float* scale) {
-  constexpr int KP = round_up(K, 16), ROW = row_of_4x8(KP), NT = parts_a_warp(KP),
-                TILES = KP / 8 / NT;
+  constexpr int KP = round_up(K, 16), ROW = row_of_4x8(KP), TILES = KP / 8 / NT;
   constexpr int THREADS = KP / 16 * TILES * 32;
   SHARED_FLOATS(shared);
   float* G = IN_SHARED ? shared : room;
   float *P = G + KP * ROW, *Q = P + KP * ROW;
   int row = threadIdx.x / 32 / TILES * 16, column = threadIdx.x / 32 % TILES * NT * 8;
-  int lane_row = row + threadIdx.x % 32 / 4, lane_column = column + threadIdx.x % 4 * 2;
 
   for (int at = threadIdx.x; at < KP * KP; at += THREADS) {
     float sum = 0;
@@ -749,15 +760,12 @@ __global__ void __launch_bounds__(round_up(K, 16) / 16 *
   // out = use(place, a b) for symmetric matrices; out may be a or b.
   auto product = [&](const float* a, const float* b, float* out, auto use) {
     float acc[1][NT][4] = {};
-    multiply<KP, 1, ROW, ROW, 1>(acc, a + row, b + column);
+    multiply<KP>(acc, Matrix<1, ROW>{a + row}, Matrix<ROW, 1>{b + column});
     __syncthreads();
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int r = lane_row + i / 2 * 8, c = lane_column + 8 * n + i % 2;
-        out[r * ROW + c] = use(r, c, acc[0][n][i]);
-      }
+    for_pairs(acc, [&](int r, int c, float left, float right) {
+      r += row, c += column;
+      *(float2*)(out + r * ROW + c) = {use(r, c, left), use(r, c + 1, right)};
+    });
     __syncthreads();
   };
   auto keep = [](int, int, float x) { return x; };
@@ -785,20 +793,19 @@ __global__ void __launch_bounds__(128)
     muon_update(float* w, float* ema, const float* X, const float* Q, const float* scale,
                 const float* plan, const int* now) {
   constexpr int KP = round_up(K, 16);
-  int first = (blockIdx.x * 4 + threadIdx.x / 32) * 16, lane = threadIdx.x % 32;
+  int first = (blockIdx.x * 4 + threadIdx.x / 32) * 16;
   if (first >= R) return;
   const float* row = plan + now[0] * PLAN_LENGTH;
   float size = row[RATE] * 0.2f * sqrtf(R > K ? R : K) * scale[0];
   float acc[1][KP / 8][4] = {};
-  multiply<KP, KP, 1, KP, 1>(acc, X + first * KP, Q);
-#pragma unroll
-  for (int n = 0; n < KP / 8; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      int r = first + lane / 4 + i / 2 * 8, c = 8 * n + lane % 4 * 2 + i % 2, at = r * K + c;
-      if (r < R && c < K) {
-        w[at] = w[at] * row[SHRINK] - size * acc[0][n][i];
-        if (ema) ema[at] += row[EMA_TAKES] * (w[at] - ema[at]);
-      }
+  multiply<KP>(acc, Matrix<KP, 1>{X + first * KP}, Matrix<KP, 1>{Q});
+  for_pairs(acc, [&](int r, int c, float left, float right) {
+    float change[2] = {left, right};
+    for (int i = 0; i < 2; i++) {
+      int at = (first + r) * K + c + i;
+      if (first + r >= R || c + i >= K) continue;
+      w[at] = w[at] * row[SHRINK] - size * change[i];
+      if (ema) ema[at] += row[EMA_TAKES] * (w[at] - ema[at]);
     }
+  });
 }

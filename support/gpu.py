@@ -10,26 +10,27 @@ Nothing here is needed to understand how the network learns: the plain operation
 mnist_resnet9.py compute the same on a GPU. Of this file they use the random numbers alone (Stream).
 """
 
-import itertools
 import re
+import threading
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from . import UserError
+from . import UserError, ceil_div
 
 SOURCE = Path(__file__).with_name("gpu.cu")
-BLOCKS = 264  # that a GPU is given at least to be busy: two for each of 132 multiprocessors
-PREDICT_IMAGES = 1000  # at once
-PLAN_LENGTH = 5  # numbers of a step in the table: see gpu.cu
-BIAS, WEIGHT, MUON_WEIGHT = 0, 1, 2
+PREDICT_IMAGES = 256  # at once
+NUMBERS_OF_A_STEP = 5  # in the plan: see gpu.cu
+OPTIMIZERS = ("sgd", "adam", "muon")  # numbered as in gpu.cu
+BIAS, WEIGHT, MUON_WEIGHT = 0, 1, 2  # likewise
 NULL = np.int64(0)  # as a kernel's argument: no array
 
 
 def round_up(n, to):
-    return -(-n // to) * to
+    return ceil_div(n, to) * to
 
 
 def row_of_4x8(n):
@@ -41,14 +42,41 @@ def row_of_8x4(n):
     return round_up(n, 8) + 4
 
 
+# ── What stands in gpu.cu ─────────────────────────────────────────────────────────────────────────
+
+
+class Kernel(NamedTuple):
+    template: list  # the names of its template's numbers
+    parameters: list  # (type, name) of each
+
+
+@lru_cache(maxsize=1)
+def kernels():
+    """{name: Kernel} of all kernels in gpu.cu."""
+    source = re.sub(r"//.*", "", SOURCE.read_text(encoding="utf-8"))
+    found, pieces = {}, source.split("__global__ void")
+    for before, text in zip(pieces, pieces[1:]):
+        template = re.search(r"template <([^>]*)>\s*$", before)
+        numbers = re.findall(r"\w+ (\w+)", template[1]) if template else []
+        head, _, parameters = text[: text.index("{")].rpartition("(")
+        parameters = parameters.rpartition(")")[0].split(",")
+        parameters = [tuple(parameter.strip().rsplit(maxsplit=1)) for parameter in parameters]
+        found[re.search(r"\w+$", head)[0]] = Kernel(numbers, parameters)
+    return found
+
+
+def with_numbers(kernel, **numbers):
+    """The kernel with these numbers compiled into it, by its name in C++: "pool<28, true>"."""
+    template = kernels()[kernel].template
+    if numbers.keys() != set(template):
+        raise TypeError(f"{kernel} takes {', '.join(template)}, not {', '.join(numbers)}")
+    values = [str(numbers[name]).lower() for name in template]
+    return f"{kernel}<{', '.join(values)}>"
+
+
 # ── Which tile each convolution computes ──────────────────────────────────────────────────────────
 # The sizes of the tiles are compiled into the kernels. Best is a tile so large that both factors
 # are used often once they are in shared memory, and so small that every multiprocessor has one.
-
-
-def channels_of_slice(C, slices):
-    """Channels of each of several slices of a tap: see gpu.cu."""
-    return C if slices == 1 else round_up(-(-C // slices), 8)
 
 
 def columns_of(channels):
@@ -57,42 +85,51 @@ def columns_of(channels):
     return max(c for c in range(8, 72, 8) if padded % c == 0)
 
 
+def tiles_of(side, C):
+    """(rows, taps of the kernel, channels of each) that a tile can have, the best first.
+
+    Narrow layers fill a tile better with several taps. Many rows are best; where shared memory is
+    small, better a slice of the channels at a time than few rows."""
+    all_rows = (128, 64, 32) if side == 28 else (32, 16)
+    if C < 8:
+        return [(rows, 9, C) for rows in all_rows]
+    slices = (C, round_up(ceil_div(C, 2), 8), round_up(ceil_div(C, 4), 8))
+    one_tap = [(rows, 1, channels) for rows in all_rows for channels in slices]
+    return one_tap if C >= 32 else [(rows, 3, C) for rows in all_rows] + one_tap
+
+
 class Convolution:
     """A compiled `convolution`: its name, threads, shared memory and tiles."""
 
     def __init__(self, side, C, K, back, limit):
-        taps = 1 if C >= 32 else 3 if C >= 8 else 9
-        columns = columns_of(K)
-        self.side, self.K = side, K
-        warps_n = 4 if columns == 64 else 2 if columns % 16 == 0 and side == 14 else 1
-        # Best are many rows; on a card with little shared memory better shallow than few.
-        all_rows = (128, 64, 32) if side == 28 else (32, 16)
-        for rows, slices in itertools.product(all_rows, (1, 2, 4) if taps == 1 else (1,)):
-            warps_m = min(4 // warps_n, rows // 16)
-            tiles_m = rows // 16 // warps_m
-            depth = round_up(taps * channels_of_slice(C, slices), 8)
-            kernel = columns * row_of_8x4(depth) if back else depth * row_of_4x8(columns)
-            self.shared = 4 * (2 if taps < 9 else 1) * (rows * row_of_8x4(depth) + kernel)
+        self.side, self.K, self.columns = side, K, columns_of(K)
+        warps_n = 4 if self.columns == 64 else 2 if self.columns % 16 == 0 and side == 14 else 1
+        for self.rows, taps, channels in tiles_of(side, C):
+            depth = round_up(taps * channels, 8)
+            kernel = self.columns * row_of_8x4(depth) if back else depth * row_of_4x8(self.columns)
+            buffers = 1 if taps == 9 else 2
+            self.shared = 4 * buffers * (self.rows * row_of_8x4(depth) + kernel)
             if self.shared <= limit:
                 break
-        sizes = (
-            side,
-            side,
-            C,
-            K,
-            str(back).lower(),
-            slices,
-            warps_m,
-            warps_n,
-            tiles_m,
-            columns // warps_n // 8,
+        self.slices = ceil_div(C, channels)
+        warps_m = min(4 // warps_n, self.rows // 16)
+        self.threads = 32 * warps_m * warps_n
+        self.name = with_numbers(
+            "convolution",
+            SIDE=side,
+            C=C,
+            K=K,
+            BACK=back,
+            TAPS=taps,
+            SLICE=channels,
+            WARPS_M=warps_m,
+            WARPS_N=warps_n,
+            MT=self.rows // 16 // warps_m,
+            NT=self.columns // 8 // warps_n,
         )
-        self.name = f"convolution<{', '.join(map(str, sizes))}>"
-        self.threads, self.rows, self.columns = 32 * warps_m * warps_n, rows, columns
-        self.slices = slices
 
     def grid(self, N):
-        return -(-self.side * self.side * N // self.rows), -(-self.K // self.columns)
+        return ceil_div(self.side * self.side * N, self.rows), ceil_div(self.K, self.columns)
 
 
 class KernelGradient:
@@ -100,67 +137,64 @@ class KernelGradient:
 
     def __init__(self, side, C, K, limit):
         taps = 9 if C <= 16 else 3 if C <= 48 else 1
-        columns = columns_of(K)
+        columns, tiles = columns_of(K), ceil_div(taps * C, 16)
         warps_n = 2 if columns >= 48 and columns % 16 == 0 else 1
-        tiles = -(-taps * C // 16)
         warps_m = next(w for w in (3, 2, 1) if tiles % w == 0 and tiles > 3 or w == 1)
         self.side, self.size = side, 9 * C * K + K
-        for self.groups, rows in ((4, 128), (2, 64), (2, 32), (1, 32), (1, 16)):
+        for self.groups, self.rows in ((4, 128), (2, 64), (2, 32), (1, 32), (1, 16)):
             warps = warps_m * warps_n * self.groups
             pitch = row_of_4x8(tiles * 16) + row_of_4x8(columns)
-            self.shared = 4 * 2 * rows * pitch
+            self.shared = 4 * 2 * self.rows * pitch
             if warps <= 8 and self.shared <= min(limit, 100_000):
                 break
-        sizes = (
-            side,
-            side,
-            C,
-            K,
-            taps,
-            warps_m,
-            warps_n,
-            self.groups,
-            tiles // warps_m,
-            columns // warps_n // 8,
-            rows,
+        self.threads, self.tiles = 32 * warps, 9 // taps * ceil_div(K, columns)
+        self.name = with_numbers(
+            "kernel_gradient",
+            SIDE=side,
+            C=C,
+            K=K,
+            TAPS=taps,
+            WARPS_M=warps_m,
+            WARPS_N=warps_n,
+            WARPS_R=self.groups,
+            MT=tiles // warps_m,
+            NT=columns // 8 // warps_n,
+            ROWS=self.rows,
         )
-        self.name = f"kernel_gradient<{', '.join(map(str, sizes))}>"
-        self.threads, self.rows = 32 * warps, rows
-        self.tiles = 9 // taps * -(-K // columns)
 
-    def split(self, N):
-        """The rows of N images over blocks: rows a block, blocks."""
+    def split(self, N, blocks):
+        """The rows of N images over about so many blocks: rows a block, blocks."""
         rows = self.side * self.side * N
-        a_block = round_up(-(-rows // max(1, BLOCKS // self.tiles)), self.rows)
-        return a_block, -(-rows // a_block)
+        a_block = round_up(ceil_div(rows, max(1, blocks // self.tiles)), self.rows)
+        return a_block, ceil_div(rows, a_block)
 
 
-def add_parts(count):
-    """Columns of a block that adds so many parts, and the kernel's name."""
-    columns = 8 if count > 64 else 32
-    return columns, f"add_parts<{columns}>"
+class MuonRounds:
+    """A compiled `muon_rounds`: a warp for each tile of a (K, K) matrix."""
 
-
-def muon_threads(K):
-    """A warp for each tile of a (K, K) matrix, the tiles so wide that 32 warps are enough."""
-    rows, parts = round_up(K, 16) // 16, round_up(K, 16) // 8
-    width = next(n for n in range(1, parts + 1) if parts % n == 0 and rows * parts // n <= 32)
-    return rows * parts // width * 32
+    def __init__(self, K, limit):
+        rows, parts = round_up(K, 16) // 16, round_up(K, 16) // 8
+        # Tiles so wide that 32 warps are enough.
+        width = next(n for n in range(1, parts + 1) if parts % n == 0 and rows * parts // n <= 32)
+        floats = 3 * round_up(K, 16) * row_of_4x8(round_up(K, 16))
+        self.in_shared = 4 * floats <= limit
+        self.shared, self.room = (4 * floats, 0) if self.in_shared else (0, floats)
+        self.threads = rows * parts // width * 32
+        self.name = with_numbers("muon_rounds", K=K, NT=width, IN_SHARED=self.in_shared)
 
 
 # ── The network ───────────────────────────────────────────────────────────────────────────────────
 
 
 class Layer:
-    """Convolution number i: from C channels to K, images of side × side pixels."""
+    """Convolution number i: from C channels to K channels, images of side × side pixels."""
 
     def __init__(self, i, side, C, K, limit):
         self.i, self.side, self.C, self.K = i, side, C, K
         self.forward = Convolution(side, C, K, False, limit)
         self.gradient = KernelGradient(side, C, K, limit)
         self.back = Convolution(side, K, C, True, limit) if i > 1 else None
-        self.muon_floats = 3 * round_up(K, 16) * row_of_4x8(round_up(K, 16))
-        self.muon_in_shared = 4 * self.muon_floats <= limit  # else in global memory
+        self.rounds = MuonRounds(K, limit)
 
 
 def layers_of(channels, limit):
@@ -178,18 +212,15 @@ def layers_of(channels, limit):
     return [Layer(i, *shape, limit) for i, shape in enumerate(shapes, start=1)]
 
 
-def unsupported(settings, limit):
-    """Why the kernels cannot compute this network on a GPU with so much shared memory, or None."""
+def unsupported(settings):
+    """Why the kernels cannot compute this network, or None.
+
+    All else fits into the 48 KiB of shared memory that every card has: the smallest tiles do."""
     if any(c % 4 or c > 128 for c in settings.channels):
         return "channels should be multiples of 4, at most 128"
     if settings.batch_size > 2048:  # inverse() is exact up to there
         return "batch_size should be at most 2048"
-    needed = []
-    for layer in layers_of(settings.channels, limit):
-        needed += [layer.forward.shared, layer.gradient.shared]
-        if layer.back:
-            needed.append(layer.back.shared)
-    return f"{max(needed):,} bytes of shared memory are needed" if max(needed) > limit else None
+    return None
 
 
 # ── Recording ─────────────────────────────────────────────────────────────────────────────────────
@@ -197,24 +228,20 @@ def unsupported(settings, limit):
 NUMBERS = {"int": np.int32, "unsigned": np.uint32, "float": np.float32, "word": np.uint64}
 
 
-@lru_cache(maxsize=1)
-def signatures():
-    """Each kernel of gpu.cu and its parameters: {kernel: [(type, name), …]}."""
-    source = re.sub(r"//.*", "", SOURCE.read_text(encoding="utf-8"))
-    found = {}
-    for text in source.split("__global__ void")[1:]:
-        head, _, parameters = text[: text.index("{")].rpartition("(")
-        kernel = re.search(r"\w+$", head)[0]
-        parameters = parameters.rpartition(")")[0].split(",")
-        found[kernel] = [tuple(parameter.strip().rsplit(maxsplit=1)) for parameter in parameters]
-    return found
-
-
 def refuse_others(kernel, given, known):
     """An argument with another name would be lost, and the kernel's own a null pointer."""
     unknown = sorted(given.keys() - known)
     if unknown:
         raise TypeError(f"{kernel} takes {', '.join(unknown)}")
+
+
+class Launch(NamedTuple):
+    name: str
+    grid: tuple  # of blocks
+    threads: int  # of each block
+    shared: int  # bytes of shared memory of each block
+    branch: int
+    arguments: tuple
 
 
 class Program:
@@ -226,16 +253,16 @@ class Program:
     """
 
     def __init__(self, device, **common):
-        known = {parameter for parameters in signatures().values() for _, parameter in parameters}
-        refuse_others("no kernel", common, known)
+        every = {name for kernel in kernels().values() for _, name in kernel.parameters}
+        refuse_others("no kernel", common, every)
         self.device, self.common = device, common
         self.entries, self.kept = [], []
 
-    def launch(self, name, grid, threads, shared=0, branch=0, **given):
+    def launch(self, name, grid, threads=256, shared=0, branch=0, **given):
         """Adds a kernel. Arguments have the names that they have in gpu.cu; an array that is not
         given is null."""
-        kernel = name.split("<")[0]
-        parameters = signatures()[kernel]
+        kernel = name.partition("<")[0]
+        parameters = kernels()[kernel].parameters
         refuse_others(kernel, given, {parameter for _, parameter in parameters})
         given = self.common | given
         arguments = []
@@ -245,11 +272,17 @@ class Program:
                 arguments.append(NULL if value is None else value)
             else:
                 arguments.append(NUMBERS[kind](given[parameter]))
-        grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)
-        self.entries.append((branch, name, grid, (threads, 1, 1), tuple(arguments), shared))
+        grid = (grid, 1) if isinstance(grid, int) else grid
+        self.entries.append(Launch(name, grid, threads, shared, branch, tuple(arguments)))
 
     def join(self):
         self.entries.append(None)
+
+    def launches(self):
+        return [entry for entry in self.entries if entry]
+
+    def names(self):
+        return {launch.name for launch in self.launches()}
 
     def empty(self, *shape, dtype=np.float32):
         """An array that lives as long as the program."""
@@ -258,40 +291,44 @@ class Program:
 
 
 class Cuda:
-    """Compiles and runs programs with CuPy."""
+    """Compiles and runs programs with CuPy, on the current device."""
 
     def __init__(self):
         import cupy
 
-        self.xp = cupy
-        self.limit = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-        self.modules = {}
+        attributes = cupy.cuda.Device().attributes
+        self.xp, self.kernels = cupy, {}
+        self.limit = attributes["MaxSharedMemoryPerBlockOptin"]
+        # So many are given to it, at least, to be busy.
+        self.blocks = 2 * attributes["MultiProcessorCount"]
 
-    def module(self, names):
-        if names not in self.modules:
-            code = SOURCE.read_text(encoding="utf-8")
-            self.modules[names] = self.xp.RawModule(
-                code=code, options=("-std=c++17",), name_expressions=names
-            )
-        return self.modules[names]
+    def compile(self, names):
+        """Compiles what is not yet compiled of these kernels, as one module."""
+        missing = tuple(sorted(set(names) - self.kernels.keys()))
+        if not missing:
+            return
+        code = SOURCE.read_text(encoding="utf-8")
+        options = ("-std=c++17",)
+        with said_if_long("Compiling the GPU's kernels, once: later starts find them compiled."):
+            module = self.xp.RawModule(code=code, options=options, name_expressions=missing)
+            for name in missing:
+                self.kernels[name] = module.get_function(name)
 
     def launch(self, name, grid, threads, *arguments):
         """Runs one kernel now, by itself."""
-        kernel = self.module(("fill_normal", "fill_uniform")).get_function(name)
-        kernel((grid, 1, 1), (threads, 1, 1), arguments)
+        self.compile({"fill_normal", "fill_uniform"})
+        self.kernels[name]((grid, 1), (threads, 1), arguments)
 
     def record(self, program):
         """A function that runs the program, as one CUDA graph."""
-        xp = self.xp
-        launches = [entry for entry in program.entries if entry]
-        module = self.module(tuple(sorted({entry[1] for entry in launches})))
-        kernels = {}
-        for _, name, _, _, _, shared in launches:
-            kernels[name] = module.get_function(name)
-            if shared > 48 * 1024:  # more has to be asked for
-                kernels[name].max_dynamic_shared_size_bytes = shared
+        xp, launches = self.xp, program.launches()
+        self.compile(program.names())
+        for launch in launches:
+            if launch.shared > 48 * 1024:  # more has to be asked for
+                self.kernels[launch.name].max_dynamic_shared_size_bytes = launch.shared
         main = xp.cuda.Stream(non_blocking=True, priority=-5)  # what the others wait for goes first
-        beside = {branch: xp.cuda.Stream(non_blocking=True) for branch, *_ in launches if branch}
+        branches = {launch.branch for launch in launches} - {0}
+        beside = {branch: xp.cuda.Stream(non_blocking=True) for branch in branches}
         used = set()
 
         def wait(waiting, stream):
@@ -300,22 +337,34 @@ class Cuda:
             waiting.wait_event(event)
 
         main.begin_capture()
-        for entry in program.entries:
-            if entry is None:
+        for launch in program.entries:
+            if launch is None:
                 for branch in sorted(used):
                     wait(main, beside[branch])
                 used.clear()
                 continue
-            branch, name, grid, block, arguments, shared = entry
-            stream = beside[branch] if branch else main
-            if branch:
+            stream = beside[launch.branch] if launch.branch else main
+            if launch.branch:
                 wait(stream, main)
-                used.add(branch)
+                used.add(launch.branch)
             with stream:
-                kernels[name](grid, block, arguments, shared_mem=shared)
+                kernel, threads = self.kernels[launch.name], (launch.threads, 1)
+                kernel(launch.grid, threads, launch.arguments, shared_mem=launch.shared)
         program.graph = main.end_capture()
         # The graph does not keep the arrays that it writes to; the program does, and lives in here.
         return lambda: program.graph.launch(xp.cuda.get_current_stream())
+
+
+@contextmanager
+def said_if_long(line):
+    """Prints the line if what is done within takes more than a second."""
+    timer = threading.Timer(1, print, [line], {"flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 # ── The network as a program ──────────────────────────────────────────────────────────────────────
@@ -323,12 +372,12 @@ class Cuda:
 
 def blocks_of(size):
     """Blocks of 256 threads, one for each of so many numbers."""
-    return -(-size // 256)
+    return ceil_div(size, 256)
 
 
 def inverse(N):
     """2³²/N, rounded up: gpu.cu divides by multiplying with it. 0 stands for 2³², where N is 1."""
-    return -(-(2**32) // N) if N > 1 else 0
+    return ceil_div(2**32, N) if N > 1 else 0
 
 
 class Network:
@@ -337,7 +386,7 @@ class Network:
     def __init__(self, device, settings):
         self.device, self.settings = device, settings
         self.layers = layers_of(settings.channels, device.limit)
-        self.max = str(settings.pool == "max").lower()
+        self.max_pool = settings.pool == "max"
         self.features = 49 * settings.channels[3]
 
     def forward(self, program, params, x, N):
@@ -347,25 +396,28 @@ class Network:
             i, tile = layer.i, layer.forward
             if i == 5:
                 x = program.empty(14, 14, N, layer.C)
-                program.launch(
-                    f"pool<28, {self.max}>",
-                    blocks_of(x.size),
-                    256,
-                    **dict(x=outputs[4], y=x, size=x.size, NC=N * layer.C),
-                )
+                pool = with_numbers("pool", SIDE=28, MAX=self.max_pool)
+                size, NC = x.size, N * layer.C
+                program.launch(pool, blocks_of(size), x=outputs[4], y=x, size=size, NC=NC)
             inputs[i] = x
             outputs[i] = program.empty(layer.side, layer.side, N, layer.K)
-            shortcut = inputs[i - 1] if i in (4, 8) else None
-            w, b = params[f"conv{i}.weight"], params[f"conv{i}.bias"]
             program.launch(
                 tile.name,
                 tile.grid(N),
                 tile.threads,
                 tile.shared,
-                **dict(x=x, w=w, b=b, add=shortcut, y=outputs[i], relu=True),
+                x=x,
+                w=params[f"conv{i}.weight"],
+                b=params[f"conv{i}.bias"],
+                add=inputs[i - 1] if i in (4, 8) else None,
+                relu=True,
+                y=outputs[i],
             )
             x = outputs[i]
         return inputs, outputs
+
+    def head_name(self, kernel):
+        return with_numbers(kernel, C=self.settings.channels[3], MAX=self.max_pool)
 
 
 class Predictor(Network):
@@ -373,18 +425,25 @@ class Predictor(Network):
 
     def __init__(self, device, settings, params, N):
         super().__init__(device, settings)
-        self.N = N
-        program = Program(device, N=N, inverse=inverse(N), batch=0, smoothing=0)
+        self.N, self.run = N, None
+        self.program = program = Program(device, N=N, inverse=inverse(N), batch=0, smoothing=0)
         self.images = program.empty(N, 28, 28, dtype=np.uint8)
         self.logits = program.empty(N, 10)
         x = program.empty(28, 28, N)
-        as_they_are = dict(strength=0, elastic=0, J=0)
-        program.launch("read_images<false>", (N, 4), 256, images=self.images, x=x, **as_they_are)
+        read = with_numbers("read_images", AUGMENT=False)
+        program.launch(read, (N, 4), images=self.images, x=x, strength=0, elastic=0, J=0)
         _, outputs = self.forward(program, params, x, N)
-        w, b = params["fc9.weight"], params["fc9.bias"]
-        name = f"head<{settings.channels[3]}, {self.max}>"
-        program.launch(name, N, 256, x=outputs[8], w=w, b=b, logits=self.logits)
-        self.run = device.record(program)
+        program.launch(
+            self.head_name("head"),
+            N,
+            x=outputs[8],
+            w=params["fc9.weight"],
+            b=params["fc9.bias"],
+            logits=self.logits,
+        )
+
+    def record(self):
+        self.run = self.device.record(self.program)
 
     def __call__(self, images):
         """images (any number, 28, 28) of bytes → logits (the same number, 10)."""
@@ -413,18 +472,21 @@ class Trainer(Network):
         self.images, self.labels = images, labels
         self.bumps = device.xp.ascontiguousarray(bumps)
         self.beta1 = settings.momentum if settings.optimizer == "sgd" else beta1
-        xp, steps = device.xp, -(-len(images) // settings.batch_size)
+        xp, steps = device.xp, ceil_div(len(images), settings.batch_size)
         self.order = xp.empty(len(images), np.int32)
         self.keys = xp.empty(steps, np.uint64)
-        self.plan = xp.empty((steps, PLAN_LENGTH), np.float32)
+        self.plan = xp.empty((steps, NUMBERS_OF_A_STEP), np.float32)
         self.losses = xp.empty(steps, np.float32)
         self.gradient = xp.empty(self.flat.size, np.float32)
         self.next, self.now = xp.zeros(1, np.int32), xp.zeros(1, np.int32)  # step of the epoch
         kinds = [np.full(a.size, self.kind_of(name), np.uint8) for name, a in self.params.items()]
         self.kinds = xp.asarray(np.concatenate(kinds))
-        self.programs = {}
-        for N in {self.images_of(number) for number in (0, steps - 1)}:
-            self.programs[N] = device.record(self.program(N))
+        sizes = {self.images_of(number) for number in (0, steps - 1)}
+        self.programs = {N: self.program(N) for N in sizes}
+        self.run = {}
+
+    def record(self):
+        self.run = {N: self.device.record(program) for N, program in self.programs.items()}
 
     def kind_of(self, name):
         """How the update treats a parameter."""
@@ -451,7 +513,7 @@ class Trainer(Network):
 
     def take(self, number):
         """Takes step `number` of the epoch, which must be the next one. Returns its loss."""
-        self.programs[self.images_of(number)]()
+        self.run[self.images_of(number)]()
         return self.losses[number]
 
     def program(self, N):
@@ -459,79 +521,113 @@ class Trainer(Network):
         settings, params = self.settings, self.params
         program = Program(
             self.device,
-            **dict(N=N, inverse=inverse(N), batch=settings.batch_size, plan=self.plan),
-            **dict(order=self.order, keys=self.keys, next=self.next, now=self.now),
+            N=N,
+            inverse=inverse(N),
+            batch=settings.batch_size,
+            order=self.order,
+            keys=self.keys,
+            plan=self.plan,
+            next=self.next,
+            now=self.now,
+            smoothing=settings.label_smoothing,
+            beta1=self.beta1,
             # 1 − beta is computed here, in double: near 1 a float would lose most of its digits.
-            **dict(beta1=self.beta1, fresh1=1 - self.beta1, fresh2=1 - settings.beta2),
-            **dict(smoothing=settings.label_smoothing),
+            fresh1=1 - self.beta1,
+            fresh2=1 - settings.beta2,
         )
         mask = self.dropout_mask(program, N) if settings.dropout else None
         x = program.empty(28, 28, N)
-        augment = settings.augment > 0 or settings.elastic > 0
         program.launch(
-            f"read_images<{str(augment).lower()}>",
+            with_numbers("read_images", AUGMENT=settings.augment > 0 or settings.elastic > 0),
             (N, 4),
-            256,
-            **dict(images=self.images, x=x, strength=settings.augment, elastic=settings.elastic),
-            **dict(bumps=self.bumps, J=len(self.bumps)),
+            images=self.images,
+            x=x,
+            strength=settings.augment,
+            elastic=settings.elastic,
+            bumps=self.bumps,
+            J=len(self.bumps),
         )
         inputs, outputs = self.forward(program, params, x, N)
         program.join()
-
-        dw, start = {}, 0  # of each layer, kernel and bias in one piece of the flat gradient
-        for name, a in params.items():
-            if name.endswith("weight"):
-                size = a.size + params[name.replace("weight", "bias")].size
-                dw[name] = self.gradient[start : start + size]
-            start += a.size
+        dw = self.gradients()
         losses = program.empty(N)
         dx = self.head(program, outputs[8], mask, dw["fc9.weight"], losses, N)
         self.backward(program, inputs, outputs, dx, dw, N)
         program.join()
         program.launch(
-            f"update<{('sgd', 'adam', 'muon').index(settings.optimizer)}>",
+            with_numbers("update", OPTIMIZER=OPTIMIZERS.index(settings.optimizer)),
             blocks_of(self.flat.size),
-            256,
-            **dict(w=self.flat, dw=self.gradient, moments=self.moments),
-            **dict(ema=None if self.ema is None else self.ema.flat),
-            **dict(kinds=self.kinds, size=self.flat.size),
-            **dict(image_losses=losses, losses=self.losses),
+            w=self.flat,
+            dw=self.gradient,
+            moments=self.moments,
+            ema=None if self.ema is None else self.ema.flat,
+            kinds=self.kinds,
+            size=self.flat.size,
+            image_losses=losses,
+            losses=self.losses,
         )
         return program
 
+    def gradients(self):
+        """Where in the gradient each layer's part is, its weight and bias in one piece."""
+        dw, start = {}, 0
+        for name, a in self.params.items():
+            if name.endswith("weight"):
+                size = a.size + self.params[name.replace("weight", "bias")].size
+                dw[name] = self.gradient[start : start + size]
+            start += a.size
+        return dw
+
     def dropout_mask(self, program, N):
         """Launches the drawing of dropout's mask, which needs nothing but the step's key."""
-        settings, F = self.settings, self.features
+        settings, size = self.settings, N * self.features
         drawn = 0  # by augmentation, in whole words of four
         if settings.augment or settings.elastic:
             drawn = round_up(6 * N, 8)
         if settings.elastic:
             drawn += 2 * round_up(N * len(self.bumps), 8)
-        mask, kept = program.empty(N, F), 1 / (1 - settings.dropout)
-        size = dict(size=N * F, first=drawn)
-        name, blocks = "dropout_mask", blocks_of(-(-N * F // 8))
+        mask = program.empty(N, self.features)
         program.launch(
-            name, blocks, 256, branch=1, mask=mask, rate=settings.dropout, kept=kept, **size
+            "dropout_mask",
+            blocks_of(ceil_div(size, 8)),
+            branch=1,
+            mask=mask,
+            size=size,
+            rate=settings.dropout,
+            kept=1 / (1 - settings.dropout),
+            first=drawn,
         )
         return mask
 
     def head(self, program, x, mask, dw, losses, N):
         """From the last activations to the loss, and back. Returns their gradient."""
-        F, C, params = self.features, self.settings.channels[3], self.params
+        F, C, w = self.features, self.settings.channels[3], self.params["fc9.weight"]
         features, logits = program.empty(N, F), program.empty(N, 10)
         dlogits, dx = program.empty(N, 10), program.empty(14, 14, N, C)
-        w, b = params["fc9.weight"], params["fc9.bias"]
         program.launch(
-            f"head<{C}, {self.max}>",
+            self.head_name("head"),
             N,
-            256,
-            **dict(x=x, mask=mask, w=w, b=b, features=features, logits=logits),
-            **dict(labels=self.labels, losses=losses, dlogits=dlogits),
+            x=x,
+            mask=mask,
+            w=w,
+            b=self.params["fc9.bias"],
+            features=features,
+            logits=logits,
+            labels=self.labels,
+            losses=losses,
+            dlogits=dlogits,
         )
-        gradient = dict(features=features, dlogits=dlogits, dw=dw, F=F)
-        program.launch("linear_gradient", -(-(F + 1) // 32), 256, branch=1, **gradient)
-        name, blocks = f"head_gradient<{C}, {self.max}>", blocks_of(49 * N * C)
-        program.launch(name, blocks, 256, x=x, mask=mask, w=w, dlogits=dlogits, dx=dx)
+        program.launch(
+            "linear_gradient",
+            ceil_div(F + 1, 32),
+            branch=1,
+            features=features,
+            dlogits=dlogits,
+            dw=dw,
+            F=F,
+        )
+        name, blocks = self.head_name("head_gradient"), blocks_of(49 * N * C)
+        program.launch(name, blocks, x=x, mask=mask, w=w, dlogits=dlogits, dx=dx)
         return dx
 
     def backward(self, program, inputs, outputs, dx, dw, N):
@@ -543,32 +639,37 @@ class Trainer(Network):
             if tile is None:
                 break
             dx = program.empty(layer.side, layer.side, N, layer.C)
-            gate = None if i == 5 else inputs[i]  # what comes from pooling did not pass a relu
-            shortcut = slopes[i + 1] if i in (3, 7) else None
-            w = self.params[f"conv{i}.weight"]
             program.launch(
                 tile.name,
                 tile.grid(N),
                 tile.threads,
                 tile.shared,
-                **dict(x=slopes[i], w=w, add=shortcut, gate=gate, y=dx, relu=False),
+                x=slopes[i],
+                w=self.params[f"conv{i}.weight"],
+                add=slopes[i + 1] if i in (3, 7) else None,
+                gate=None if i == 5 else inputs[i],  # what comes from pooling did not pass a relu
+                relu=False,
+                y=dx,
             )
             change()
             slopes[i - 1] = dx
             if i == 5:
                 slopes[4] = program.empty(28, 28, N, layer.C)
                 program.launch(
-                    f"pool_gradient<28, {self.max}>",
+                    with_numbers("pool_gradient", SIDE=28, MAX=self.max_pool),
                     blocks_of(dx.size),
-                    256,
-                    **dict(x=outputs[4], dy=dx, dx=slopes[4], size=dx.size, NC=N * layer.C),
+                    x=outputs[4],
+                    dy=dx,
+                    dx=slopes[4],
+                    size=dx.size,
+                    NC=N * layer.C,
                 )
 
     def learn(self, program, layer, x, dy, dw, N):
         """The gradient of a layer's kernel and bias, beside the way back. Returns a function that
         launches what changes the kernel: the way back has to have read it by then."""
         tile, name, branch = layer.gradient, f"conv{layer.i}.weight", 2 + layer.i % 3
-        a_block, blocks = tile.split(N)
+        a_block, blocks = tile.split(N, self.device.blocks)
         count = blocks * tile.groups
         parts = program.empty(count, tile.size)
         program.launch(
@@ -577,35 +678,66 @@ class Trainer(Network):
             tile.threads,
             tile.shared,
             branch,
-            **dict(x=x, dy=dy, parts=parts, rows_a_block=a_block),
+            x=x,
+            dy=dy,
+            parts=parts,
+            rows_a_block=a_block,
         )
-        columns, sums = add_parts(count)
-        blocks, sizes = -(-tile.size // columns), dict(size=tile.size, count=count)
-        program.launch(sums, blocks, 256, branch=branch, parts=parts, sum=dw[name], **sizes)
+        columns = 8 if count > 64 else 32
+        program.launch(
+            with_numbers("add_parts", COLUMNS=columns),
+            ceil_div(tile.size, columns),
+            branch=branch,
+            parts=parts,
+            sum=dw[name],
+            size=tile.size,
+            count=count,
+        )
         if self.kind_of(name) == MUON_WEIGHT:
             return self.orthogonal_step(program, layer, dw[name], branch)
         return lambda: None
 
     def orthogonal_step(self, program, layer, dw, branch):
         """Muon's step with the gradient of a layer's kernel, but for its end: see learn."""
-        name, R, K = f"conv{layer.i}.weight", 9 * layer.C, layer.K
-        padded, strips = round_up(K, 16), -(-R // 32)
+        name, R, K, rounds = f"conv{layer.i}.weight", 9 * layer.C, layer.K, layer.rounds
+        padded, strips = round_up(K, 16), ceil_div(R, 32)
         X, parts = program.empty(32 * strips, padded), program.empty(strips, padded, padded)
         Q, scale = program.empty(padded, padded), program.empty(1)
-        m, v = self.moment(0, name), self.moment(1, name)
-        mean = f"muon_mean<{R}, {K}>"
-        program.launch(mean, strips, 256, branch=branch, dw=dw, m=m, v=v, X=X, parts=parts)
-        rounds, threads = f"muon_rounds<{K}, {str(layer.muon_in_shared).lower()}>", muon_threads(K)
-        shared, room = 4 * layer.muon_floats, None
-        if not layer.muon_in_shared:
-            shared, room = 0, program.empty(layer.muon_floats)
-        sizes = dict(count=strips, room=room, Q_out=Q, scale=scale)
-        program.launch(rounds, 1, threads, shared, branch, parts=parts, **sizes)
-        ema = None if self.ema is None else self.ema[name]
+        program.launch(
+            with_numbers("muon_mean", R=R, K=K),
+            strips,
+            branch=branch,
+            dw=dw,
+            m=self.moment(0, name),
+            v=self.moment(1, name),
+            X=X,
+            parts=parts,
+        )
+        program.launch(
+            rounds.name,
+            1,
+            rounds.threads,
+            rounds.shared,
+            branch,
+            parts=parts,
+            count=strips,
+            room=program.empty(rounds.room) if rounds.room else None,
+            Q_out=Q,
+            scale=scale,
+        )
 
         def change():
-            changed = dict(w=self.params[name], ema=ema, X=X, Q=Q, scale=scale)
-            program.launch(f"muon_update<{R}, {K}>", -(-R // 64), 128, branch=branch, **changed)
+            program.launch(
+                with_numbers("muon_update", R=R, K=K),
+                ceil_div(R, 64),
+                128,
+                branch=branch,
+                w=self.params[name],
+                ema=None if self.ema is None else self.ema[name],
+                X=X,
+                Q=Q,
+                scale=scale,
+            )
 
         return change
 
@@ -624,9 +756,13 @@ class FastPath:
 
     def __init__(self, device, settings, state, images, labels, bumps, beta1):
         self.trainer = Trainer(device, settings, state, images, labels, bumps, beta1)
-        self.begin_epoch = self.trainer.begin_epoch
         evaluated = state.params if state.ema is None else state.ema
         self.predict = Predictor(device, settings, evaluated, PREDICT_IMAGES)
+        programs = [*self.trainer.programs.values(), self.predict.program]
+        device.compile(set().union(*[program.names() for program in programs]))
+        self.trainer.record()
+        self.predict.record()
+        self.begin_epoch = self.trainer.begin_epoch
 
     def step(self, state, number):
         """Takes step `number` of the epoch, which must be the next one. Returns its loss."""
@@ -640,14 +776,14 @@ class FastPath:
 
 def fast_path(settings, state, images, labels, bumps, beta1):
     """The fast path of a run of ResNet9 and "", or None and why it takes the plain operations."""
-    device = cuda()
-    reason = unsupported(settings, device.limit)
+    reason = unsupported(settings)
     if not reason:
         try:
-            return FastPath(device, settings, state, images, labels, bumps, beta1), ""
+            return FastPath(cuda(), settings, state, images, labels, bumps, beta1), ""
+        # An old CUDA, a compiler that is missing: the plain operations go on.
         except Exception as error:
-            # An old CUDA, or a compiler that is missing: the plain operations go on.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = with_remedy(reason)
     return None, f"plain operations: {reason}"
 
 
@@ -663,9 +799,8 @@ class Stream:
 
     def draw(self, name, shape):
         out = self.device.xp.empty(shape, np.float32)
-        self.device.launch(
-            name, -(-out.size // 256), 256, out, np.int32(out.size), self.key, np.int32(self.used)
-        )
+        numbers = np.int32(out.size), self.key, np.int32(self.used)
+        self.device.launch(name, blocks_of(out.size), 256, out, *numbers)
         self.used += round_up(out.size, 8)  # each draw starts with a fresh word of four
         return out
 
@@ -689,6 +824,24 @@ def cuda_of(_):  # the limits and the compiled modules are those of one device
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────
+
+TOOLKIT = 'pip install --upgrade "cupy-cuda12x[ctk]"'
+REMEDIES = {
+    r"(find|load).*(nvrtc|cublas|cudart)|(nvrtc|cublas|cudart).*cannot open|CUDA headers": (
+        f"{TOOLKIT} brings what is missing of CUDA"
+    ),
+    r"NO_BINARY_FOR_GPU|no kernel image|--gpu-architecture|unsupported toolchain": (
+        f"this CUDA does not know the card: {TOOLKIT} brings one that does"
+    ),
+}
+
+
+def with_remedy(reason):
+    """What CUDA complains about, and what helps where that is known."""
+    for complaint, remedy in REMEDIES.items():
+        if re.search(complaint, reason, re.IGNORECASE):
+            return f"{reason}; {remedy}"
+    return reason
 
 
 @contextmanager

@@ -12,29 +12,29 @@ from support import gpu
 class CudaForNumpy:
     def __init__(self):
         self.cuda, self.xp = gpu.Cuda(), Poisoned()
-        self.limit = self.cuda.limit
+        self.limit, self.blocks = self.cuda.limit, self.cuda.blocks
+        self.compile = self.cuda.compile
 
-    def run(self, kernel, grid, block, arguments, shared):
-        copies = [self.cuda.xp.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments]
-        if shared > 48 * 1024:
-            kernel.max_dynamic_shared_size_bytes = shared
-        kernel((*grid, 1)[:3], block, tuple(copies), shared_mem=shared)
-        for a, copy in zip(arguments, copies):
+    def run(self, launch):
+        kernel, xp = self.cuda.kernels[launch.name], self.cuda.xp
+        copies = [xp.asarray(a) if isinstance(a, np.ndarray) else a for a in launch.arguments]
+        if launch.shared > 48 * 1024:
+            kernel.max_dynamic_shared_size_bytes = launch.shared
+        kernel(launch.grid, (launch.threads, 1), tuple(copies), shared_mem=launch.shared)
+        for a, copy in zip(launch.arguments, copies):
             if isinstance(a, np.ndarray) and a.flags.writeable:
                 a[...] = copy.get()
 
     def record(self, program):
-        launches = [entry for entry in program.entries if entry]
-        module = self.cuda.module(tuple(sorted({entry[1] for entry in launches})))
+        self.compile(program.names())
 
         def play():
-            for _, name, grid, block, arguments, shared in launches:
-                self.run(module.get_function(name), grid, block, arguments, shared)
+            for launch in program.launches():
+                self.run(launch)
 
         return play
 
     def launch(self, name, grid, threads, *arguments, shared=0):
+        self.compile({name})
         grid = (grid, 1) if isinstance(grid, int) else grid
-        self.run(
-            self.cuda.module((name,)).get_function(name), grid, (threads, 1, 1), arguments, shared
-        )
+        self.run(gpu.Launch(name, grid, threads, shared, 0, arguments))

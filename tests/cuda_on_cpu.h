@@ -16,13 +16,16 @@
 #define __launch_bounds__(threads)
 #define SHARED_FLOATS(name) float* name = shared_memory
 
-struct Place {
+struct Index {
   int x, y;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
-static Place threadIdx, blockIdx, blockDim;
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+static Index threadIdx, blockIdx, blockDim;
 
 // A block's shared memory, and behind it a guard that nobody should write to.
 static const int SHARED = 1 << 16, GUARD = 1 << 10;

@@ -60,35 +60,38 @@ def compile_kernels(names):
 
 
 class CudaOnCpu:
+    blocks = 264  # as on an H200
+
     def __init__(self, limit=227 * KIB):
         self.xp, self.limit = Poisoned(), limit
 
-    def run(self, name, grid, block, arguments, shared):
-        assert shared <= self.limit and block[0] <= 1024
+    def compile(self, names):
+        compile_kernels(names)
+
+    def run(self, launch):
+        assert launch.shared <= self.limit and launch.threads <= 1024
         holders = []
-        for a in arguments:
+        for a in launch.arguments:
             if isinstance(a, np.ndarray):
                 assert a.flags.c_contiguous
                 holders.append(ctypes.c_void_p(a.ctypes.data))
             else:
                 holders.append(ctypes.create_string_buffer(a.tobytes()))
         pointers = (ctypes.c_void_p * len(holders))(*[ctypes.addressof(h) for h in holders])
-        overwritten = COMPILED[name](
-            int(grid[0]), int(grid[1]), int(block[0]), int(shared) // 4, pointers
-        )
-        assert not overwritten, f"{name} writes beyond its shared memory"
+        sizes = *launch.grid, launch.threads, launch.shared // 4
+        overwritten = COMPILED[launch.name](*map(int, sizes), pointers)
+        assert not overwritten, f"{launch.name} writes beyond its shared memory"
 
     def record(self, program):
-        launches = [entry for entry in program.entries if entry]
-        compile_kernels({entry[1] for entry in launches})
+        compile_kernels(program.names())
 
         def play():
-            for _, name, grid, block, arguments, shared in launches:
-                self.run(name, grid, block, arguments, shared)
+            for launch in program.launches():
+                self.run(launch)
 
         return play
 
     def launch(self, name, grid, threads, *arguments, shared=0):
         compile_kernels({name})
         grid = (grid, 1) if isinstance(grid, int) else grid
-        self.run(name, grid, (threads,), arguments, shared)
+        self.run(gpu.Launch(name, grid, threads, shared, 0, arguments))

@@ -78,13 +78,40 @@ def fails(*_, **__):
     raise RuntimeError("CUDA_ERROR_NO_DEVICE:\n  no kernel could be compiled")
 
 
+NO_TOOLKIT = 'Failure finding "libnvrtc.so.13 or libnvrtc.so.12": No such file: libnvrtc.so.13'
+
+
+def fails_without_toolkit(*_, **__):
+    raise RuntimeError(NO_TOOLKIT)
+
+
 NO_GPU = {
     "cupy": None,  # not installed
     "finds no CUDA device": SimpleNamespace(is_available=lambda: False),
     "NO_DEVICE: no kernel could be compiled": SimpleNamespace(
         is_available=lambda: True, arange=fails, float32=np.float32
     ),
+    'pip install --upgrade "cupy-cuda12x[ctk]" brings what is missing of CUDA': SimpleNamespace(
+        is_available=lambda: True, arange=fails_without_toolkit, float32=np.float32
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    "complaint, remedy",
+    [
+        (NO_TOOLKIT, "brings what is missing"),
+        ("ImportError: libcublas.so.12: cannot open shared object file", "brings what is missing"),
+        ("Failed to find CUDA headers", "brings what is missing"),
+        ("CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available", "does not know the card"),
+        ("nvrtc: error: invalid value for --gpu-architecture (-arch)", "does not know the card"),
+        ("NVRTC_ERROR_COMPILATION (6)", ""),
+        ("CUDA_ERROR_NO_DEVICE", ""),
+    ],
+)
+def test_a_complaint_names_its_remedy(complaint, remedy):
+    said = gpu.with_remedy(complaint)
+    assert said.startswith(complaint) and remedy in said and (remedy or said == complaint)
 
 
 @pytest.mark.parametrize("reason", NO_GPU)
@@ -109,7 +136,11 @@ def test_the_current_device_is_the_one_that_is_named_and_asked(monkeypatch):
 
     def device():
         return SimpleNamespace(
-            id=current[0], attributes={"MaxSharedMemoryPerBlockOptin": limits[current[0]]}
+            id=current[0],
+            attributes={
+                "MaxSharedMemoryPerBlockOptin": limits[current[0]],
+                "MultiProcessorCount": 40 * current[0],
+            },
         )
 
     runtime = SimpleNamespace(getDeviceProperties=lambda number: {"name": b"card %d" % number})
@@ -122,6 +153,7 @@ def test_the_current_device_is_the_one_that_is_named_and_asked(monkeypatch):
         for current[0] in limits:
             assert m.use_device("gpu") == f"GPU, card {current[0]}"
             assert gpu.cuda().limit == limits[current[0]] and gpu.cuda() is gpu.cuda()
+            assert gpu.cuda().blocks == 80 * current[0]
     finally:
         gpu.cuda_of.cache_clear()
 

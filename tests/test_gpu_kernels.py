@@ -7,6 +7,7 @@ arrays start as NaN.
 
 import copy
 import itertools
+import threading
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import numpy as np
 import nvrtc
 import pytest
 from cuda_for_numpy import CudaForNumpy
-from cuda_on_cpu import COMPILER, KIB, CudaOnCpu
+from cuda_on_cpu import COMPILER, KIB, CudaOnCpu, Poisoned
 
 import mnist_resnet9 as m
 from support import gpu
@@ -37,16 +38,8 @@ def cuda(request):
     return CudaForNumpy()
 
 
-def run(cuda, name, grid, threads, *arguments, shared=0):
-    cuda.launch(name, grid, threads, *arguments, shared=shared)
-
-
 def floats(rng, *shape):
     return rng.standard_normal(shape).astype(np.float32)
-
-
-def inverse(N):
-    return np.uint32(-(-(2**32) // N) if N > 1 else 0)
 
 
 def double(*arrays):
@@ -68,138 +61,63 @@ SHAPES = [
 ]
 
 
+class Layer:
+    """Real and expected results of one convolution, forward and backward."""
+
+    def __init__(self, cuda, rng, side, C, K, N):
+        self.cuda, self.numbers = cuda, (np.int32(N), np.uint32(gpu.inverse(N)))
+        self.x, self.w, self.b = (
+            floats(rng, side, side, N, C),
+            floats(rng, 3, 3, C, K),
+            floats(rng, K),
+        )
+        self.dy, self.add = floats(rng, side, side, N, K), floats(rng, side, side, N, K)
+        self.gate, self.shortcut = floats(rng, side, side, N, C), floats(rng, side, side, N, C)
+        self.y, cache = m.conv2d(*double(self.x, self.w, self.b))
+        self.dx, self.dw, self.db = m.conv2d_backward(self.dy.astype(np.float64), cache)
+        self.N = N
+
+    def convolution(self, tile, x, b, add, gate, shape, relu=False):
+        y = self.cuda.xp.empty(shape)
+        arguments = x, self.w, b, add, gate, y, np.int32(relu), *self.numbers
+        grid = tile.grid(self.N)
+        self.cuda.launch(tile.name, grid, tile.threads, *arguments, shared=tile.shared)
+        return y
+
+
 @pytest.mark.parametrize("side, C, K, N", SHAPES)
 def test_convolution_forward(side, C, K, N, cuda, rng):
-    x, w, b, add = (
-        floats(rng, side, side, N, C),
-        floats(rng, 3, 3, C, K),
-        floats(rng, K),
-        floats(rng, side, side, N, K),
-    )
-    plain, _ = m.conv2d(*double(x, w, b))
-    tile = gpu.Convolution(side, C, K, False, cuda.limit)
-    y = cuda.xp.empty((side, side, N, K))
-    run(
-        cuda,
-        tile.name,
-        tile.grid(N),
-        tile.threads,
-        x,
-        w,
-        b,
-        gpu.NULL,
-        gpu.NULL,
-        y,
-        np.int32(0),
-        np.int32(N),
-        inverse(N),
-        shared=tile.shared,
-    )
-    assert far(y, plain) < CLOSE
-    run(
-        cuda,
-        tile.name,
-        tile.grid(N),
-        tile.threads,
-        x,
-        w,
-        b,
-        add,
-        gpu.NULL,
-        y,
-        np.int32(1),
-        np.int32(N),
-        inverse(N),
-        shared=tile.shared,
-    )
-    assert far(y, np.maximum(plain + add, 0)) < CLOSE
+    layer = Layer(cuda, rng, side, C, K, N)
+    tile, shape = gpu.Convolution(side, C, K, False, cuda.limit), layer.y.shape
+    y = layer.convolution(tile, layer.x, layer.b, gpu.NULL, gpu.NULL, shape)
+    assert far(y, layer.y) < CLOSE
+    y = layer.convolution(tile, layer.x, layer.b, layer.add, gpu.NULL, shape, relu=True)
+    assert far(y, np.maximum(layer.y + layer.add, 0)) < CLOSE
 
 
 @pytest.mark.parametrize("side, C, K, N", SHAPES[1:])
 def test_convolution_backward(side, C, K, N, cuda, rng):
-    x, w, b, dy = (
-        floats(rng, side, side, N, C),
-        floats(rng, 3, 3, C, K),
-        floats(rng, K),
-        floats(rng, side, side, N, K),
-    )
-    gate, shortcut = floats(rng, side, side, N, C), floats(rng, side, side, N, C)
-    _, cache = m.conv2d(*double(x, w, b))
-    plain, _, _ = m.conv2d_backward(dy.astype(np.float64), cache)
-    tile = gpu.Convolution(side, K, C, True, cuda.limit)
-    dx, size = cuda.xp.empty((side, side, N, C)), (np.int32(0), np.int32(N), inverse(N))
-    run(
-        cuda,
-        tile.name,
-        tile.grid(N),
-        tile.threads,
-        dy,
-        w,
-        gpu.NULL,
-        gpu.NULL,
-        gpu.NULL,
-        dx,
-        *size,
-        shared=tile.shared,
-    )
-    assert far(dx, plain) < CLOSE
-    run(
-        cuda,
-        tile.name,
-        tile.grid(N),
-        tile.threads,
-        dy,
-        w,
-        gpu.NULL,
-        shortcut,
-        gate,
-        dx,
-        *size,
-        shared=tile.shared,
-    )
-    assert far(dx, (plain + shortcut) * (gate > 0)) < CLOSE
+    layer = Layer(cuda, rng, side, C, K, N)
+    tile, shape = gpu.Convolution(side, K, C, True, cuda.limit), layer.x.shape
+    dx = layer.convolution(tile, layer.dy, gpu.NULL, gpu.NULL, gpu.NULL, shape)
+    assert far(dx, layer.dx) < CLOSE
+    dx = layer.convolution(tile, layer.dy, gpu.NULL, layer.shortcut, layer.gate, shape)
+    assert far(dx, (layer.dx + layer.shortcut) * (layer.gate > 0)) < CLOSE
 
 
 @pytest.mark.parametrize("side, C, K, N", SHAPES)
 def test_kernel_gradient(side, C, K, N, cuda, rng):
-    x, w, b, dy = (
-        floats(rng, side, side, N, C),
-        floats(rng, 3, 3, C, K),
-        floats(rng, K),
-        floats(rng, side, side, N, K),
-    )
-    _, cache = m.conv2d(*double(x, w, b))
-    _, dw, db = m.conv2d_backward(dy.astype(np.float64), cache)
-    tile = gpu.KernelGradient(side, C, K, cuda.limit)
-    a_block, blocks = tile.split(N)
+    layer, tile = Layer(cuda, rng, side, C, K, N), gpu.KernelGradient(side, C, K, cuda.limit)
+    a_block, blocks = tile.split(N, cuda.blocks)
     count = blocks * tile.groups
     parts, gradient = cuda.xp.empty((count, tile.size)), cuda.xp.empty(tile.size)
-    run(
-        cuda,
-        tile.name,
-        (blocks, tile.tiles),
-        tile.threads,
-        x,
-        dy,
-        parts,
-        np.int32(a_block),
-        np.int32(N),
-        inverse(N),
-        shared=tile.shared,
-    )
-    columns, name = gpu.add_parts(count)
-    grid = -(-tile.size // columns), 1
-    run(
-        cuda,
-        name,
-        grid,
-        256,
-        parts,
-        gradient,
-        np.int32(tile.size),
-        np.int32(count),
-    )
-    assert far(gradient[:-K], dw.ravel()) < CLOSE and far(gradient[-K:], db) < CLOSE
+    arguments = layer.x, layer.dy, parts, np.int32(a_block), *layer.numbers
+    cuda.launch(tile.name, (blocks, tile.tiles), tile.threads, *arguments, shared=tile.shared)
+    for columns in (8, 32):
+        grid, sizes = gpu.ceil_div(tile.size, columns), (np.int32(tile.size), np.int32(count))
+        cuda.launch(f"add_parts<{columns}>", grid, 256, parts, gradient, *sizes)
+        assert far(gradient[:-K], layer.dw.ravel()) < CLOSE
+        assert far(gradient[-K:], layer.db) < CLOSE
 
 
 def with_ties(rng, *shape):
@@ -219,9 +137,9 @@ def test_pooling(pool, cuda, rng):
         f"28, {str(pool == 'max').lower()}",
         (np.int32(dy.size), np.int32(12)),
     )
-    run(cuda, f"pool<{name}>", (-(-dy.size // 256), 1), 256, x, y, *size)
+    cuda.launch(f"pool<{name}>", gpu.blocks_of(dy.size), 256, x, y, *size)
     np.testing.assert_allclose(y, plain, rtol=1e-6)
-    run(cuda, f"pool_gradient<{name}>", (-(-dy.size // 256), 1), 256, x, dy, dx, *size)
+    cuda.launch(f"pool_gradient<{name}>", gpu.blocks_of(dy.size), 256, x, dy, dx, *size)
     np.testing.assert_allclose(dx, expected, rtol=1e-6)
 
 
@@ -277,10 +195,10 @@ def test_moments_with_beta2_near_1(optimizer, beta2, cuda, rng):
     for step, dw in enumerate(gradients):
         now[:] = step
         if optimizer == "muon":  # its moments are moved by a kernel of their own
-            run(cuda, "muon_mean<72, 8>", 3, 256, dw, *moments, X, parts, *betas)
+            cuda.launch("muon_mean<72, 8>", 3, 256, dw, *moments, X, parts, *betas)
             continue
         sizes = np.int32(576), *betas, plan, losses, np.int32(1), losses, now, now.copy()
-        run(cuda, "update<1>", 3, 256, w, dw, moments, gpu.NULL, kinds, *sizes)
+        cuda.launch("update<1>", 3, 256, w, dw, moments, gpu.NULL, kinds, *sizes)
     expected, mean, square = adam64(gradients, settings, beta1, 1e-3)
     assert far(moments[0], mean) < 1e-6 and far(moments[1], square) < 1e-6
     if optimizer == "adam":
@@ -333,7 +251,9 @@ class Both:
 
     def make(self, cuda, state):
         bumps, beta1 = m.bumps(28, 28, np), BETA1[self.settings.optimizer]
-        return gpu.Trainer(cuda, self.settings, state, self.images, self.labels, bumps, beta1)
+        trainer = gpu.Trainer(cuda, self.settings, state, self.images, self.labels, bumps, beta1)
+        trainer.record()
+        return trainer
 
     def begin(self, trainer, done=0):
         plan = plan_of(self.settings, 0, self.rates)
@@ -395,7 +315,7 @@ def test_a_step_with_little_shared_memory(cuda, sample, monkeypatch):
     given = {"channels": (4, 8, 8, 60), "batch_size": 4, "optimizer": "muon"}
     small = with_limit(cuda, 48 * KIB)
     last = gpu.layers_of(given["channels"], small.limit)[-1]
-    assert last.forward.slices == last.back.slices == 2 and not last.muon_in_shared
+    assert last.forward.slices == last.back.slices == 2 and not last.rounds.in_shared
     check_steps(given, small, sample, monkeypatch, images=8)
 
 
@@ -407,7 +327,7 @@ CARDS = {"P100": 48, "T4": 64, "RTX": 99, "A100": 163, "H100": 227}
 @pytest.mark.parametrize("recipe", m.RECIPES)
 def test_a_step_of_each_recipe_on_each_card(recipe, card, cuda, sample, monkeypatch):
     given, limited = m.RECIPES[recipe], with_limit(cuda, CARDS[card] * KIB)
-    assert gpu.unsupported(m.Settings(**given), limited.limit) is None
+    assert gpu.unsupported(m.Settings(**given)) is None
     channels = m.Settings(**given).channels
     given = {**given, "channels": channels, "batch_size": 4}
     check_steps(given, limited, sample, monkeypatch, images=8)
@@ -480,6 +400,7 @@ def test_predictions(pool, cuda, sample):
     settings = m.Settings(channels=SMALL, pool=pool)
     params = m.init_params(settings)
     predictor = gpu.Predictor(cuda, settings, dict(params), 8)
+    predictor.record()
     for count in (1, 8, 19):
         images = sample.test_images[:count]
         assert np.abs(predictor(images) - m.predict(params, images, settings)).max() < 1e-4
@@ -492,9 +413,10 @@ def signatures():
     """Name of each kernel → for each of its parameters: "reads", "writes" or None (a number)."""
     return {
         name: [
-            None if "*" not in kind else "reads" if "const" in kind else "writes" for kind, _ in p
+            None if "*" not in kind else "reads" if "const" in kind else "writes"
+            for kind, _ in kernel.parameters
         ]
-        for name, p in gpu.signatures().items()
+        for name, kernel in gpu.kernels().items()
     }
 
 
@@ -511,13 +433,13 @@ def conflicts(program, kernels):
             for waited in done.values():
                 done[0] |= waited
             continue
-        branch, name, _, _, arguments, _ = entry
+        branch, name = entry.branch, entry.name
         before.append(done.setdefault(branch, set()))
         if branch:
             before[-1] |= done[0]
         use = [
             (kind, *np.lib.array_utils.byte_bounds(a))
-            for kind, a in zip(kernels[name.split("<")[0]], arguments)
+            for kind, a in zip(kernels[name.split("<")[0]], entry.arguments)
             if kind and isinstance(a, np.ndarray)
         ]
         for number, (other, theirs) in enumerate(seen):
@@ -537,14 +459,14 @@ def test_kernels_that_run_side_by_side_leave_each_others_arrays_alone(given, cud
     kernels, both = signatures(), Both(cuda, sample, **given)
     program = both.trainer.program(16)
     assert len(kernels) == 16
-    for _, name, _, _, arguments, _ in filter(None, program.entries):
-        assert len(arguments) == len(kernels[name.split("<")[0]]), name
+    for launch in program.launches():
+        assert len(launch.arguments) == len(kernels[launch.name.split("<")[0]]), launch.name
     assert conflicts(program, kernels) == []
 
 
 def test_a_kernel_that_does_not_wait_is_found(cuda, sample):
     kernels, program = signatures(), Both(cuda, sample, dropout=0.5).trainer.program(16)
-    program.entries = [entry for entry in program.entries if entry]  # nobody waits for the rest
+    program.entries = program.launches()  # nobody waits for the rest
     found = conflicts(program, kernels)
     assert any("dropout_mask" in one and "head" in other for one, other in found)
 
@@ -576,17 +498,26 @@ def test_rows_are_divided_exactly(N):
     assert np.array_equal(quotient, rows // np.uint64(N))
 
 
-@pytest.mark.parametrize("limit", [48 * 1024, 64 * 1024, 96 * 1024, 227 * 1024])
-def test_a_kernel_gradient_has_a_thread_for_each_column_of_its_tile(limit):
-    for C, K in itertools.product([1, *range(4, 132, 4)], range(4, 132, 4)):
-        tile = gpu.KernelGradient(14, C, K, limit)
-        assert tile.shared > limit or tile.threads >= gpu.columns_of(K), (C, K)
+class Modules(Poisoned):
+    """Where CuPy would be: modules that are "compiled" by compile(names)."""
+
+    def __init__(self, compile):
+        self.cuda, self.compile, self.compiled = MagicMock(), compile, []
+
+    def RawModule(self, code, options, name_expressions):
+        self.compiled.append(name_expressions)
+        self.compile(name_expressions)
+        return MagicMock()
+
+
+def cuda_of(xp):
+    device = object.__new__(gpu.Cuda)
+    device.xp, device.kernels, device.limit, device.blocks = xp, {}, 64 * KIB, 80
+    return device
 
 
 def test_a_recording_keeps_the_arrays_that_it_writes_to():
-    cuda = object.__new__(gpu.Cuda)
-    cuda.xp = SimpleNamespace(empty=np.empty, cuda=MagicMock())
-    cuda.module = MagicMock()
+    cuda = cuda_of(Modules(lambda names: None))
     program = gpu.Program(cuda)
     array = weakref.ref(program.empty(3))
     play = cuda.record(program)
@@ -595,6 +526,48 @@ def test_a_recording_keeps_the_arrays_that_it_writes_to():
     play()
     del play
     assert array() is None
+
+
+def test_a_run_compiles_one_module(sample, monkeypatch):
+    xp = Modules(lambda names: None)
+    monkeypatch.setattr(gpu, "cuda", lambda: cuda_of(xp))
+    settings = m.Settings(channels=SMALL, batch_size=16, optimizer="muon", augment=0.5)
+    data = sample.train_images[:40], sample.train_labels[:40], m.bumps(28, 28, np)
+    path, why = gpu.fast_path(settings, m.init_state(settings), *data, BETA1["muon"])
+    assert path is not None, why
+    kernels = path.trainer.programs[8].names() | path.predict.program.names()
+    assert len(xp.compiled) == 1 and set(xp.compiled[0]) == kernels
+    assert {"read_images<true>", "read_images<false>"} < kernels
+
+
+def test_what_compiles_for_long_is_announced(monkeypatch, capsys):
+    said = threading.Event()
+    monkeypatch.setattr(gpu, "print", lambda *_, **__: said.set(), raising=False)
+    cuda_of(Modules(lambda names: said.wait(60))).compile({"fill_normal"})
+    assert said.is_set()
+
+
+def test_what_is_found_compiled_is_not_announced(monkeypatch):
+    timers = []
+
+    class Timer(threading.Timer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            timers.append(self)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    device = cuda_of(Modules(lambda names: None))
+    device.compile({"fill_normal"})
+    assert len(timers) == 1 and timers[0].finished.is_set()
+    device.compile({"fill_normal"})
+    assert len(timers) == 1 and len(device.xp.compiled) == 1
+
+
+@pytest.mark.parametrize("numbers", [{}, {"MAX": True}, {"SIDE": 28, "MAX": True, "K": 4}])
+def test_a_kernels_name_takes_all_its_numbers(numbers):
+    assert gpu.with_numbers("pool", MAX=True, SIDE=28) == "pool<28, true>"
+    with pytest.raises(TypeError, match="^pool takes SIDE, MAX, not"):
+        gpu.with_numbers("pool", **numbers)
 
 
 def test_the_graph_computes_what_the_plain_operations_do(sample, monkeypatch):
@@ -653,26 +626,37 @@ def test_the_graph_computes_what_the_plain_operations_do(sample, monkeypatch):
 
 
 def test_what_the_kernels_cannot_do_is_said():
-    limit = 227 * KIB
-    for recipe, KiB in itertools.product(m.RECIPES.values(), CARDS.values()):
-        assert gpu.unsupported(m.Settings(**recipe), KiB * KIB) is None
-    widest = m.Settings(channels=(128, 128, 128, 128), optimizer="muon", batch_size=2048)
-    assert gpu.unsupported(widest, 48 * KIB) is None
-    assert "multiples of 4" in gpu.unsupported(m.Settings(channels=(4, 10, 8, 8)), limit)
-    assert "at most 128" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 132)), limit)
-    assert "batch_size" in gpu.unsupported(m.Settings(batch_size=2049), limit)
-    assert "shared memory" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 128)), 20_000)
+    for recipe in m.RECIPES.values():
+        assert gpu.unsupported(m.Settings(**recipe)) is None
+    assert "multiples of 4" in gpu.unsupported(m.Settings(channels=(4, 10, 8, 8)))
+    assert "at most 128" in gpu.unsupported(m.Settings(channels=(4, 8, 8, 132)))
+    assert "batch_size" in gpu.unsupported(m.Settings(batch_size=2049))
+
+
+@pytest.mark.parametrize("limit", [48, 64, 96, 99, 163, 227])
+@pytest.mark.parametrize("side", [28, 14])
+def test_every_width_fits_into_every_cards_shared_memory(side, limit):
+    for C, K in itertools.product([1, *range(4, 132, 4)], range(4, 132, 4)):
+        gradient = gpu.KernelGradient(side, C, K, limit * KIB)
+        tiles = [gpu.Convolution(side, C, K, False, limit * KIB), gradient]
+        tiles += [gpu.Convolution(side, K, C, True, limit * KIB)] if C > 1 else []
+        assert all(tile.shared <= limit * KIB for tile in tiles), (C, K)
+        assert all(tile.threads <= 256 for tile in tiles), (C, K)
+        # A thread for the bias of each column of a tile.
+        assert gradient.threads >= gpu.columns_of(K), (C, K)
+    rounds = gpu.MuonRounds(K, limit * KIB)
+    assert rounds.threads <= 1024 and rounds.shared <= limit * KIB
 
 
 def names_of(settings, limit):
     """The kernels of a run on a card with so much shared memory."""
-    device = SimpleNamespace(xp=np, limit=limit, record=lambda program: program)
+    device = SimpleNamespace(xp=np, limit=limit, blocks=264)
     images, labels = np.zeros((10, 28, 28), np.uint8), np.zeros(10, np.uint8)
     arrays = m.init_state(settings), images, labels, m.bumps(28, 28, np)
     trainer = gpu.Trainer(device, settings, *arrays, BETA1[settings.optimizer])
     predictor = gpu.Predictor(device, settings, m.init_params(settings), 8)
-    programs = [*trainer.programs.values(), predictor.run]
-    return sorted({entry[1] for program in programs for entry in program.entries if entry})
+    programs = [*trainer.programs.values(), predictor.program]
+    return sorted(set().union(*[program.names() for program in programs]))
 
 
 RANDOM = ["fill_normal", "fill_uniform"]
@@ -704,8 +688,7 @@ def test_cudas_compiler_takes_all_recipes_for_each_card(architecture, compiler):
     limit, names = nvrtc.LIMITS[architecture] * KIB, {*RANDOM}
     for recipe in m.RECIPES.values():
         settings = m.Settings(**recipe)
-        if gpu.unsupported(settings, limit) is None:
-            names |= set(names_of(settings, limit))
+        names |= set(names_of(settings, limit))
     found = nvrtc.compile_kernels(compiler, sorted(names), architecture)
     registers, spilled, shared = (max(column) for column in zip(*found.values()))
     print(
