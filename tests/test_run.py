@@ -169,6 +169,7 @@ def test_more_epochs_continue_as_if_they_had_been_asked_for_at_once(whole, tmp_p
     assert_same_run(folder, tmp_path / "resnet9")
 
 
+@pytest.mark.long
 def test_where_processes_cannot_be_copied_the_bits_are_the_same(whole, tmp_path):
     """As on macOS and Windows: each worker reads the script anew, and arrays go through the
     pipe."""

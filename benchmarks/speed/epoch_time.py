@@ -51,12 +51,10 @@ def train_torch(settings):
     torch.set_num_threads(m.available_cores())
     torch.manual_seed(settings.seed)
     data, folder, form = m.load_mnist(), Path(settings.save_dir), torch.channels_last
-    images, test_images = (
-        torch.from_numpy(a.copy()) for a in (data.train_images, data.test_images)
-    )
-    labels, test_labels = (
-        torch.from_numpy(a.astype("int64")) for a in (data.train_labels, data.test_labels)
-    )
+    images = torch.from_numpy(data.train_images.copy())
+    labels = torch.from_numpy(data.train_labels.astype("int64"))
+    test_images = torch.from_numpy(data.test_images.copy())
+    test_labels = torch.from_numpy(data.test_labels.astype("int64"))
     net = plain_network(settings.channels).to(memory_format=form)
     optimizer = torch.optim.Adam(net.parameters(), lr=settings.learning_rate)
 
@@ -78,9 +76,8 @@ def train_torch(settings):
     def evaluate(images, labels):
         net.eval()
         with torch.inference_mode():
-            parts = [
-                net(to_input(part).contiguous(memory_format=form)) for part in images.split(100)
-            ]
+            inputs = map(to_input, images.split(100))
+            parts = [net(x.contiguous(memory_format=form)) for x in inputs]
         logits = torch.cat(parts)
         net.train()
         loss = F.cross_entropy(logits, labels).item()
@@ -97,11 +94,9 @@ def train_torch(settings):
             predictions=test[2].argmax(1),
             probabilities=test[2],
         )
+        states = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
         for name in ("best", "last"):
-            torch.save(
-                {"net": net.state_dict(), "optimizer": optimizer.state_dict()},
-                folder / f"{name}.pt",
-            )
+            torch.save(states, folder / f"{name}.pt")
 
     start = time.perf_counter()
     end_epoch(0)

@@ -85,11 +85,8 @@ def measure(threads, batch, steps, clock=None):
     """Median seconds of a step, of its shards side by side, and of the shards one by one (as their
     cores computed)."""
     settings, data = m.Settings(), m.load_mnist()
-    images, labels, state = (
-        data.train_images[:batch],
-        data.train_labels[:batch],
-        m.init_state(settings),
-    )
+    images, labels = data.train_images[:batch], data.train_labels[:batch]
+    state = m.init_state(settings)
     over_cores, shards, busy, whole = m.over_cores, [], [], []
     m.use_cores(threads)
 
@@ -142,10 +139,8 @@ def main(arguments):
     for threads, (whole, side_by_side, busy) in results.items():
         waiting = threads * side_by_side - busy
         times = (whole, whole - side_by_side, side_by_side, busy, waiting)
-        print(
-            f"{threads:7d}"
-            + "".join(f"{1000 * t:{w}.2f}" for t, w in zip(times, (10, 9, 9, 12, 10)))
-        )
+        row = [f"{1000 * t:{width}.2f}" for t, width in zip(times, (10, 9, 9, 12, 10))]
+        print(f"{threads:7d}{''.join(row)}")
 
     whole, side_by_side, busy = results[1]
     serial, shard = whole - side_by_side, busy / shards
