@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 
 from support import UserError
-from support.storage import pack_arrays, read_file, reason, refuse_lfs_pointer
+from support.storage import is_lfs_pointer, pack_arrays, read_file, reason
 
 # The columns that every run's history has: a row an epoch, {column: value}.
 HISTORY = (
@@ -73,7 +73,8 @@ def read_arrays(path):
         raise Unreadable(
             f"{path} cannot be read ({error.strerror or error}); nothing was changed"
         ) from None
-    refuse_lfs_pointer(path, content)
+    if is_lfs_pointer(content):
+        raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
     try:
         return unpack(content)
     except MemoryError:

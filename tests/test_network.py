@@ -239,8 +239,8 @@ def test_optimizers_agree_with_their_formulas(rng, optimizer, beta2):
 def test_one_cycle_rises_to_the_peak_and_falls_to_zero(warm_up):
     settings = m.Settings(schedule="one_cycle", learning_rate=0.002, warm_up=warm_up)
     peak = round(1000 * warm_up)
-    rates = [m.learning_rate(step, 1000, settings) for step in range(1000)]
+    rates = [m.rate_of_step(step, 1000, settings) for step in range(1000)]
     assert max(rates) == pytest.approx(0.002, rel=0.01) and abs(np.argmax(rates) - peak) <= 1
     assert (np.diff(rates[:peak]) > 0).all() and (np.diff(rates[peak + 1 :]) < 0).all()
     assert 0 < rates[-1] < 1e-6 and (not warm_up or rates[0] < 2e-5)
-    assert m.learning_rate(7, 1000, m.Settings()) == 1e-4
+    assert m.rate_of_step(7, 1000, m.Settings()) == 1e-4
