@@ -1077,10 +1077,17 @@ def gradients_of_shards(params, images, labels, settings, keys, network, shards)
     for i, shard in shards:
         rng = device_stream(keys[i]) if keys is not None else None
         part, part_labels = images[shard], labels[shard]
-        share = len(part) / len(images)  # the batch's mean, from the shards' means
-        loss, gradients = learn_from(prepared, part, part_labels, settings, rng, network, share)
-        results.append((loss, xp.concatenate([gradients[name].reshape(-1) for name in params])))
+        loss, gradients = learn_from(prepared, part, part_labels, settings, rng, network)
+        flat = xp.concatenate([gradients[name].reshape(-1) for name in params])
+        share = len(part) / len(images)  # the batch's mean, from the means of its shards
+        flat *= share
+        results.append((loss * share, flat))
     return results
+
+
+# So many shards at once: each has a gradient of its own until that is added. A batch of thousands
+# of images would fill the memory.
+SHARDS_AT_ONCE = 64
 
 
 def loss_and_gradients(params, images, labels, settings, rng=None, network=None):
@@ -1090,15 +1097,16 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=None)
     and augmentation on. All is in the dtype of params."""
     shards = shards_of(len(images), SHARD_IMAGES)
     keys = rng.integers(2**63, size=len(shards)) if rng is not None else None  # a stream per shard
+    # A plain dict is sent to the other processes array by array; Parameters would send flat too.
     work = functools.partial(
         gradients_of_shards, dict(params), images, labels, settings, keys, network or layers
     )
-    results = over_cores(work, shards)
-    loss, flat = results[0]
-    for shard_loss, shard_flat in results[1:]:
-        loss = loss + shard_loss
-        flat += shard_flat
-    return loss, Parameters.of_flat(flat, params)
+    loss, total = 0, 0
+    for start in range(0, len(shards), SHARDS_AT_ONCE):
+        for shard_loss, flat in over_cores(work, shards[start : start + SHARDS_AT_ONCE]):
+            loss = loss + shard_loss
+            total += flat
+    return loss, Parameters.of_flat(total, params)
 
 
 def logits_of_shards(params, images, settings, network, shards):
@@ -1264,19 +1272,36 @@ def evaluate_all(run, engine):
 # ── One step of learning ──────────────────────────────────────────────────────────────────────────
 
 
-def learn_from(params, images, labels, settings, rng, network, share=1.0):
-    """The loss of these images, and its gradient for every parameter.
+def learn_from(params, images, labels, settings, rng, network):
+    """The mean loss of these images, and its gradient: {name: array} for every parameter.
 
-    Where they are only a part of a batch, share is how large a part. The batch's loss is the sum of
-    share · loss over its parts, so share is its gradient for the loss of this one. Without rng,
-    there is no dropout and the images stay as they are."""
+    Without rng, there is no dropout and the images stay as they are."""
     if rng is not None and (settings.augment or settings.elastic):
         images = augment(images, settings.augment, rng, settings.elastic)
     x = to_input(images, dtype_of(params))
     logits, caches = forward(network, params, x, settings, rng)
     loss, cache = cross_entropy_loss(logits, labels, settings.label_smoothing)
-    dlogits = cross_entropy_loss_backward(share, cache)
-    return loss * share, backward(network, dlogits, caches, settings)
+    dlogits = cross_entropy_loss_backward(1, cache)
+    gradients = backward(network, dlogits, caches, settings)
+    check_gradients(gradients, params)
+    return loss, gradients
+
+
+def check_gradients(gradients, params):
+    """UserError if any has another shape or dtype than its parameter, or is missing.
+
+    The update takes all of them as one vector, in which a transposed one would not be noticed."""
+    for name in {**params, **gradients}:
+        found, wanted = gradients.get(name), params.get(name)
+        if wanted is None:
+            raise UserError(f"backward gives a gradient of {name}, which is no parameter")
+        if found is None:
+            raise UserError(f"backward gives no gradient of {name}")
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise UserError(
+                f"{name} is {wanted.dtype} {wanted.shape}, "
+                f"but its gradient is {found.dtype} {found.shape}"
+            )
 
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────

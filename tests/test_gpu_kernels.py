@@ -356,7 +356,7 @@ def check_steps(given, cuda, sample, monkeypatch, images=20):
         loss, expected = both.plain_gradients(step)
         assert float(both.trainer.take(step)) == pytest.approx(float(loss), rel=1e-5)
         distances.append(far(both.trainer.gradient, expected.flat))
-        found = m.Parameters(both.plain.params, both.trainer.gradient.copy())
+        found = m.Parameters.of_flat(both.trainer.gradient.copy(), both.plain.params)
         before = both.plain.params.flat.copy()
         m.update(both.plain, found, both.settings, rate)
         np.testing.assert_allclose(both.state.moments, both.plain.moments, rtol=1e-4, atol=1e-6)
@@ -364,7 +364,7 @@ def check_steps(given, cuda, sample, monkeypatch, images=20):
             5e-3 if both.settings.optimizer == "muon" else 1e-4
         )  # Muon's rounds amplify rounding
         for name, w in both.plain.params.items():
-            change = w - m.Parameters(both.plain.params, before)[name]
+            change = w - m.Parameters.of_flat(before, both.plain.params)[name]
             assert np.linalg.norm(both.state.params[name] - w) <= bound * np.linalg.norm(change), (
                 name
             )

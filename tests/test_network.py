@@ -244,3 +244,63 @@ def test_one_cycle_rises_to_the_peak_and_falls_to_zero(warm_up):
     assert (np.diff(rates[:peak]) > 0).all() and (np.diff(rates[peak + 1 :]) < 0).all()
     assert 0 < rates[-1] < 1e-6 and (not warm_up or rates[0] < 2e-5)
     assert m.rate_of_step(7, 1000, m.Settings()) == 1e-4
+
+
+def test_shards_are_added_in_order_however_many_are_computed_at_once(rng, monkeypatch):
+    """So that a batch of thousands of images does not fill the memory, and has the same bits."""
+    images, labels = noise(rng, 41)
+    params, found, sizes = m.init_params(SMALL), [], []
+    over_cores = m.over_cores
+
+    def counted(work, shards):
+        sizes.append(len(shards))
+        return over_cores(work, shards)
+
+    monkeypatch.setattr(m, "over_cores", counted)
+    for at_once in (1, 2, 64):
+        monkeypatch.setattr(m, "SHARDS_AT_ONCE", at_once)
+        stream = m.random_stream(0, m.STEP, 1)
+        found.append(m.loss_and_gradients(params, images, labels, SMALL, stream))
+    assert sizes == [1] * 6 + [2] * 3 + [6]
+    for loss, gradients in found[1:]:
+        assert loss == found[0][0] and np.array_equal(gradients.flat, found[0][1].flat)
+
+
+def transposed(dy, cache):
+    dx, dw, db = m.linear_backward(dy, cache)
+    return dx, dw.T, db
+
+
+def in_double(dy, cache):
+    dx, dw, db = m.linear_backward(dy, cache)
+    return dx, dw.astype(np.float64), db
+
+
+def without_db(dy, cache):
+    return m.linear_backward(dy, cache)[:2]
+
+
+def summed_too_far(dy, cache):
+    dx, dw, db = m.linear_backward(dy, cache)
+    return dx, dw, db.sum()
+
+
+SLIPS = {
+    transposed: r"fc9.weight is float32 \(196, 10\), but its gradient is float32 \(10, 196\)",
+    in_double: r"fc9.weight is float32 \(196, 10\), but its gradient is float64 \(196, 10\)",
+    without_db: "backward gives no gradient of fc9.bias",
+    summed_too_far: r"fc9.bias is float32 \(10,\), but its gradient is float32 \(\)",
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS, ids=lambda slip: slip.__name__)
+def test_a_gradient_of_another_shape_or_dtype_is_an_error_with_its_name(slip, rng):
+    """All of them go into one vector, where a transposed one would be taken for right."""
+
+    def network(settings, rng=None):
+        *others, last = m.layers(settings, rng)
+        return [*others, last._replace(op_backward=slip)]
+
+    images, labels = noise(rng, 3)
+    with pytest.raises(m.UserError, match=f"^{SLIPS[slip]}$"):
+        m.loss_and_gradients(m.init_params(SMALL), images, labels, SMALL, network=network)
