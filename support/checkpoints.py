@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support import UserError
-from support.storage import pack_arrays
+from support.storage import is_lfs_pointer, pack_arrays
 
 
 class Epoch(NamedTuple):
@@ -73,6 +73,8 @@ def read_checkpoint(path, expected, settings):
         raise Unreadable(
             f"{path} cannot be read ({error.strerror or error}); nothing was changed"
         ) from None
+    if is_lfs_pointer(content):
+        raise Unreadable(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull`")
     try:
         if len(content) > bound:
             raise ValueError("it is larger than a checkpoint")

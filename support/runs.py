@@ -1,5 +1,7 @@
 """The runs in a save folder: which there are, and what config.json and metrics.csv say of one."""
 
+import contextlib
+import errno
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +14,8 @@ from support.run_folder import METRICS, VALIDATION, read_metrics
 from support.settings import project_path, user_path
 from support.storage import read_file
 from support.style import INK, ORANGE
+
+CHECKPOINTS = ("checkpoint_last.npz", "checkpoint_previous.npz")
 
 
 class Run(NamedTuple):
@@ -61,16 +65,34 @@ def read_run(folder, kind):
     return Run(folder, settings, data, hashes, read_history(folder / "metrics.csv"))
 
 
+def has_checkpoint(folder):
+    return any((folder / name).exists() for name in CHECKPOINTS)
+
+
+def read_newest(folder, read):
+    """What read(path) makes of the newest checkpoint of a run; FileNotFoundError if it has none.
+
+    Its name is checkpoint_last.npz, but for a moment in each save, and after a crash in that
+    moment: then the one before is the newest."""
+    # Twice, since a save may end between the two looks.
+    for name in CHECKPOINTS * 2:
+        with contextlib.suppress(FileNotFoundError):
+            return read(folder / name)
+    raise FileNotFoundError(errno.ENOENT, "has no checkpoint", str(folder))
+
+
 def read_history(path):
     """{column of metrics.csv: its values, one an epoch}; they are empty before there is a file."""
-    rows = read_metrics(path) if path.exists() else []
+    if not path.exists():
+        return {name: np.empty(0) for name in METRICS}
+    rows = read_metrics(path)
     columns = (METRICS + VALIDATION)[: len(rows[0])] if rows else METRICS
     table = np.array(rows, float).reshape(-1, len(columns))
     metrics = dict(zip(columns, table.T))
     losses = np.concatenate([metrics["train_loss"], metrics["test_loss"]])
     accuracies = np.concatenate([metrics["train_accuracy"], metrics["test_accuracy"]])
     good = np.isfinite(losses).all() and ((0 <= accuracies) & (accuracies <= 1)).all()
-    if path.exists() and not (rows and good and np.array_equal(metrics["epoch"], range(len(rows)))):
+    if not (rows and good and np.array_equal(metrics["epoch"], range(len(rows)))):
         raise UserError(f"{path} is damaged: its values are not those of a run")
     return metrics
 

@@ -31,6 +31,11 @@ def read_file(path):
     return data
 
 
+def is_lfs_pointer(data):
+    """Whether these are the first bytes of what git-lfs leaves in place of a file not yet there."""
+    return data.startswith(b"version https://git-lfs.github.com/spec/")
+
+
 def write_file(path, data, previous=None):
     """Writes bytes to path so that a crash at any moment leaves the old file or the new one, whole.
 

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import matplotlib
@@ -159,7 +161,7 @@ def test_runs_side_by_side(save, capsys):
     for tag, epochs in zip(tags, (1, 200)):
         add_run(save, tag, epochs, without=("*.npz",))
     assert draw(save, *tags, tags[0]) == 0  # a tag given twice counts once
-    joint, alone = save / "a" / "curves_a_b.png", [save / tag / "curves.png" for tag in tags]
+    joint, alone = save / "a" / "curves_a+b.png", [save / tag / "curves.png" for tag in tags]
     assert capsys.readouterr().out.splitlines()[0] == str(joint)
     for path in (joint, *alone):
         picture(path)
@@ -170,7 +172,7 @@ def test_overlay_has_all_accuracies_in_one_panel(save, capsys):
     for tag, epochs in (("one", 3), ("two", 30), ("not_begun", 0)):
         add_run(save, tag, epochs, without=("*.npz",) if epochs else ("*.npz", "metrics.csv"))
     assert draw(save, "--overlay", "real", "one", "two", "not_begun") == 0
-    path = save / "real" / "test_accuracy_real_one_two.png"
+    path = save / "real" / "test_accuracy_real+one+two.png"
     assert capsys.readouterr().out.splitlines() == [str(path)] and list(save.glob("*/*.png")) == [
         path
     ]
@@ -526,7 +528,7 @@ def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys):
     storage.save_arrays(folder / "checkpoint_last.npz", **params, step=np.int64(0))
     add_run(save, "none", without=("*.npz",))
     assert draw(save, "real", "other", "first_step", "none") == 0
-    path = save / "real" / "gradients_real_other_first_step.png"
+    path = save / "real" / "gradients_real+other+first_step.png"
     assert capsys.readouterr().out.splitlines()[-1] == str(path)
     picture(path)
     runs = [read_run(save / tag) for tag in ("real", "first_step")]
@@ -720,6 +722,126 @@ def test_the_data_is_looked_for_where_the_run_had_it(save, monkeypatch, sample):
     assert asked == [Path(SAMPLE), SCRIPT.parent / "data", save]
 
 
+# ── Whatever settings and folders the user has ────────────────────────────────────────────────────
+
+# Each of these spoilt a figure, or said hundreds of lines.
+THEIRS = {
+    "text.usetex": True,
+    "font.family": ["NoSuchFont"],
+    "axes.facecolor": "black",
+    "figure.facecolor": "black",
+    "text.color": "white",
+    "axes.grid": True,
+    "lines.linewidth": 9,
+    "image.cmap": "jet",
+    "savefig.bbox": "tight",
+    "savefig.transparent": True,
+    "figure.dpi": 31,
+}
+
+
+def test_the_users_settings_change_no_figure_and_no_figure_changes_them(save, caplog):
+    assert draw(save, "real") == 0
+    usual = {name: (save / "real" / name).read_bytes() for name in ALL}
+    with plt.rc_context(THEIRS), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = dict(plt.rcParams)
+        assert draw(save, "real") == 0
+        assert dict(plt.rcParams) == before
+    assert not caplog.records
+    for name, content in usual.items():
+        assert (save / "real" / name).read_bytes() == content, name
+
+
+PLOT_FIGS = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+NOTHING_WRITABLE = """
+import os, pathlib, tempfile
+
+def refuse(*_, **__):
+    raise OSError(30, "Read-only file system")
+
+tempfile.mkdtemp = pathlib.Path.mkdir = refuse
+"""
+
+
+def overlay_in_a_process(save, code="", **environment):
+    """plot_figs.py as a program of its own, which prints one path."""
+    arguments = ["--overlay", "real", "--save-dir", str(save)]
+    return subprocess.run(
+        [sys.executable, "-c", code + PLOT_FIGS, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "text.usetex: True\nfont.family: NoSuchFont\nbackend: TkAgg\ninteractive: True\n",
+        "font.sans-serif: NoSuchFont\nbackend: pdf\nsavefig.format: svg\n",
+    ],
+)
+def test_a_matplotlibrc_is_not_asked(save, tmp_path, lines):
+    (tmp_path / "matplotlibrc").write_text(lines)
+    theirs = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": ""}
+    done = overlay_in_a_process(save, **theirs)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_toolkit_that_is_missing_costs_the_windows_alone(save):
+    done = overlay_in_a_process(save, MPLBACKEND="module://no_such_toolkit", DISPLAY=":9")
+    assert done.returncode == 0 and not done.stderr
+    assert "No window can be opened" in done.stdout and list(save.glob("*/test_accuracy*"))
+
+
+@pytest.mark.parametrize(
+    "code, environment, said",
+    [
+        (NOTHING_WRITABLE, {"MPLCONFIGDIR": "/proc/nowhere"}, "MPLCONFIGDIR"),
+        ("", {"MPLBACKEND": "nonsense"}, "'nonsense'"),
+    ],
+)
+def test_a_matplotlib_that_does_not_load_gets_one_line(save, code, environment, said):
+    done = overlay_in_a_process(save, code, **environment)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("plot_figs.py: ")]
+    assert done.returncode == 2 and len(lines) == 1 and said in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_name_in_letters_that_the_font_lacks(run, tmp_path):
+    with style.our_style(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = plot_figs.draw_overlay([run._replace(data="数字 🦖 Größe")])
+        (tmp_path / "curves.png").write_bytes(style.to_png(figure))
+    assert "�� � Größe" in texts(figure)
+    plt.close(figure)
+
+
+def test_a_folder_that_cannot_be_written(save, capsys):
+    (save / "real" / "curves.png.part").mkdir()  # a file cannot take its place, not even root's
+    assert draw(save, "real") == 2
+    error = error_of(capsys)
+    assert "curves.png cannot be written (Is a directory)" in error and "--save-dir" in error
+
+
+def test_no_two_lists_of_runs_share_a_file(run):
+    def path(*tags):
+        return plot_figs.joint_path(
+            "curves", [run._replace(folder=run.folder.parent / tag) for tag in tags]
+        )
+
+    assert path("a", "x_y").name == "curves_a+x_y.png"
+    lists = [("a", "x_y"), ("a", "x", "y"), ("a_x", "y"), ("a+x", "y"), ("a", "x+y"), ("a", "+x")]
+    lists += [("a", "b" * 100, "c" * 90, tag) for tag in "de"] + [("数" * 50, "字" * 50, "d")]
+    lists += [("数" * 50, "字" * 50, "e")]
+    paths = {path(*tags).name for tags in lists}
+    assert len(paths) == len(lists)
+    assert all(len(os.fsencode(f"{name}.part")) < 255 for name in paths)
+
+
 # ── In a notebook ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -749,7 +871,7 @@ def test_outside_of_a_notebook_agg_is_asked_for(save, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython", Notebook)  # imported, but nothing runs in it
     add_run(save, "bare", without=("*.npz",))
     assert draw(save, "bare") == 0
-    assert asked == (["Agg"] if sys.platform.startswith("linux") else [])
+    assert set(asked) == ({"Agg"} if sys.platform.startswith("linux") else set())
 
 
 def test_main_without_arguments_reads_none_of_another_program(tmp_path, monkeypatch, capsys):
@@ -757,6 +879,79 @@ def test_main_without_arguments_reads_none_of_another_program(tmp_path, monkeypa
     monkeypatch.setattr(m.Settings, "save_dir", str(tmp_path))
     assert plot_figs.main() == 2
     assert f"no run {m.Settings.tag!r}" in error_of(capsys)
+
+
+KERNEL = """
+import matplotlib, os
+os.chdir({root!r})
+import {program}
+assert {program}.main({arguments!r}) == 0
+#%%
+import matplotlib.pyplot as plt
+plt.plot([1, 2])
+"""
+
+
+@pytest.mark.parametrize("program", ["plot_figs", "predict"])
+def test_in_a_fresh_kernel_the_users_next_figure_is_shown(save, program, tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient")
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    arguments = ["--overlay", "real", "--save-dir", str(save)]
+    if program == "predict":
+        picture = m.ROOT / "save" / "record" / "filters.png"
+        arguments = [str(picture), "--figure", str(tmp_path / "out.png")]
+    code = KERNEL.format(root=str(m.ROOT), program=program, arguments=arguments)
+    cells = [nbformat.v4.new_code_cell(part) for part in code.split("#%%\n")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    client.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    for cell in notebook.cells:
+        shown = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        assert len(shown) == 1, cell.source
+
+
+# ── While the run is saving ───────────────────────────────────────────────────────────────────────
+
+
+def test_between_the_renames_of_a_save_the_previous_checkpoint_is_read(save, capsys):
+    last, previous = (save / "real" / name for name in runs.CHECKPOINTS)
+    last.rename(previous)
+    assert draw(save, "real") == 0
+    assert "filters.png" in capsys.readouterr().out and (save / "real" / "layers.png").exists()
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2, 3])
+def test_a_checkpoint_whose_name_changes_while_it_is_looked_for(missing):
+    looked = []
+
+    def read(path):
+        looked.append(path.name)
+        if len(looked) <= missing:
+            raise FileNotFoundError(path)
+        return path.name
+
+    assert runs.read_newest(Path(), read) == runs.CHECKPOINTS[missing % 2]
+
+
+def test_a_reader_never_sees_a_save_half_done(save):
+    folder, stop = save / "real", threading.Event()
+    last, previous = (folder / name for name in runs.CHECKPOINTS)
+    content = last.read_bytes()
+    storage.write_file(last, content, previous)
+
+    def save_again_and_again():
+        while not stop.is_set():
+            storage.write_file(last, content, previous)
+
+    writer = threading.Thread(target=save_again_and_again)
+    writer.start()
+    try:
+        for _ in range(100):
+            assert runs.has_checkpoint(folder)
+            assert "conv1.weight" in runs.read_newest(folder, plot_figs.read_params)
+    finally:
+        stop.set()
+        writer.join()
 
 
 # ── A crash while writing ─────────────────────────────────────────────────────────────────────────

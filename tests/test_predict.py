@@ -239,9 +239,7 @@ def test_digits_are_found_on_pages_as_people_take_them(kind, least, sample, read
     for n in range(10):
         picture, text = pictures.page_of(KIND[kind], 3, n, hand)
         picture.save(tmp_path / "page.png")
-        digits = find.find_digits(
-            predict.read_picture(tmp_path / "page.png")[0], reader.are_digits
-        )
+        digits = find.find_digits(predict.read_picture(tmp_path / "page.png")[0], reader.are_digits)
         right += len(digits) == len(text)
     assert right >= least, right
 
