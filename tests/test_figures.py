@@ -27,6 +27,11 @@ ALL = ["curves.png", "confusion.png", "failures.png", "filters.png", "layers.png
 FROM_CHECKPOINT = {"filters.png", "layers.png"}
 
 
+def long(*values):
+    """Parameters of a test that the quick command leaves out."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a real run of one epoch on a few images of the sample. Tests copy it."""
@@ -231,7 +236,7 @@ def test_curves_show_training_and_test_images_on_equal_axes(save):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, 12])
+@pytest.mark.parametrize("count", [1, 3, long(5), long(12)])
 def test_curves_of_many_runs_stay_readable(save, tmp_path, count):
     runs = []
     for i in range(count):
@@ -290,7 +295,7 @@ def test_a_long_tag_is_wrapped(save):
 # ── Images ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 60, 1500])
+@pytest.mark.parametrize("count", [0, 1, long(5), 60, long(1500)])
 def test_failures_stay_readable(run, sample, tmp_path, count, monkeypatch):
     monkeypatch.setattr(plot_figs, "FAILURES_SHOWN", 200)
     answers = answers_with(sample, count)
@@ -341,7 +346,7 @@ def test_confusion_counts(run):
     plt.close(figure)
 
 
-@pytest.mark.parametrize("filters", [1, 4, 7, 64])
+@pytest.mark.parametrize("filters", [1, long(4), 7, long(64)])
 def test_filters_for_any_number_of_channels(run, sample, tmp_path, filters):
     params = m.init_params(m.Settings(channels=(filters, 1, 1, 1)))
     figure = plot_figs.draw_filters(run, params, sample.test_images[0], sample.test_labels[0])
@@ -466,8 +471,15 @@ def test_the_digit_drawn_is_the_least_sure_one(sample):
     assert all(probs[i, labels[i]] <= probs[n, labels[n]] for n in range(30))
 
 
-@pytest.mark.parametrize("pool", ["max", "avg"])
-@pytest.mark.parametrize("channels", [(4, 16, 32, 64), (1, 2, 3, 1)])
+@pytest.mark.parametrize(
+    "pool, channels",
+    [
+        ("max", (4, 16, 32, 64)),
+        ("avg", (1, 2, 3, 1)),
+        long("max", (1, 2, 3, 1)),
+        long("avg", (4, 16, 32, 64)),
+    ],
+)
 def test_layers_show_every_layer_and_its_gradient(run, sample, tmp_path, pool, channels):
     settings = m.Settings(channels=channels, pool=pool)
     params = m.init_params(settings)
@@ -521,7 +533,7 @@ def test_the_network_of_a_checkpoint_is_found():
 
 
 def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys):
-    add_run(save, "other")
+    add_run(save, "other", without=("predictions.npz",))
     folder = add_run(save, "first_step", without=("predictions.npz",))
     network = plot_figs.evolution()[1]
     params = network.init_params(m.Settings())
@@ -550,12 +562,15 @@ def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys):
 # ── Runs in progress ──────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("without, figures, lines", [
-    (("*.npz",), {"curves.png"}, 2),
-    (("checkpoint*",), set(ALL) - FROM_CHECKPOINT, 1),
-    (("predictions.npz",), {"curves.png", *FROM_CHECKPOINT}, 1),
-    (("*.npz", "metrics.csv"), set(), 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "without, figures, lines",
+    [
+        (("*.npz",), {"curves.png"}, 2),
+        (("checkpoint*",), set(ALL) - FROM_CHECKPOINT, 1),
+        (("predictions.npz",), {"curves.png", *FROM_CHECKPOINT}, 1),
+        (("*.npz", "metrics.csv"), set(), 3),
+    ],
+)
 def test_a_run_in_progress(save, capsys, without, figures, lines):
     folder = add_run(save, "young", epochs=0, without=without)
     assert draw(save, "young") == 0
@@ -580,13 +595,15 @@ def test_watching_a_run_draws_after_each_epoch_and_ends_with_it(save, monkeypatc
     config["settings"]["epochs_max"] = 2
     (folder / "config.json").write_text(json.dumps(config))
     rows = [[i, 1e-4, 2.3 / (i + 1), 0.3 * i, 2.3 / (i + 1), 0.3 * i, 1.0, 100.0] for i in range(3)]
-    happens = iter([
-        lambda: None,
-        lambda: run_folder.write_metrics(folder / "metrics.csv", rows[:2]),
-        lambda: run_folder.write_metrics(folder / "metrics.csv", rows),
-        lambda: shutil.copy(save / "real" / "checkpoint_last.npz", folder),
-        lambda: None,
-    ])  # fmt: skip
+    happens = iter(
+        [
+            lambda: None,
+            lambda: run_folder.write_metrics(folder / "metrics.csv", rows[:2]),
+            lambda: run_folder.write_metrics(folder / "metrics.csv", rows),
+            lambda: shutil.copy(save / "real" / "checkpoint_last.npz", folder),
+            lambda: None,
+        ]
+    )
     epochs, draw_curves = [], plot_figs.draw_curves
 
     def spy(runs):
@@ -638,32 +655,46 @@ def test_an_unknown_flag(capsys):
     assert "--save-dir" in error_of(capsys)
 
 
-@pytest.mark.parametrize("name, contents", [
-    ("config.json", b""), ("config.json", b"[]"), ("config.json", b'{"settings": {}}'),
-    ("config.json", b"\xff\xfe\x00"),
-    ("config.json", b'{"settings": {"channels": 4}, "data": {"name": "MNIST", "sha256": {}}}'),
-    ("config.json", b'{"settings": {"channels": [4, 4, 4, 4]}, "data": {"name": null}}'),
-    ("metrics.csv", b""), ("metrics.csv", b"\xff\xfe\x00"), ("metrics.csv", b"epoch,loss\n0,1\n"),
-    ("metrics.csv", ",".join(run_folder.METRICS).encode()),
-    ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,nan,0.5,1,0.5,1,1\n"),
-    ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,1,0.5,nan,0.5,1,1\n"),
-    ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,1,0.5,1,1.5,1,1\n"),
-    ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n7,0,1,0.5,1,0.5,1,1\n"),
-    ("predictions.npz", b""), ("checkpoint_last.npz", b"PK\x03\x04 and then nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, contents",
+    [
+        ("config.json", b""),
+        ("config.json", b"[]"),
+        ("config.json", b'{"settings": {}}'),
+        ("config.json", b"\xff\xfe\x00"),
+        ("config.json", b'{"settings": {"channels": 4}, "data": {"name": "MNIST", "sha256": {}}}'),
+        ("config.json", b'{"settings": {"channels": [4, 4, 4, 4]}, "data": {"name": null}}'),
+        ("metrics.csv", b""),
+        ("metrics.csv", b"\xff\xfe\x00"),
+        ("metrics.csv", b"epoch,loss\n0,1\n"),
+        ("metrics.csv", ",".join(run_folder.METRICS).encode()),
+        ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,nan,0.5,1,0.5,1,1\n"),
+        ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,1,0.5,nan,0.5,1,1\n"),
+        ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n0,0,1,0.5,1,1.5,1,1\n"),
+        ("metrics.csv", ",".join(run_folder.METRICS).encode() + b"\n7,0,1,0.5,1,0.5,1,1\n"),
+        ("predictions.npz", b""),
+        ("checkpoint_last.npz", b"PK\x03\x04 and then nothing"),
+    ],
+)
 def test_damaged_files(save, capsys, name, contents):
     (save / "real" / name).write_bytes(contents)
     assert draw(save, "real") == 2
     assert name in error_of(capsys)
 
 
-@pytest.mark.parametrize("change", [
-    {"predictions": np.full(1000, 10)}, {"predictions": np.zeros(5, int)},
-    {"probabilities": np.zeros((1000, 9))},
-    {"probabilities": np.full((1000, 10), np.nan)},
-    {"labels": np.zeros(1000, np.uint8)}, {"labels": np.zeros(7, np.uint8)},
-    {"predictions": np.full(1000, "three")}, {"predictions": np.full(1000, None)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"predictions": np.full(1000, 10)},
+        {"predictions": np.zeros(5, int)},
+        {"probabilities": np.zeros((1000, 9))},
+        {"probabilities": np.full((1000, 10), np.nan)},
+        {"labels": np.zeros(1000, np.uint8)},
+        {"labels": np.zeros(7, np.uint8)},
+        {"predictions": np.full(1000, "three")},
+        {"predictions": np.full(1000, None)},
+    ],
+)
 def test_predictions_of_another_kind(save, sample, change):
     path = save / "real" / "predictions.npz"
     with np.load(path) as arrays:
@@ -711,9 +742,9 @@ def test_another_data_set(save, capsys):
 def test_the_data_is_looked_for_where_the_run_had_it(save, monkeypatch, sample):
     asked = []
     monkeypatch.setattr(plot_figs, "load_mnist", lambda folder: asked.append(folder) or sample)
-    arguments = ["real", "--save-dir", str(save)]
+    path = add_run(save, "bare", without=("checkpoint*",)) / "config.json"
+    arguments = ["bare", "--save-dir", str(save)]
     assert plot_figs.main(arguments) == 0
-    path = save / "real" / "config.json"
     config = json.loads(path.read_text())
     config["settings"]["data_dir"] = "/a/folder/of/another/machine"
     path.write_text(json.dumps(config))
@@ -892,7 +923,7 @@ plt.plot([1, 2])
 """
 
 
-@pytest.mark.parametrize("program", ["plot_figs", "predict"])
+@pytest.mark.parametrize("program", ["plot_figs", long("predict")])
 def test_in_a_fresh_kernel_the_users_next_figure_is_shown(save, program, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")
