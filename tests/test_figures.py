@@ -197,6 +197,7 @@ def test_overlay_has_all_accuracies_in_one_panel(save, capsys):
 
 def test_another_network_has_filters_of_another_size_or_none(save, capsys):
     folder, step = save / "real", np.int64(0)
+    (folder / "predictions.npz").unlink()
     weight, bias = np.ones((5, 5, 1, 8), np.float32), np.zeros(8, np.float32)
     other = {"conv1.weight": weight, "conv1.bias": bias, "step": step}
     storage.save_arrays(folder / "checkpoint_last.npz", **other)
@@ -532,13 +533,14 @@ def test_the_network_of_a_checkpoint_is_found():
         assert plot_figs.find_network(network.init_params(settings), settings) is m.RESNET9
 
 
-def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys):
+def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys, monkeypatch):
     add_run(save, "other", without=("predictions.npz",))
     folder = add_run(save, "first_step", without=("predictions.npz",))
     network = plot_figs.evolution()[1]
     params = network.init_params(m.Settings())
     storage.save_arrays(folder / "checkpoint_last.npz", **params, step=np.int64(0))
     add_run(save, "none", without=("*.npz",))
+    monkeypatch.setattr(plot_figs, "draw_run", lambda *_: ())  # only what they have together
     assert draw(save, "real", "other", "first_step", "none") == 0
     path = save / "real" / "gradients_real+other+first_step.png"
     assert capsys.readouterr().out.splitlines()[-1] == str(path)
@@ -620,7 +622,8 @@ def test_watching_a_run_draws_after_each_epoch_and_ends_with_it(save, monkeypatc
 def test_watching_ends_at_once_where_all_is_finished_and_with_ctrl_c(save, monkeypatch):
     naps = []
     monkeypatch.setattr(plot_figs.time, "sleep", naps.append)
-    assert draw(save, "real", "--watch") == 0 and len(naps) == 1
+    add_run(save, "finished", without=("*.npz",))
+    assert draw(save, "finished", "--watch") == 0 and len(naps) == 1
 
     def ctrl_c(_):
         raise KeyboardInterrupt
@@ -890,7 +893,8 @@ def test_in_a_notebook_the_figures_of_the_user_stay(save, monkeypatch):
     monkeypatch.setattr(matplotlib, "use", asked.append)
     mine = plt.figure()
     before = plt.get_fignums()
-    assert draw(save, "real") == 0
+    add_run(save, "bare", without=("*.npz",))
+    assert draw(save, "bare") == 0
     assert not asked and plt.get_fignums() == before
     plt.close(mine)
 
@@ -947,6 +951,7 @@ def test_in_a_fresh_kernel_the_users_next_figure_is_shown(save, program, tmp_pat
 def test_between_the_renames_of_a_save_the_previous_checkpoint_is_read(save, capsys):
     last, previous = (save / "real" / name for name in runs.CHECKPOINTS)
     last.rename(previous)
+    (save / "real" / "predictions.npz").unlink()
     assert draw(save, "real") == 0
     assert "filters.png" in capsys.readouterr().out and (save / "real" / "layers.png").exists()
 
