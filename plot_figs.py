@@ -16,14 +16,15 @@ The figures go to save/<tag>/, and to the screen where there is one:
 
 Of several runs the first one's folder also gets
 
-    curves_TAG_TAG….png     their curves, all with the same axes
-    gradients_TAG_TAG….png  how large the gradient of each layer's weights is
+    curves_TAG+TAG….png     their curves, all with the same axes
+    gradients_TAG+TAG….png  how large the gradient of each layer's weights is
 
 With --watch nothing is put on the screen. In a notebook, `plot_figs.main(["TAG"])` does the same.
 """
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import math
 import os
@@ -33,21 +34,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-# `!python plot_figs.py` in a notebook inherits its backend, which serves the notebook alone.
-if "IPython" not in sys.modules and "inline" in os.environ.get("MPLBACKEND", ""):
-    del os.environ["MPLBACKEND"]
-
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import (
-    FixedLocator,
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    MultipleLocator,
-    NullLocator,
-)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
 
@@ -75,20 +62,52 @@ from mnist_resnet9 import (
     layers as resnet9,
 )
 from support import ROOT, UserError, terminal
-from support.runs import Run, add_save_dir, find_runs, read_run, user_folder
+from support.runs import (
+    SavedRun,
+    add_save_dir,
+    find_runs,
+    has_checkpoint,
+    read_newest,
+    read_run,
+    user_folder,
+)
 from support.settings import Parser, project_path
-from support.storage import write_file
+from support.storage import is_lfs_pointer, write_file
 from support.style import (
     BLUE,
     GREY,
     INK,
     LINES,
     ORANGE,
-    STYLE,
-    has_screen,
-    in_notebook,
+    load_backend,
+    load_pyplot,
+    our_style,
+    show,
+    shows_figures,
     to_png,
 )
+
+
+def say_error(error):
+    """The error in a line. Returns the exit status."""
+    print(f"plot_figs.py: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+try:
+    plt = load_pyplot()
+    from matplotlib.ticker import (
+        FixedLocator,
+        FuncFormatter,
+        LogLocator,
+        MaxNLocator,
+        MultipleLocator,
+        NullLocator,
+    )
+except UserError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(say_error(error))
 
 WATCH_SECONDS = 2.0  # between two looks at a run in progress
 FAILURES_SHOWN = 200  # nobody looks at more, and a bad run has thousands
@@ -99,10 +118,18 @@ LEAST_LOSS = 1e-8  # a loss of 0 has no place on a logarithmic axis
 
 
 def read_arrays(path, read):
-    """What read makes of the arrays in an npz file. UserError if the file is damaged."""
+    """What read makes of the arrays in an npz file. UserError if the file is damaged.
+
+    FileNotFoundError if there is none."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return read(arrays)
+        with open(path, "rb") as file:
+            if is_lfs_pointer(file.read(100)):
+                raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return read(arrays)
+    except (FileNotFoundError, UserError):
+        raise
     # NumPy, zipfile and zlib have a dozen kinds for a damaged file.
     except Exception as error:
         raise UserError(f"{path} is damaged ({error})") from None
@@ -679,7 +706,7 @@ def gradient_lengths(d):
 class Gradients(NamedTuple):
     """The gradient_lengths of a run, and what they are without the shortcuts if it has any."""
 
-    run: Run
+    run: SavedRun
     lengths: dict
     plain: dict
 
@@ -730,25 +757,23 @@ def draw_gradients(measured):
 
 def draw_run(run, load_data):
     """(file name, figure) of all that the run has the files for. A line says what is missing."""
-    figures = {
-        "metrics.csv": "curves.png",
-        "predictions.npz": "confusion.png and failures.png",
-        "checkpoint_last.npz": "filters.png and layers.png",
-    }
-    path = {name: run.folder / name for name in figures}
-    for name in figures:
-        if not path[name].exists():
-            print(f"{run.folder.name} has no {name} yet, so no {figures[name]}")
-    if run.metrics["epoch"].size:
+    tag, predictions = run.folder.name, run.folder / "predictions.npz"
+    if not has_begun(run):
+        print(f"{tag} has no metrics.csv yet, so no curves.png")
+    if not predictions.exists():
+        print(f"{tag} has no predictions.npz yet, so no confusion.png and failures.png")
+    if not has_checkpoint(run.folder):
+        print(f"{tag} has no checkpoint_last.npz yet, so no filters.png and layers.png")
+    if has_begun(run):
         yield "curves.png", draw_curves([run])
-    if path["predictions.npz"].exists():
+    if predictions.exists():
         data = load_data(run)
         images, labels = data.test_images, data.test_labels
-        predictions, probabilities = read_predictions(path["predictions.npz"], labels)
-        yield "confusion.png", draw_confusion(run, labels, predictions)
-        yield "failures.png", draw_failures(run, images, labels, predictions, probabilities)
-    if path["checkpoint_last.npz"].exists():
-        params = read_params(path["checkpoint_last.npz"])
+        predicted, probabilities = read_predictions(predictions, labels)
+        yield "confusion.png", draw_confusion(run, labels, predicted)
+        yield "failures.png", draw_failures(run, images, labels, predicted, probabilities)
+    if has_checkpoint(run.folder):
+        params = read_newest(run.folder, read_params)
         data = load_data(run)
         if "conv1.weight" in params:
             yield "filters.png", draw_filters(run, params, data.test_images[0], data.test_labels[0])
@@ -770,8 +795,7 @@ def compare_gradients(runs, load_data):
     """The Gradients of those runs that have a checkpoint of a known network."""
     measured = []
     for run in runs:
-        path = run.folder / "checkpoint_last.npz"
-        params = read_params(path) if path.exists() else {}
+        params = read_newest(run.folder, read_params) if has_checkpoint(run.folder) else {}
         network = find_network(params, run.settings)
         if network:
             first = first_images(run, load_data(run), BATCH)
@@ -802,9 +826,16 @@ def is_finished(run):
 
 
 def joint_path(kind, runs):
-    """Where the figure of several runs goes: to the folder of the first."""
-    name = "_".join([kind, *(run.folder.name for run in runs)])
-    return runs[0].folder / f"{name[:200]}.png"  # file systems allow 255 bytes
+    """Where the figure of several runs goes: to the folder of the first.
+
+    No other runs have one of that name: a tag may hold a _, but no +."""
+    tags = [run.folder.name for run in runs]
+    name = f"{kind}_{'+'.join(tags)}"
+    # File systems allow 255 bytes. And somebody may have given a folder another name.
+    if len(os.fsencode(name)) > 200 or any("+" in tag for tag in tags):
+        digest = hashlib.sha256("/".join(tags).encode(errors="surrogateescape")).hexdigest()
+        name = f"{name[:40]}…{digest[:16]}"
+    return runs[0].folder / f"{name}.png"
 
 
 def draw_together(runs, overlay, load_data):
@@ -829,45 +860,55 @@ def draw_together(runs, overlay, load_data):
 def last_changes(folders):
     """When what is drawn was last written. The checkpoint is an epoch's last file."""
     names = ("config.json", "metrics.csv", "checkpoint_last.npz")
-    paths = [folder / name for folder in folders for name in names]
-    return [path.stat().st_mtime_ns if path.exists() else 0 for path in paths]
+    times = []
+    for path in (folder / name for folder in folders for name in names):
+        try:
+            times.append(path.stat().st_mtime_ns)
+        except FileNotFoundError:  # not yet, or it is just being replaced
+            times.append(0)
+    return times
 
 
 def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
     """Draws the runs with these tags; data_dir None stands for the folders that they ran with."""
     folders = find_runs(save_dir, tags)
-    if not has_screen() and not in_notebook():
-        matplotlib.use("Agg")
-    on_screen = plt.get_backend().lower() != "agg" and not watch
+    load_backend()
+    on_screen = shows_figures() and not watch
     load_data = functools.partial(data_of, data_dir=data_dir, load=functools.cache(load_mnist))
     drawn, finished = None, False
-    with plt.rc_context(STYLE):
-        while True:
-            now = last_changes(folders)
-            # A finished run may still be writing its last files.
-            if finished and now == drawn:
-                break
-            if now != drawn:
-                drawn = now
-                runs = [read_run(folder, Settings) for folder in folders]
-                finished = all(map(is_finished, runs))
-                if overlay and not watch and not any(map(has_begun, runs)):
-                    raise UserError(
-                        f"no epoch of {', '.join(tags)} is finished yet: there is nothing to draw"
-                    )
+    while True:
+        now = last_changes(folders)
+        # A finished run may still be writing its last files.
+        if finished and now == drawn:
+            break
+        if now != drawn:
+            drawn = now
+            runs = [read_run(folder, Settings) for folder in folders]
+            finished = all(map(is_finished, runs))
+            if overlay and not watch and not any(map(has_begun, runs)):
+                raise UserError(
+                    f"no epoch of {', '.join(tags)} is finished yet: there is nothing to draw"
+                )
+            with our_style():
                 for path, figure in draw_together(runs, overlay, load_data):
                     write(path, figure)
                     if not on_screen:
                         plt.close(figure)
-            if not watch:
-                break
-            time.sleep(WATCH_SECONDS)
-        if on_screen:
-            plt.show()
+        if not watch:
+            break
+        time.sleep(WATCH_SECONDS)
+    if on_screen:
+        show()
 
 
 def write(path, figure):
-    write_file(path, to_png(figure))
+    try:
+        write_file(path, to_png(figure))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); where that stays so, copy the "
+            "run's folder elsewhere and name the folder that it is then in with --save-dir"
+        ) from None
     with contextlib.suppress(BrokenPipeError):  # nobody may be reading: `| head`
         print(path, flush=True)
 
@@ -894,8 +935,7 @@ def main(arguments=()):
         plot(**vars(parser.parse_args(arguments)))
         return 0
     except (UserError, OSError) as error:
-        print(f"plot_figs.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return say_error(error)
     except KeyboardInterrupt:  # the way to end --watch
         return 130
     finally:

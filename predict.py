@@ -15,6 +15,7 @@ a sheet that lies on a table, in a shadow, on ruled or squared paper, too.
 
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +26,39 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
 
 import mnist_resnet9 as m
-from support.runs import add_save_dir, find_runs, read_run
-from support.storage import write_file
-from support.style import BLUE, GREY, INK, ORANGE, STYLE, has_screen, to_png
+from support import terminal
+from support.runs import (
+    CHECKPOINTS,
+    add_save_dir,
+    find_runs,
+    has_checkpoint,
+    read_newest,
+    read_run,
+)
+from support.settings import project_path
+from support.storage import is_lfs_pointer, write_file
+from support.style import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    has_screen,
+    in_notebook,
+    load_pyplot,
+    our_style,
+    to_png,
+)
 
 REFERENCE = "record"  # the run in git, whose weights are the default
+# A run that reads well after minutes.
+FEW_EPOCHS = "--epochs-max 2 --learning-rate 1e-3 --dropout 0.5 --augment 1 --tag mine".split()
 # A larger picture is refused before it is unpacked; the largest cameras have as many.
 MAX_PIXELS = 2 * 10**8
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is below that
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+ONE_PICTURE = ("MPO", "PSD")  # their further pages are previews and layers
+GDAL_NODATA = 42113  # the field of a TIFF file with the value of pixels without data
+BEYOND_LIGHT = 1e9  # no sensor counts so far: 3.4e38 and the like stand for "no data"
 WORKING_SIZE = 1000  # pixels of the longer side in which digits are looked for
 
 
@@ -41,20 +66,22 @@ WORKING_SIZE = 1000  # pixels of the longer side in which digits are looked for
 
 
 def read_picture(path):
-    """The picture at path as (H, W, 3) float32, values 0…255, and its scale: its pixels for one of
-    the file's.
+    """The picture at path as (H, W, 3) float32, values 0…255; its scale, its pixels for one of the
+    file's; and a line on what else is in the file, or None.
 
     UserError names a file that is no picture, is damaged, or is too large.
     """
     try:
         with open_picture(path) as file:
             size = file.size
+            nodata = getattr(file, "tag_v2", {}).get(GDAL_NODATA)
             if size[0] * size[1] > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{size[0]:,} × {size[1]:,} pixels")
             # JPEG can be unpacked at up to an eighth of its size.
             file.draft(None, (2 * WORKING_SIZE, 2 * WORKING_SIZE))
             picture = ImageOps.exif_transpose(file)  # cameras note which side is up
             picture.load()
+            note = on_further_pages(path, file)
     except Image.DecompressionBombError as error:
         limit = f"{MAX_PIXELS // 10**6} million pixels"
         raise m.UserError(f"{path} is too large ({error}); make it {limit} at most") from None
@@ -68,8 +95,19 @@ def read_picture(path):
         raise m.UserError(
             f"{path} cannot be read as a picture ({reason}); PNG or JPEG would do"
         ) from None
-    small = in_rgb(picture)
-    return np.asarray(small, np.float32), max(small.size) / max(size)
+    small = in_rgb(picture, nodata)
+    return np.asarray(small, np.float32), max(small.size) / max(size), note
+
+
+def on_further_pages(path, file):
+    """A line on a file of several pages; None if it has one."""
+    if file.format in ONE_PICTURE:
+        return None
+    try:
+        pages = getattr(file, "n_frames", 1)
+    except Exception:  # a later page is damaged, which does not matter here
+        return None
+    return f"*** {path} has {pages} pages; only the first is read." if pages > 1 else None
 
 
 def open_picture(path):
@@ -79,8 +117,12 @@ def open_picture(path):
         return Image.open(path)
     except UnidentifiedImageError:
         with open(path, "rb") as file:
-            head = file.read(12)
-        if head[4:8] != b"ftyp" or head[8:] not in HEIC_BRANDS:
+            head = file.read(100)
+        if is_lfs_pointer(head):
+            raise m.UserError(
+                f"{path} is a git-lfs pointer, not the picture: run `git lfs pull`"
+            ) from None
+        if head[4:8] != b"ftyp" or head[8:12] not in HEIC_BRANDS:
             raise
     try:
         import pillow_heif
@@ -92,13 +134,11 @@ def open_picture(path):
     return pillow_heif.open_heif(path).to_pillow()
 
 
-def in_rgb(picture):
+def in_rgb(picture, nodata=None):
     """The picture in RGB and of working size. What is transparent becomes white, or black if the
     ink is bright."""
     if picture.mode[0] in "IF":  # 16 bits or more, where Pillow would cut off all above 255
-        values = np.asarray(picture, np.float32)
-        values = 255 * (values - values.min()) / (np.ptp(values) or 1)
-        picture = Image.fromarray(values.astype(np.uint8))
+        picture = Image.fromarray(in_eight_bits(np.asarray(picture, np.float32), nodata))
     if picture.mode in ("1", "P"):
         picture = picture.convert("L" if picture.mode == "1" else "RGBA")
     # A large picture is then done at once.
@@ -109,6 +149,44 @@ def in_rgb(picture):
     bright = alpha.min() < 255 and (grey * alpha).sum() > 127 * alpha.sum()
     background = Image.new("RGBA", rgba.size, "black" if bright else "white")
     return Image.alpha_composite(background, rgba).convert("RGB")
+
+
+def in_eight_bits(values, nodata=None):
+    """Any range of values (H, W) scaled to 0…255, uint8.
+
+    Single pixels that a sensor has wrong do not count for the range, and what was not measured
+    becomes like most of the picture."""
+    from scipy import ndimage
+
+    measured = is_measured(values, nodata)
+    if not measured.any():
+        return np.zeros(values.shape, np.uint8)
+    values = np.where(measured, values, np.median(values[measured]))
+    step = max(1, max(values.shape) // (2 * WORKING_SIZE))
+    some = values[::step, ::step]
+    # Of 3×3 pixels three are of a stroke, however thin it is, and one or two are none.
+    low = np.percentile(ndimage.rank_filter(some, 2, 3), 0.01)
+    high = np.percentile(ndimage.rank_filter(some, -3, 3), 99.99)
+    if low == high:
+        low, high = values.min(), values.max()
+    return np.clip(255 * (values - low) / ((high - low) or 1), 0, 255).astype(np.uint8)
+
+
+def is_measured(values, nodata=None):
+    """Which values (H, W) are those of a picture. Others are infinite or not numbers, or one value
+    that stands for pixels without data: nodata, which the file names, or a negative one."""
+    try:
+        named = float(str(nodata).strip("\0 "))
+    except ValueError:
+        named = np.nan
+    measured = (abs(values) < BEYOND_LIGHT) & (values != np.float32(named))
+    if measured.any():
+        least = values[measured].min()
+        others = values[measured & (values > least)]
+        # No brightness is negative, and so far below all others only a sign for something else.
+        if least < 0 and others.size and others.min() - least > np.ptp(others) > 0:
+            measured &= values > least
+    return measured
 
 
 # ── Predicting ────────────────────────────────────────────────────────────────────────────────────
@@ -134,19 +212,21 @@ def find_weights(save_dir, tag=None):
     """
     if tag:
         folder = find_runs(save_dir, [tag])[0]
-        if not (folder / "checkpoint_last.npz").exists():
+        if not has_checkpoint(folder):
             raise m.UserError(f"{folder} has no checkpoint_last.npz yet")
         return folder
-    paths = sorted(save_dir.glob("*/checkpoint_last.npz"), key=lambda path: path.stat().st_mtime)
-    ours = [path.parent for path in paths if is_resnet9(path)]
+    # The files of one run with weights may have other names in the next moment.
+    folders = {path.parent for name in CHECKPOINTS for path in save_dir.glob(f"*/{name}")}
+    ours = [folder for folder in sorted(folders) if read_newest(folder, is_resnet9)]
     if not ours:
-        command = (
-            "python mnist_resnet9.py --epochs-max 2 --learning-rate 1e-3 --dropout 0.5 "
-            "--augment 1 --tag mine"
-        )
+        command = ["python", terminal.shown(m.ROOT / "mnist_resnet9.py"), *FEW_EPOCHS]
+        if save_dir != project_path(m.Settings.save_dir):
+            command += ["--save-dir", terminal.shown(save_dir)]
         raise m.UserError(
-            f"{save_dir} has no run with weights yet; this trains one in minutes: {command}"
+            f"{save_dir} has no run with weights yet; this trains one in minutes: "
+            f"{shlex.join(command)}"
         )
+    ours.sort(key=lambda folder: read_newest(folder, os.path.getmtime))
     return next((folder for folder in ours if folder.name == REFERENCE), ours[-1])
 
 
@@ -156,6 +236,8 @@ def is_resnet9(path):
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return "conv8.weight" in arrays.files
+    except FileNotFoundError:
+        raise
     except Exception:  # load_checkpoint will say what is wrong
         return True
 
@@ -184,7 +266,7 @@ class Reader:
                 f"*** {folder.name} was trained on {run.data}, not on MNIST: "
                 "its answers 0 to 9 are the classes of that data, which need not be digits."
             )
-        self.params = m.load_weights(folder / "checkpoint_last.npz", self.settings)
+        self.params = read_newest(folder, lambda path: m.load_weights(path, self.settings))
         sample = m.load_mnist("data/sample")
         self.known = unit_rows(sample.train_images)  # (4000, 784)
         self.least = np.quantile(self.digitness(sample.test_images), self.FOREIGN)
@@ -258,8 +340,7 @@ def in_terminal(image, answer, width=24):
 def draw(pictures, columns=3):
     """A figure: each picture with its digits framed, and for each digit what the network saw and
     its probabilities."""
-    import matplotlib.pyplot as plt  # not above: it takes long to load, and few ask for a figure
-
+    plt = load_pyplot()
     lines = [math.ceil(len(digits) / columns) for _, _, digits, _ in pictures]
     heights = [height for n in lines for height in (2.0, *[1.4] * n)]  # inches
     fig = plt.figure(figsize=(4 * columns, 0.2 + sum(heights)), layout="constrained")
@@ -306,18 +387,20 @@ def predict_pictures(paths, save_dir, tag, figure):
     pictures = [(path, *read_picture(path)) for path in paths]
     reader = Reader(folder)
     found = []
-    for path, picture, scale in pictures:
+    for path, picture, scale, note in pictures:
         digits = find_digits(picture, reader.are_digits)
         if not digits:
             raise m.UserError(
                 f"{path} shows nothing that could be a digit: it is blank, or all specks"
             )
-        found.append((path, picture, scale, digits))
+        found.append((path, picture, scale, note, digits))
     print(f"Weights of {folder}")
     if reader.other_data:
         print(reader.other_data)
     shown = []
-    for path, picture, scale, digits in found:
+    for path, picture, scale, note, digits in found:
+        if note:
+            print(note)
         answers = reader.answers([digit.image for digit in digits])
         print(f"{path}: {' '.join(reading(answers))}")
         for n, (digit, answer) in enumerate(zip(digits, answers), start=1):
@@ -344,12 +427,12 @@ def check_figure(path, pictures):
 
 
 def write_figure(path, shown):
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context(STYLE):
+    with our_style():
         figure = draw(shown)
         # Matplotlib makes no picture of more than 2¹⁶ pixels a side.
         png = to_png(figure, dpi=min(150, 2**15 / figure.get_figheight()))
+    if not in_notebook():  # which shows it below the cell
+        load_pyplot().close(figure)
     try:
         write_file(Path(os.path.realpath(path)), png)  # where a link leads to
     except OSError as error:

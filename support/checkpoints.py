@@ -66,9 +66,12 @@ def pack_checkpoint(arrays, step, history, settings):
 def read_arrays(path):
     """{name: array} of a checkpoint, each of them whole.
 
-    Unreadable if the system does not hand the file over, another UserError if it is damaged."""
+    Unreadable if the system does not hand the file over, another UserError if it is damaged;
+    FileNotFoundError if there is none."""
     try:
         content = read_file(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise Unreadable(
             f"{path} cannot be read ({error.strerror or error}); nothing was changed"

@@ -3,11 +3,12 @@ probabilities."""
 
 import time
 
-import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.backends import BackendFilter, backend_registry
 from PIL import Image, ImageDraw
+
+from support.style import load_pyplot, our_style, shows_windows
+
+plt = load_pyplot()
 
 SIZE = 280  # pixels of the paper's side
 PEN = 20  # pixels
@@ -60,7 +61,8 @@ class Pad:
         """Until it is closed.
 
         Matplotlib holds its listeners weakly: the pad has to stay in use."""
-        plt.show()
+        with our_style():
+            plt.show(block=True)
 
     def clear(self):
         self.paper = Image.new("L", (SIZE, SIZE), 0)
@@ -123,10 +125,12 @@ class Pad:
 
 def open_pad(answer, colour, best_colour):
     """The window, not yet shown. NoWindow says why there can be none."""
-    backend = matplotlib.get_backend()
-    if backend.lower() not in backend_registry.list_builtin(BackendFilter.INTERACTIVE):
-        raise NoWindow(f"Matplotlib's backend here is {backend}, which opens none")
     try:
-        return Pad(answer, colour, best_colour)
-    except Exception as error:  # each toolkit has its own for a display that cannot be reached
+        plt.draw_if_interactive()  # loads the backend, or says why it cannot
+        if not shows_windows():
+            raise NoWindow(f"Matplotlib's backend here is {plt.get_backend()}, which opens none")
+        with our_style():
+            return Pad(answer, colour, best_colour)
+    # Each toolkit has its own for a display that cannot be reached.
+    except Exception as error:
         raise NoWindow(str(error) or type(error).__name__) from None

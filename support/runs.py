@@ -1,5 +1,7 @@
 """The runs in a save folder: which there are, and what config.json and metrics.csv say of one."""
 
+import contextlib
+import errno
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -13,8 +15,10 @@ from support.settings import project_path, user_path
 from support.storage import read_file
 from support.style import INK, ORANGE
 
+CHECKPOINTS = ("checkpoint_last.npz", "checkpoint_previous.npz")
 
-class Run(NamedTuple):
+
+class SavedRun(NamedTuple):
     """What the readers of save/<tag>/ need to know of it."""
 
     folder: Path
@@ -44,7 +48,7 @@ def find_runs(save_dir, tags):
 
 
 def read_run(folder, kind):
-    """The Run in a folder. kind is the class of its settings: the script's Settings."""
+    """The SavedRun in a folder. kind is the class of its settings: the script's Settings."""
     path = folder / "config.json"
     try:
         config = json.loads(read_file(path))
@@ -58,7 +62,23 @@ def read_run(folder, kind):
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error!r})") from None
-    return Run(folder, settings, data, hashes, read_history(folder / "metrics.csv"))
+    return SavedRun(folder, settings, data, hashes, read_history(folder / "metrics.csv"))
+
+
+def has_checkpoint(folder):
+    return any((folder / name).exists() for name in CHECKPOINTS)
+
+
+def read_newest(folder, read):
+    """What read(path) makes of the newest checkpoint of a run; FileNotFoundError if it has none.
+
+    Its name is checkpoint_last.npz, but for a moment in each save, and after a crash in that
+    moment: then the one before is the newest."""
+    # Twice, since a save may end between the two looks.
+    for name in CHECKPOINTS * 2:
+        with contextlib.suppress(FileNotFoundError):
+            return read(folder / name)
+    raise FileNotFoundError(errno.ENOENT, "has no checkpoint", str(folder))
 
 
 def read_history(path):
@@ -69,7 +89,7 @@ def read_history(path):
     losses = np.concatenate([metrics["train_loss"], metrics["test_loss"]])
     accuracies = np.concatenate([metrics["train_accuracy"], metrics["test_accuracy"]])
     good = np.isfinite(losses).all() and ((0 <= accuracies) & (accuracies <= 1)).all()
-    if path.exists() and not (rows and good and np.array_equal(metrics["epoch"], range(len(rows)))):
+    if not (rows and good and np.array_equal(metrics["epoch"], range(len(rows)))):
         raise UserError(f"{path} is damaged: its values are not those of a run")
     return metrics
 

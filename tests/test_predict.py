@@ -8,23 +8,28 @@ and preparing them.
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import mnist_resnet9 as m
 import predict
+from support import drawing, runs, storage
 from support import pictures as find
-from support import storage
 
 sys.path.insert(0, str(m.ROOT / "benchmarks" / "pictures"))
 import pages  # noqa: E402  (it lies in the folder that was just added)
 from predict_accuracy import FONTS, edits, paste  # noqa: E402
+
+long = pytest.mark.long
 
 FONT_NAMES = (
     "DejaVuSans",
@@ -97,26 +102,45 @@ def error_of(capsys):
 # ── Digits as people make them ────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("size", [16, 60, 300])
-@pytest.mark.parametrize("font", FONT_NAMES)
+QUICK = [("DejaVuSans", 16), ("cmr10", 60), ("DejaVuSerif", 300)]
+
+
+@pytest.mark.parametrize(
+    "font, size",
+    [
+        pytest.param(font, size, marks=() if (font, size) in QUICK else long)
+        for font in FONT_NAMES
+        for size in (16, 60, 300)
+    ],
+)
 def test_rendered_digits_are_found_one_by_one(font, size, tmp_path, reader):
     text = "2 0 5 3 8 4 7 6"
     digits = found(page(text, font, size), tmp_path)
     assert len(digits) == 8
     answers = read(reader, digits)
     wrong = sum(a != b for a, b in zip(answers, text.replace(" ", "")))
-    assert wrong <= 2, (
-        answers
-    )  # print is not what the network learnt, and this one learnt for seconds
+    # Print is not what the network learnt, and this one learnt for seconds.
+    assert wrong <= 2, answers
 
 
-@pytest.mark.parametrize("ink, paper, mode", [
-    ("black", "white", "RGB"), ("white", "black", "RGB"), ("#202060", "#f0e0b0", "RGB"),
-    ("yellow", "navy", "RGB"), ("#d00000", "#009000", "RGB"), (60, 200, "L"), (0, 1, "1"),
-    ("black", (0, 0, 0, 0), "RGBA"), ("white", (0, 0, 0, 0), "RGBA"),
-    ("white", (255, 255, 255, 0), "RGBA"), (30, (200, 0), "LA"), (2, 1, "P"),
-    ((0, 0, 0, 255), (0, 0, 0, 0), "CMYK"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ink, paper, mode",
+    [
+        ("black", "white", "RGB"),
+        ("white", "black", "RGB"),
+        ("#202060", "#f0e0b0", "RGB"),
+        ("yellow", "navy", "RGB"),
+        ("#d00000", "#009000", "RGB"),
+        (60, 200, "L"),
+        (0, 1, "1"),
+        ("black", (0, 0, 0, 0), "RGBA"),
+        ("white", (0, 0, 0, 0), "RGBA"),
+        ("white", (255, 255, 255, 0), "RGBA"),
+        (30, (200, 0), "LA"),
+        (2, 1, "P"),
+        ((0, 0, 0, 255), (0, 0, 0, 0), "CMYK"),
+    ],
+)
 def test_any_colours_give_the_same_image(ink, paper, mode, tmp_path):
     if mode == "LA":
         picture = page("4", ink=255, paper=0, mode="L")
@@ -128,9 +152,8 @@ def test_any_colours_give_the_same_image(ink, paper, mode, tmp_path):
     (digit,) = found(picture, tmp_path, "tiff" if mode == "CMYK" else "png")
     (usual,) = found(page("4"), tmp_path)
     difference = abs(digit.image.astype(int) - usual.image)
-    assert difference.mean() < (
-        12 if mode in "1P" else 4
-    )  # those two have no grey, so their edges are rough
+    # Two have no grey, so their edges are rough.
+    assert difference.mean() < (12 if mode in "1P" else 4)
 
 
 def test_sixteen_bits_are_not_cut_off(tmp_path):
@@ -140,10 +163,94 @@ def test_sixteen_bits_are_not_cut_off(tmp_path):
     assert abs(digit.image.astype(int) - usual.image).max() < 3
 
 
+def spoil(values, name):
+    """The picture (H, W) as instruments write it, with some of its pixels wrong."""
+    if name == "hot":
+        values[5, 5], values[50, 60:62] = 65535, 65535
+    elif name == "dead and hot":
+        values[np.random.default_rng(0).random(values.shape) < 1e-3] = 0
+        values[7, 9] = 65535
+    elif name == "not finite":
+        values[:20], values[-5:, 3], values[30, 30] = np.nan, np.inf, -np.inf
+    elif name == "no data":
+        values[:, :30] = -9999
+    elif name == "no data, largest float":
+        values[:25] = -3.4e38
+    elif name == "no data in whole numbers":
+        values[:10] = -(2**31)
+    return values
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("hot", np.uint16),
+        ("hot", np.float32),
+        ("dead and hot", np.uint16),
+        ("not finite", np.float32),
+        ("no data", np.float32),
+        ("no data, largest float", np.float32),
+        ("no data in whole numbers", np.int32),
+    ],
+)
+def test_single_wrong_pixels_and_those_without_data_do_not_hide_the_digit(name, kind, tmp_path):
+    grey = np.asarray(page("4", mode="L", ink=0, paper=255))
+    values = spoil((grey.astype(kind) * 20 + 1000).astype(kind), name)
+    (digit,) = found(Image.fromarray(values), tmp_path, "tiff")
+    (usual,) = found(page("4"), tmp_path)
+    assert abs(digit.image.astype(int) - usual.image).mean() < 1
+
+
+def test_a_tiff_file_names_the_value_of_pixels_without_data(tmp_path):
+    values = np.asarray(page("4", mode="L", ink=0, paper=255)).astype(np.uint16) * 20 + 1000
+    values[:30] = 0
+    (digit,) = found(Image.fromarray(values), tmp_path, "tiff", tiffinfo={predict.GDAL_NODATA: "0"})
+    (usual,) = found(page("4"), tmp_path)
+    assert abs(digit.image.astype(int) - usual.image).mean() < 1
+
+
+@pytest.mark.parametrize("noise", [0, 400])
+def test_the_thinnest_line_in_sixteen_bits_is_ink(noise, tmp_path, rng):
+    picture = Image.new("L", (200, 200))
+    ImageDraw.Draw(picture).line([(30, 40), (140, 40), (70, 170)], fill=255)
+    values = np.asarray(picture) * 100.0 + 500 + noise * rng.random((200, 200))
+    assert len(found(Image.fromarray(values.astype(np.uint16)), tmp_path)) == 1
+    two = np.where(values > 13_000, 1, -1).astype(np.float32)  # no data anywhere in this one
+    assert len(found(Image.fromarray(two), tmp_path, "tiff")) == 1
+
+
+def test_a_picture_without_a_single_number_is_blank(tmp_path):
+    assert not found(Image.fromarray(np.full((50, 50), np.nan, np.float32)), tmp_path, "tiff")
+
+
+def pages_in(path, count):
+    first, *others = [page(text) for text in "274"[:count]]
+    first.save(path, save_all=True, append_images=others)
+    return path
+
+
+@pytest.mark.parametrize("form", ["tiff", "gif", "png"])
+def test_of_several_pages_it_says_that_it_reads_the_first(form, tmp_path):
+    several, one = (pages_in(tmp_path / f"{count}.{form}", count) for count in (3, 1))
+    pixels, _, note = predict.read_picture(several)
+    assert note == f"*** {several} has 3 pages; only the first is read."
+    first, _, nothing = predict.read_picture(one)
+    assert nothing is None and abs(pixels - first).max() < 2
+    several.write_bytes(several.read_bytes()[:-200])  # the last page is cut off
+    assert abs(predict.read_picture(several)[0] - first).max() < 2
+
+
+def test_the_command_says_it_too(save, tmp_path, capsys):
+    path = pages_in(tmp_path / "pages.tiff", 3)
+    assert predict.main([str(path), "--save-dir", str(save)]) == 0
+    out = capsys.readouterr().out
+    assert f"*** {path} has 3 pages; only the first is read.\n{path}: 2\n" in out
+
+
 def test_position_and_size_do_not_matter(tmp_path):
-    (usual,) = found(page("5", size=200), tmp_path)
-    for size, at in ((200, (3, 0)), (200, (400, 20)), (100, (10, 300)), (800, (50, 50))):
-        (digit,) = found(page("5", size=size, at=at, shape=(700, 900)), tmp_path)
+    (usual,) = found(page("5", size=100), tmp_path)
+    for size, at in ((100, (2, 0)), (100, (200, 10)), (70, (5, 150)), (400, (25, 25))):
+        (digit,) = found(page("5", size=size, at=at, shape=(350, 450)), tmp_path)
         assert abs(digit.image.astype(int) - usual.image).mean() < 6, (size, at)
 
 
@@ -228,11 +335,24 @@ def test_specks_are_no_digits(tmp_path, rng):
 KIND = {kind.make.__name__: number for number, kind in enumerate(pages.KINDS)}
 
 
-@pytest.mark.parametrize("kind, least", [
-    ("plain", 9), ("bright_on_dark", 9), ("tight", 9), ("sheet_on_table", 9), ("hard_shadow", 7),
-    ("ruled", 8), ("squared", 8), ("pencil", 8), ("ball_pen", 8), ("sloping", 8),
-    ("close_together", 9), ("all_at_once", 8),
-])  # fmt: skip
+@long
+@pytest.mark.parametrize(
+    "kind, least",
+    [
+        ("plain", 9),
+        ("bright_on_dark", 9),
+        ("tight", 9),
+        ("sheet_on_table", 9),
+        ("hard_shadow", 7),
+        ("ruled", 8),
+        ("squared", 8),
+        ("pencil", 8),
+        ("ball_pen", 8),
+        ("sloping", 8),
+        ("close_together", 9),
+        ("all_at_once", 8),
+    ],
+)
 def test_digits_are_found_on_pages_as_people_take_them(kind, least, sample, reader, tmp_path):
     hand = pages.Hand(sample.test_images, sample.test_labels)
     right = 0
@@ -242,6 +362,17 @@ def test_digits_are_found_on_pages_as_people_take_them(kind, least, sample, read
         digits = find.find_digits(predict.read_picture(tmp_path / "page.png")[0], reader.are_digits)
         right += len(digits) == len(text)
     assert right >= least, right
+
+
+def test_digits_are_found_on_a_small_page_of_each_kind(sample, reader):
+    hand = pages.Hand(sample.test_images, sample.test_labels)
+    wrong = []
+    for kind, number in KIND.items():
+        picture, text = pages.page_of(number, 3, 0, hand)
+        small = np.asarray(picture.convert("RGB").reduce(2), np.float32)
+        if len(find.find_digits(small, reader.are_digits)) != len(text):
+            wrong.append(kind)
+    assert len(wrong) <= 2, wrong
 
 
 @pytest.mark.parametrize("slope", [-8, -4, 0, 6, 8])
@@ -283,30 +414,35 @@ def test_the_sheet_is_told_from_the_table_and_a_zero_is_no_sheet():
         assert find.sheet_of(np.asarray(zero, np.float32)) is None
 
 
+# 108 million pixels, and 3 million.
+@pytest.mark.parametrize("unit", [pytest.param(3000, marks=long), 500])
 def test_a_large_photograph_is_read_and_where_its_digits_are_is_told_in_its_own_pixels(
-    tmp_path, save, capsys
+    unit, tmp_path, save, capsys
 ):
-    picture = Image.new("L", (12_000, 9_000), 235)  # 108 million pixels
-    picture.paste(page("7", size=4000, mode="L", ink=30, paper=235, at=(0, 0)), (3000, 2000))
+    picture = Image.new("L", (4 * unit, 3 * unit), 235)
+    digit = page("7", size=4 * unit // 3, mode="L", ink=30, paper=235, at=(0, 0))
+    picture.paste(digit, (unit, 2 * unit // 3))
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.rotate(90, expand=True).save(tmp_path / "large.jpg", exif=exif)
     assert predict.main([str(tmp_path / "large.jpg"), "--save-dir", str(save)]) == 0
     out = capsys.readouterr().out
-    left, right, top, bottom = (
-        int(n) for n in re.search(r"columns (\d+) to (\d+), rows (\d+) to (\d+)", out).groups()
-    )
-    assert (
-        3000 < left < right < 3000 + 2600
-        and 2000 < top < bottom < 2000 + 4700
-        and bottom - top > 2500
-    )
+    edges = re.search(r"columns (\d+) to (\d+), rows (\d+) to (\d+)", out).groups()
+    left, right, top, bottom = (int(edge) * 3000 / unit for edge in edges)
+    assert 3000 < left < right < 3000 + 2600
+    assert 2000 < top < bottom < 2000 + 4700 and bottom - top > 2500
 
 
-def test_a_page_of_fine_lines_ends_with_an_answer(rng):
-    for n in range(3):
-        picture, _ = pages.fine_lines(np.random.default_rng(n), None)
-        assert len(find.find_digits(np.asarray(picture, np.float32))) <= find.MAX_PIECES
+@pytest.mark.parametrize("n", [0, pytest.param(1, marks=long), pytest.param(2, marks=long)])
+def test_a_page_of_fine_lines_ends_with_an_answer(n):
+    picture, _ = pages.fine_lines(np.random.default_rng(n), None)
+    assert len(find.find_digits(np.asarray(picture, np.float32))) <= find.MAX_PIECES
+
+
+LFS_POINTER = b"""version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 12345
+"""
 
 
 def heic(path):
@@ -412,12 +548,17 @@ def test_what_is_drawn_in_the_window_is_answered(save, screen):
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="elsewhere there is always a display"
 )
-@pytest.mark.parametrize("environment, said", [
-    (dict(DISPLAY=None, WAYLAND_DISPLAY=None), "there is no display here"),
-    (dict(DISPLAY=":99999", MPLBACKEND="Agg"),
-     "cannot open a window (Matplotlib's backend here is agg"),
-    (dict(DISPLAY=":99999", MPLBACKEND="TkAgg"), "cannot open a window"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"DISPLAY": None, "WAYLAND_DISPLAY": None}, "there is no display here"),
+        (
+            {"DISPLAY": ":99999", "MPLBACKEND": "Agg"},
+            "cannot open a window (Matplotlib's backend here is agg",
+        ),
+        ({"DISPLAY": ":99999", "MPLBACKEND": "TkAgg"}, "cannot open a window"),
+    ],
+)
 def test_without_a_screen_drawing_gets_one_line(environment, said, save):
     result = run_draw(
         save, "import sys, predict; sys.exit(predict.main(sys.argv[1:]))", **environment
@@ -433,14 +574,17 @@ def test_without_a_screen_drawing_gets_one_line(environment, said, save):
 # ── MNIST's own images ────────────────────────────────────────────────────────────────────────────
 
 
-def test_mnist_on_larger_pages_is_read_as_well_as_mnist_itself(sample, reader, rng, tmp_path):
-    images, labels = sample.test_images[:200], sample.test_labels[:200]
+@pytest.mark.parametrize("count", [15, pytest.param(200, marks=long)])
+def test_mnist_on_larger_pages_is_read_as_well_as_mnist_itself(
+    count, sample, reader, rng, tmp_path
+):
+    images, labels = sample.test_images[:count], sample.test_labels[:count]
     itself = reader.logits(images).argmax(axis=1) == labels
     right = 0
     for i, (image, label) in enumerate(zip(images, labels)):
         digits = found(paste(image, rng, i % 2), tmp_path)
         right += len(digits) == 1 and read(reader, digits) == str(label)
-    assert itself.mean() > 0.9 and right >= itself.sum() - 6, (right, itself.sum())
+    assert itself.mean() > 0.9 and right >= itself.sum() - max(2, 0.03 * count)
 
 
 def test_an_mnist_image_comes_back_as_it_was(sample, tmp_path):
@@ -448,9 +592,8 @@ def test_an_mnist_image_comes_back_as_it_was(sample, tmp_path):
     for image in sample.test_images[:40]:
         digits = found(Image.fromarray(image), tmp_path)
         same.append(len(digits) == 1 and abs(digits[0].image.astype(int) - image).mean() < 2)
-    assert (
-        np.mean(same) >= 0.85
-    )  # where a faint tip is below the threshold, the digit is enlarged by a pixel
+    # Where a faint tip is below the threshold, the digit is enlarged by a pixel.
+    assert np.mean(same) >= 0.85
 
 
 # ── What is no digit ──────────────────────────────────────────────────────────────────────────────
@@ -463,9 +606,8 @@ def test_most_real_digits_pass_and_no_noise_does(reader, sample, rng):
     noise = rng.integers(0, 256, (50, 28, 28)).astype(np.uint8)
     assert not any(answer.is_digit for answer in reader.answers(noise))
     assert reader.likeness(sample.train_images[:5]) == pytest.approx(np.ones(5))
-    assert np.allclose(
-        reader.likeness(images // 2 + 0.0), reader.likeness(images), atol=0.01
-    )  # whatever the contrast
+    # Whatever the contrast.
+    assert np.allclose(reader.likeness(images // 2 + 0.0), reader.likeness(images), atol=0.01)
 
 
 def test_the_answer_says_that_it_is_no_digit(save, tmp_path, capsys, rng):
@@ -559,9 +701,10 @@ def test_default_weights(tmp_path, save):
         predict.find_weights(tmp_path, "other")
 
 
-@pytest.fixture
-def bad(tmp_path):
-    """Pictures that cannot be read, and what the line about each should say."""
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """A folder with pictures that cannot be read, and a good one. No test changes it."""
+    tmp_path = tmp_path_factory.mktemp("bad")
     page("2").save(tmp_path / "good.png")
     whole = (tmp_path / "good.png").read_bytes()
     page("2", size=400).save(tmp_path / "good.jpg")
@@ -574,33 +717,47 @@ def bad(tmp_path):
     Image.new("1", (20_000, 10_001)).save(tmp_path / "large.png")
     Image.new("RGB", (200, 100), "#aabbcc").save(tmp_path / "blank.png")
     Image.new("L", (1, 1)).save(tmp_path / "dot.png")
+    (tmp_path / "pointer.png").write_bytes(LFS_POINTER)
     return tmp_path
 
 
-@pytest.mark.parametrize("name, said", [
-    ("missing.png", "there is no picture"), ("folder.png", "cannot be read"),
-    ("text.png", "cannot be read"), ("empty.png", "cannot be read"), ("cut.png", "cannot be read"),
-    ("cut.jpg", "cannot be read"), ("huge.png", "too large"), ("large.png", "too large"),
-    ("blank.png", "blank"), ("dot.png", "blank"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("missing.png", "there is no picture"),
+        ("folder.png", "cannot be read"),
+        ("text.png", "cannot be read"),
+        ("empty.png", "cannot be read"),
+        ("cut.png", "cannot be read"),
+        ("cut.jpg", "cannot be read"),
+        ("huge.png", "too large"),
+        ("large.png", "too large"),
+        ("blank.png", "blank"),
+        ("dot.png", "blank"),
+        ("pointer.png", "run `git lfs pull`"),
+    ],
+)
 def test_a_bad_picture_gets_one_line_and_exit_status_2(name, said, bad, save, capsys):
     assert predict.main([str(bad / "good.png"), str(bad / name), "--save-dir", str(save)]) == 2
     error = error_of(capsys)
     assert said in error and name in error
 
 
-@pytest.mark.parametrize("flags, said", [
-    ((), "PICTURE"),
-    (("--draw", "good.png"), "--draw takes no PICTURE"),
-    (("--digit", "x.png"), "--figure"),
-    (("good.png", "--tag", "other"), "has no run 'other'"),
-    (("good.png", "--figure", "nowhere/out.png"), "cannot be written"),
-    (("good.png", "--figure", "good.png"), "would overwrite the picture"),
-    (("good.png", "--figure", "out.jpg"), "should end in .png"),
-    (("good.png", "--figure", "."), "should end in .png"),
-    (("good.png", "--figure", "folder.png"), "is no file"),
-    (("good.png", "--figure", "x" * 300 + ".png"), "cannot be written"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ((), "PICTURE"),
+        (("--draw", "good.png"), "--draw takes no PICTURE"),
+        (("--digit", "x.png"), "--figure"),
+        (("good.png", "--tag", "other"), "has no run 'other'"),
+        (("good.png", "--figure", "nowhere/out.png"), "cannot be written"),
+        (("good.png", "--figure", "good.png"), "would overwrite the picture"),
+        (("good.png", "--figure", "out.jpg"), "should end in .png"),
+        (("good.png", "--figure", "."), "should end in .png"),
+        (("good.png", "--figure", "folder.png"), "is no file"),
+        (("good.png", "--figure", "x" * 300 + ".png"), "cannot be written"),
+    ],
+)
 def test_a_bad_command_gets_one_line(flags, said, bad, save, capsys, monkeypatch):
     monkeypatch.chdir(bad)
     before = Path("good.png").read_bytes()
@@ -610,18 +767,123 @@ def test_a_bad_command_gets_one_line(flags, said, bad, save, capsys, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others have no such names")
-def test_a_name_that_is_no_text_and_a_link_for_the_figure(bad, save):
-    picture = os.fsdecode(os.fsencode(bad) + b"/\xff.png")
-    shutil.copy(bad / "good.png", picture)
-    (bad / "link.png").symlink_to(bad / "figure.png")
-    assert predict.main([picture, "--figure", bad / "link.png", "--save-dir", str(save)]) == 0
-    assert (bad / "link.png").is_symlink() and (bad / "figure.png").stat().st_size > 1000
+def test_a_name_that_is_no_text_and_a_link_for_the_figure(tmp_path, save):
+    link, figure = tmp_path / "link.png", tmp_path / "figure.png"
+    link.symlink_to(figure)
+    for name in (b"\xff.png", "数字 🦖\t.png".encode()):
+        picture = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+        page("2").save(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert predict.main([picture, "--figure", link, "--save-dir", str(save)]) == 0
+        assert link.is_symlink() and figure.stat().st_size > 1000
+        figure.unlink()
 
 
-def test_a_damaged_checkpoint_gets_one_line(bad, save, capsys):
-    folder = bad / "save" / "small"
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"PK\x03\x04 and then nothing", "checkpoint_last.npz is damaged"),
+        (LFS_POINTER, "checkpoint_last.npz is a git-lfs pointer, not the file itself: run"),
+    ],
+)
+def test_a_damaged_checkpoint_gets_one_line(content, said, bad, save, capsys, tmp_path):
+    folder = tmp_path / "save" / "small"
     folder.mkdir(parents=True)
     (folder / "config.json").write_bytes((save / "small" / "config.json").read_bytes())
-    (folder / "checkpoint_last.npz").write_bytes(b"PK\x03\x04 and then nothing")
-    assert predict.main([str(bad / "good.png"), "--save-dir", str(bad / "save")]) == 2
-    assert "checkpoint_last.npz is damaged" in error_of(capsys)
+    (folder / "checkpoint_last.npz").write_bytes(content)
+    assert predict.main([str(bad / "good.png"), "--save-dir", str(tmp_path / "save")]) == 2
+    assert said in error_of(capsys)
+
+
+def test_while_a_run_is_saving_its_previous_checkpoint_is_read(save, tmp_path, capsys):
+    shutil.copytree(save / "small", tmp_path / "save" / "small")
+    last, previous = (tmp_path / "save" / "small" / name for name in runs.CHECKPOINTS)
+    os.replace(last, previous)
+    page("2").save(tmp_path / "two.png")
+    for tag in ((), ("--tag", "small")):
+        where = ["--save-dir", str(tmp_path / "save"), *tag]
+        assert predict.main([str(tmp_path / "two.png"), *where]) == 0
+        assert "two.png: 2" in capsys.readouterr().out
+
+
+def test_the_command_that_it_prints_can_be_typed(tmp_path, bad, capsys):
+    folder = tmp_path / "my runs"
+    assert predict.main([str(bad / "good.png"), "--save-dir", str(folder)]) == 2
+    words = shlex.split(error_of(capsys).rpartition(": ")[2])
+    assert words[0] == "python" and m.parse_settings(words[2:]).save_dir == str(folder)
+    assert Path(words[1]).resolve() == m.ROOT / "mnist_resnet9.py"
+
+
+# ── What it loads ─────────────────────────────────────────────────────────────────────────────────
+
+LOADED = """
+import sys, predict
+status = predict.main(sys.argv[1:])
+print("loaded", *({"matplotlib", "skimage", "scipy"} & set(sys.modules)))
+sys.exit(status)
+"""
+
+
+def loaded(*arguments, code=""):
+    """Which of the heavy packages a command loads."""
+    command = [sys.executable, "-c", code + LOADED, *map(str, arguments)]
+    result = subprocess.run(command, cwd=m.ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    return set(result.stdout.splitlines()[-1].split()[1:])
+
+
+def test_nothing_is_loaded_before_it_is_needed(bad, save):
+    assert not loaded("nowhere.png", "--save-dir", save, code=HELP)
+    with_digits = loaded(bad / "good.png", "--save-dir", save)
+    assert "matplotlib" not in with_digits  # so it needs no cache that can be written
+
+
+HELP = """
+import sys
+sys.argv[1:] = ["--help"]
+import predict
+predict.sys = sys
+main = predict.main
+def help(arguments):
+    try:
+        main(arguments)
+    except SystemExit as done:
+        return done.code
+predict.main = help
+"""
+
+
+# ── Windows and figures under the user's own settings ─────────────────────────────────────────────
+
+THEIRS = {
+    "text.usetex": True,
+    "font.family": ["NoSuchFont"],
+    "figure.facecolor": "black",
+    "text.color": "white",
+    "axes.titlecolor": "white",
+    "savefig.bbox": "tight",
+}
+
+
+def test_the_users_settings_change_no_figure(bad, save, tmp_path, caplog):
+    contents = []
+    for settings in ({}, THEIRS):
+        arguments = [str(bad / "good.png"), "--figure", tmp_path / "out.png"]
+        with plt.rc_context(settings):
+            assert predict.main([*arguments, "--save-dir", str(save)]) == 0
+            assert all(plt.rcParams[name] == value for name, value in settings.items())
+        contents.append((tmp_path / "out.png").read_bytes())
+    assert contents[0] == contents[1] and not caplog.records and not plt.get_fignums()
+
+
+def test_the_users_settings_do_not_change_the_window_to_draw_in(monkeypatch, caplog):
+    monkeypatch.setattr(drawing, "shows_windows", lambda: True)
+    with plt.rc_context(THEIRS):
+        pad = drawing.open_pad(lambda picture: None, "grey", "blue")
+        pad.figure.canvas.draw()
+    assert (
+        pad.figure.get_facecolor() == (1, 1, 1, 1) and pad.paper_axes.title.get_color() != "white"
+    )
+    assert not caplog.records
+    plt.close(pad.figure)

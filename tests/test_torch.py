@@ -379,7 +379,7 @@ def test_weights_go_both_ways_and_the_run_has_its_files(tmp_path, capsys, monkey
     # Only the curves that stand side by side are drawn.
     monkeypatch.setattr(plot_figs, "draw_run", lambda *_: ())
     assert plot_figs.main(["resnet9", "torch_resnet9", "--save-dir", str(tmp_path)]) == 0
-    assert (tmp_path / "resnet9" / "curves_resnet9_torch_resnet9.png").exists()
+    assert (tmp_path / "resnet9" / "curves_resnet9+torch_resnet9.png").exists()
 
 
 def test_a_run_that_started_from_weights_continues_without_their_file(tmp_path):

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import mnist_resnet9 as m
 from plot_figs import scale_accuracy
 from support.runs import read_history
-from support.style import BLUE, STYLE
+from support.style import BLUE, our_style
 
 RATES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -89,7 +89,7 @@ def main(arguments):
     if o.commands:
         return 0
     found = accuracies(ROOT / "save", o.epochs)
-    with plt.rc_context(STYLE):
+    with our_style():
         draw(found, o.epochs).savefig(ROOT / "docs" / "dropout.png")
     for rate, accuracy in found.items():
         print(f"dropout {rate:<5}  test accuracy after {o.epochs} epochs {accuracy:.2%}")
