@@ -293,6 +293,8 @@ class Program:
 class Cuda:
     """Compiles and runs programs with CuPy, on the current device."""
 
+    options = ("-std=c++17",)
+
     def __init__(self):
         import cupy
 
@@ -308,9 +310,8 @@ class Cuda:
         if not missing:
             return
         code = SOURCE.read_text(encoding="utf-8")
-        options = ("-std=c++17",)
         with said_if_long("Compiling the GPU's kernels, once: later starts find them compiled."):
-            module = self.xp.RawModule(code=code, options=options, name_expressions=missing)
+            module = self.xp.RawModule(code=code, options=self.options, name_expressions=missing)
             for name in missing:
                 self.kernels[name] = module.get_function(name)
 

@@ -22,6 +22,7 @@ from cuda_on_cpu import COMPILER, KIB, CudaOnCpu, Poisoned
 import mnist_resnet9 as m
 from support import gpu
 
+LONG = pytest.mark.long
 SMALL = (4, 8, 8, 12)
 CLOSE = 1e-5  # tensor cores: up to 6e-6 for sums of 864 products; plain products: 1e-6
 
@@ -61,10 +62,20 @@ SHAPES = [
 ]
 
 
+def tiles_of_shapes(limit):
+    for side, C, K, _ in SHAPES:
+        yield gpu.Convolution(side, C, K, False, limit)
+        yield gpu.KernelGradient(side, C, K, limit)
+        if C > 1:
+            yield gpu.Convolution(side, K, C, True, limit)
+
+
 class Layer:
     """Real and expected results of one convolution, forward and backward."""
 
     def __init__(self, cuda, rng, side, C, K, N):
+        # All at once, which takes less time than one by one.
+        cuda.compile({tile.name for tile in tiles_of_shapes(cuda.limit)})
         self.cuda, self.numbers = cuda, (np.int32(N), np.uint32(gpu.inverse(N)))
         self.x, self.w, self.b = (
             floats(rng, side, side, N, C),
@@ -237,25 +248,20 @@ class Both:
     def __init__(self, cuda, sample, images=24, **given):
         self.settings = m.Settings(**{"channels": SMALL, "batch_size": 16, **given})
         self.state, self.plain = m.init_state(self.settings), m.init_state(self.settings)
-        self.images, self.labels = (
-            sample.train_images[:images].copy(),
-            sample.train_labels[:images].copy(),
-        )
+        self.images = sample.train_images[:images].copy()
+        self.labels = sample.train_labels[:images].copy()
         self.order = np.random.default_rng(1).permutation(images)
-        steps = -(-images // self.settings.batch_size)
-        self.keys, self.rates = (
-            np.arange(7, 7 + steps, dtype=np.uint64),
-            [1e-3 * (i + 1) for i in range(steps)],
-        )
+        steps = gpu.ceil_div(images, self.settings.batch_size)
+        self.keys = np.arange(7, 7 + steps, dtype=np.uint64)
+        self.rates = [1e-3 * (i + 1) for i in range(steps)]
         self.trainer = self.make(cuda, self.state)
 
     def make(self, cuda, state):
         bumps, beta1 = m.bumps(28, 28, np), BETA1[self.settings.optimizer]
-        trainer = gpu.Trainer(cuda, self.settings, state, self.images, self.labels, bumps, beta1)
-        trainer.record()
-        return trainer
+        return gpu.Trainer(cuda, self.settings, state, self.images, self.labels, bumps, beta1)
 
     def begin(self, trainer, done=0):
+        trainer.record()
         plan = plan_of(self.settings, 0, self.rates)
         trainer.begin_epoch(self.order, self.keys, plan, done)
 
@@ -286,7 +292,6 @@ STEPS = [
         "weight_decay": 0.1,
         "label_smoothing": 0.1,
     },
-    {"dropout": 0.5, "augment": 1.0, "ema": 0.9, "weight_decay": 0.1},
     {
         "dropout": 0.15,
         "augment": 0.6,
@@ -295,6 +300,9 @@ STEPS = [
         "ema": 0.99,
         "label_smoothing": 0.05,
     },
+]
+MORE_STEPS = [
+    {"dropout": 0.5, "augment": 1.0, "ema": 0.9, "weight_decay": 0.1},
     {
         "dropout": 0.5,
         "elastic": 1.0,
@@ -305,7 +313,7 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("given", STEPS)
+@pytest.mark.parametrize("given", [*STEPS, *[pytest.param(g, marks=LONG) for g in MORE_STEPS]])
 def test_a_step_computes_what_the_plain_operations_do(given, cuda, sample, monkeypatch):
     check_steps(given, cuda, sample, monkeypatch)
 
@@ -454,7 +462,7 @@ def conflicts(program, kernels):
     return found
 
 
-@pytest.mark.parametrize("given", STEPS)
+@pytest.mark.parametrize("given", STEPS + MORE_STEPS)
 def test_kernels_that_run_side_by_side_leave_each_others_arrays_alone(given, cuda, sample):
     kernels, both = signatures(), Both(cuda, sample, **given)
     program = both.trainer.program(16)
@@ -502,10 +510,11 @@ class Modules(Poisoned):
     """Where CuPy would be: modules that are "compiled" by compile(names)."""
 
     def __init__(self, compile):
-        self.cuda, self.compile, self.compiled = MagicMock(), compile, []
+        self.cuda, self.compile, self.compiled, self.options = MagicMock(), compile, [], []
 
     def RawModule(self, code, options, name_expressions):
         self.compiled.append(name_expressions)
+        self.options.append(options)
         self.compile(name_expressions)
         return MagicMock()
 
@@ -526,6 +535,23 @@ def test_a_recording_keeps_the_arrays_that_it_writes_to():
     play()
     del play
     assert array() is None
+
+
+def test_the_benchmark_compares_with_plain_products(monkeypatch):
+    """benchmarks/gpu_step_time.py: kernels of their own, and those of the fast path stay."""
+    monkeypatch.syspath_prepend(str(m.ROOT / "benchmarks"))
+    import gpu_step_time as g
+
+    xp = Modules(lambda names: None)
+    monkeypatch.setattr(gpu.Cuda, "__init__", lambda self: vars(self).update(vars(cuda_of(xp))))
+    fast = gpu.Cuda()
+    monkeypatch.setattr(gpu, "cuda", lambda: fast)
+    with g.plain_products(gpu):
+        assert gpu.cuda() is gpu.cuda() is not fast
+        gpu.cuda().compile({"fill_normal"})
+    assert gpu.cuda() is fast and not fast.kernels
+    fast.compile({"fill_normal"})
+    assert xp.options == [("-std=c++17", "-DPLAIN_PRODUCTS"), ("-std=c++17",)]
 
 
 def test_a_run_compiles_one_module(sample, monkeypatch):
@@ -695,7 +721,8 @@ def test_cudas_compiler_takes_all_recipes_for_each_card(architecture, compiler):
         f"\nsm_{architecture}: {len(found)} kernels, at most {registers} registers, "
         f"{spilled} bytes spilled, {shared:,} bytes of fixed shared memory"
     )
-    assert spilled <= 16 and shared <= 48 * KIB
+    # A few registers on the P100 and the Jetson TX2 (6.2), none on newer cards.
+    assert spilled <= (16 if architecture > 62 else 128) and shared <= 48 * KIB
 
 
 EMULATED = m.Machinery(lambda _: "GPU, emulated", m.use_cores, m.gpu_engine)
@@ -720,7 +747,6 @@ def same_bits(one, other):
     return len(names) > 15 and all(np.array_equal(one[name], other[name]) for name in names)
 
 
-LONG = pytest.mark.long
 WHERE = [pytest.param("a launch", marks=LONG), "a loss", pytest.param("an epoch's end", marks=LONG)]
 
 
@@ -772,6 +798,7 @@ def test_an_error_of_the_program_keeps_its_traceback():
         raise RuntimeError("not CUDA's")
 
 
+@pytest.mark.long
 def test_a_run_on_the_fast_path_continues_with_the_same_bits(few, tmp_path, monkeypatch):
     """Two epochs at once; the same, stopped within the second; and the plain operations."""
     given = {**few, "ema": 0.9, "augment": 0.5}

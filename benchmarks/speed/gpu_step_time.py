@@ -3,8 +3,9 @@
     python benchmarks/speed/gpu_step_time.py                  batches of 64, 256 and 1,024
     python benchmarks/speed/gpu_step_time.py --batch 8        another batch
 
-Our step is there twice: the fast path (support/gpu.py: the whole step as one CUDA graph) and the
-plain operations of mnist_resnet9.py on CuPy. PyTorch's is there four times: eager, torch.compile
+Our step is there three times: the fast path (support/gpu.py: the whole step as one CUDA graph), the
+same with plain products in place of tensor cores, which may be faster on a GeForce, and the plain
+operations of mnist_resnet9.py on CuPy. PyTorch's is there four times: eager, torch.compile
 (the network), the whole step as one CUDA graph, and both together. Same network, images, dropout
 and Adam on all sides; the data set and all random numbers are on the device. The sides take turns
 of a few steps; each turn is timed between two synchronisations, and the figure is the median turn.
@@ -20,6 +21,7 @@ import os
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "torch_version")]
 
 TURN, WARM_UP = 10, 20  # steps
 KERNELS_SHOWN = 10
+
+
+@contextmanager
+def plain_products(gpu):
+    """Within it the fast path's kernels are compiled to multiply without tensor cores."""
+    options, make = gpu.Cuda.options, gpu.cuda
+    gpu.Cuda.options = (*options, "-DPLAIN_PRODUCTS")
+    device = gpu.Cuda()  # the other one keeps its compiled kernels
+    gpu.cuda = lambda: device
+    try:
+        yield
+    finally:
+        gpu.Cuda.options, gpu.cuda = options, make
 
 
 def our_step(m, data, settings, fast=False):
@@ -196,6 +211,8 @@ def main(arguments):
     for N in o.batch:
         settings = m.Settings(batch_size=N)
         sides = {"ours, one CUDA graph": our_step(m, data, settings, fast=True)}
+        with plain_products(m.gpu):
+            sides["ours, plain products"] = our_step(m, data, settings, fast=True)
         sides["ours, plain operations"] = our_step(m, data, settings)
         sides |= {f"PyTorch {way}": torch_step(m, data, settings, "cuda", way) for way in ways}
         times = seconds_a_step(sides, o.turns, torch.cuda.synchronize)
