@@ -490,6 +490,27 @@ def test_a_thread_ends_only_the_workers_that_no_other_has_asked_for():
     assert pool.count == 0 and not pool.workers
 
 
+@pytest.mark.parametrize("closes", [True, False])
+def test_workers_that_a_thread_has_started_may_end_with_it(closes, capfd):
+    pool = workers.Workers(2)
+
+    def first():
+        pool.use(2)
+        pool.map(abs, [1, 2, 3])
+        if closes:
+            pool.close()
+
+    for _ in range(3):
+        thread = threading.Thread(target=first)
+        thread.start()
+        thread.join(100)
+        assert pool.map(abs, [-1, -2, -3]) == [1, 2, 3]
+        assert pool.count == 2 and len(pool.workers) == 2
+        pool.end()  # so that the thread starts them again
+    pool.close()
+    assert capfd.readouterr().err == "" and not multiprocessing.active_children()
+
+
 def test_an_interrupt_costs_only_the_question(three):
     for _ in range(2):
         with pytest.raises(ValueError):
