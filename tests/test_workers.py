@@ -150,7 +150,9 @@ if __name__ == "__main__":
     pool = workers.Workers(3)
     pool.map(abs, [1, 2, 3, 4])
     print(*(w.process.pid for w in pool.workers), flush=True)
-    time.sleep(60)
+    # A signal may be given to a thread of BLAS; this one does not wake up for it then.
+    for _ in range(600):
+        time.sleep(0.1)
 """
 
 
