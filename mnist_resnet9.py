@@ -1473,8 +1473,10 @@ def main(arguments=(), start=start_run):
         # Overflow shows in the loss, which is checked.
         with OneBlasThread(), np.errstate(all="ignore"):
             status = start(terminal.words_of(arguments))
-    except SystemExit as stop:  # after --help
-        status = stop.code or 0
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        status = 0  # after --help
     except UserError as error:
         why = terminal.prefix() + " ".join(str(error).split())
     except MemoryError as error:

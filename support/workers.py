@@ -199,6 +199,7 @@ class Workers:
         self.inbox = b""
         self.functions = set()  # that they are asked to compute
         self.watched = None  # what the workers compute with; None before they are started
+        self.starter = threading.current_thread()  # Linux ends a worker with the thread that did
         self.lent_to = 0  # the thread that got the last results,
         self.lent = []  # and weak references to their memory
         self.said = set()
@@ -222,6 +223,8 @@ class Workers:
         """Ends the workers, unless another thread has asked for some."""
         with self.lock:
             self.asked.pop(threading.get_ident(), None)
+            if self.starter is threading.current_thread():
+                self.end()  # another thread starts its own, which do not end with this one
             self.settle()
 
     def settle(self):
@@ -265,7 +268,8 @@ class Workers:
             self.say(f"what it computes cannot be sent to another ({reason})", once="sent")
             return False
         try:
-            if self.watched is None or self.watched.has_changed(functions):
+            ended = self.watched is None or not self.starter.is_alive()
+            if ended or self.watched.has_changed(functions):
                 self.functions |= functions
                 self.end(Watched(self.functions))
                 self.start()
@@ -282,6 +286,7 @@ class Workers:
     def start(self):
         if is_starting():  # it cannot have workers, and is one itself
             return
+        self.starter = threading.current_thread()
         context = multiprocessing.get_context(METHOD)
         try:
             with signals_to(signal.SIG_IGN, [signal.SIGINT]):  # a new process starts with this
@@ -378,6 +383,8 @@ class Workers:
         try:
             return self.receive(worker)
         except Lost as lost:
+            if not self.starter.is_alive():
+                return function(part)
             self.workers.remove(worker)
             self.count -= 1
             tqdm.write(f"*** A worker process {lost}; the others do its work.", file=sys.stderr)

@@ -150,7 +150,9 @@ if __name__ == "__main__":
     pool = workers.Workers(3)
     pool.map(abs, [1, 2, 3, 4])
     print(*(w.process.pid for w in pool.workers), flush=True)
-    time.sleep(60)
+    # A signal may be given to a thread of BLAS; this one does not wake up for it then.
+    for _ in range(600):
+        time.sleep(0.1)
 """
 
 
@@ -488,6 +490,27 @@ def test_a_thread_ends_only_the_workers_that_no_other_has_asked_for():
     assert pool.count == 2
     pool.close()
     assert pool.count == 0 and not pool.workers
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_workers_that_a_thread_has_started_may_end_with_it(closes, capfd):
+    pool = workers.Workers(2)
+
+    def first():
+        pool.use(2)
+        pool.map(abs, [1, 2, 3])
+        if closes:
+            pool.close()
+
+    for _ in range(3):
+        thread = threading.Thread(target=first)
+        thread.start()
+        thread.join(100)
+        assert pool.map(abs, [-1, -2, -3]) == [1, 2, 3]
+        assert pool.count == 2 and len(pool.workers) == 2
+        pool.end()  # so that the thread starts them again
+    pool.close()
+    assert capfd.readouterr().err == "" and not multiprocessing.active_children()
 
 
 def test_an_interrupt_costs_only_the_question(three):

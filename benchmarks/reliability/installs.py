@@ -27,8 +27,12 @@ CPU = (
 GPU = ("x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu", "x86_64-pc-windows-msvc")
 FREE_THREADED = ("cp313t", "cp314t")
 TAGS = ("manylinux_2_28_x86_64", "musllinux_1_2_x86_64", "macosx_14_0_arm64", "win_amd64")
-# Known to fail, and said in README.md: scikit-image has wheels for musl from Python 3.11 on.
-KNOWN = {("requirements.txt", "3.9", "x86_64-unknown-linux-musl")}
+# Known to fail: scikit-image has wheels for musl from Python 3.11 on, and what Matplotlib needs has
+# wheels for free-threaded Python on Windows from 3.14 on.
+KNOWN = {
+    ("requirements.txt", "3.9", "x86_64-unknown-linux-musl"),
+    ("requirements.txt", "cp313t", "win_amd64"),
+}
 
 
 def with_uv(requirements, python, platform):
