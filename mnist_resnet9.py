@@ -4,6 +4,7 @@ by hand on NumPy, or on CuPy, which is NumPy on an NVIDIA GPU.
     python mnist_resnet9.py                  train; the same command again continues a stopped run
     python mnist_resnet9.py --recipe quick --tag quick    three epochs, 99.64 % test accuracy
     python mnist_resnet9.py --help           every setting; each can also be edited below
+    python mnist_resnet9.py --check          is every backward pass right? After any edit
     python plot_figs.py                      the run's curves and failures, while it trains or later
     python predict.py my_digit.png           what the network takes your own digit for
 
@@ -57,6 +58,7 @@ if "support" in sys.modules and not hasattr(sys.modules["support"], "UserError")
 
 from support import ROOT, UserError, gpu, terminal, winograd
 from support.bookkeeping import Bookkeeper
+from support.check import check_network
 from support.checkpoints import check_arrays, pack_checkpoint, read_checkpoint, read_weights
 from support.cores import available_cores, cores_to_use  # noqa: F401  (m.available_cores)
 from support.mnist import DataFiles, find_mnist, hashes_of, note_on_pixels
@@ -173,7 +175,7 @@ RECIPES = {
 NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
 
 
-def parse_settings(arguments=(), kind=Settings, **preset):
+def parse_settings(arguments=(), kind=Settings, checks=False, **preset):
     """The settings of a command line: defaults, then preset, then the recipe, then the flags."""
     parser = Parser(description="Train ResNet9 on MNIST.", allow_abbrev=False)
     parser.add_argument(
@@ -182,7 +184,12 @@ def parse_settings(arguments=(), kind=Settings, **preset):
         default="reference",
         help="a tried set of settings; flags come on top",
     )
+    if checks:
+        parser.add_argument(
+            "--check", action="store_true", help="check all gradients in place of training"
+        )
     given = parser.read_settings(kind, arguments)
+    given.pop("check", None)
     name = given.pop("recipe")
     chosen = {**preset, **RECIPES[name], **given}
     known = [f.name for f in fields(kind)]
@@ -1454,8 +1461,17 @@ def run_in(folder, settings, network, machinery, device, data, parts):
             workers.close()
 
 
+def check(settings, network=None):
+    """Whether every backward pass is the gradient of its forward pass: a table, and what is wrong
+    by name. It trains nothing and saves nothing."""
+    return check_network(sys.modules[__name__], network or layers, settings)
+
+
 def start_run(arguments):
-    return run(parse_settings(arguments))
+    settings = parse_settings(arguments, checks=True)
+    if "--check" in arguments:
+        return 0 if check(settings) else 1
+    return run(settings)
 
 
 def main(arguments=(), start=start_run):

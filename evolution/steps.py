@@ -28,12 +28,14 @@ def run_step(number, adds, layers, arguments=None, **fixed):
         fixed["channels"] = m.Settings.channels
 
     def start(arguments):
-        asked = m.parse_settings(arguments, tag=f"evolution_{number}", **fixed)
+        asked = m.parse_settings(arguments, checks=True, tag=f"evolution_{number}", **fixed)
         settings = replace(asked, **fixed)
         print(f"Step {number} adds: {adds}")
         for name, value in fixed.items():
             if getattr(asked, name) != value:
                 print(f"Step {number} has {name} {value}, whatever is asked for.")
+        if "--check" in arguments:
+            return 0 if m.check(settings, layers) else 1
         status = m.run(settings, layers, (*m.SCRIPTS, *sorted(HERE.glob("*.py"))))
         if status == 0:
             save_dir = project_path(settings.save_dir)
