@@ -83,7 +83,9 @@ def read_newest(folder, read):
 
 def read_history(path):
     """{column of metrics.csv: its values, one an epoch}; they are empty before there is a file."""
-    rows = read_metrics(path) if path.exists() else []
+    if not path.exists():
+        return {name: np.empty(0) for name in METRICS}
+    rows = read_metrics(path)
     columns = list(rows[0]) if rows else METRICS
     metrics = {name: np.array([row[name] for row in rows], float) for name in columns}
     losses = np.concatenate([metrics["train_loss"], metrics["test_loss"]])
