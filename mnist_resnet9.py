@@ -80,7 +80,7 @@ from support.settings import (
     setting,
     settings_class,
 )
-from support.storage import pack_arrays, write_file
+from support.storage import pack_arrays, unlock, write_file
 from support.workers import OneBlasThread, Workers, is_starting, prepare_process
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
@@ -1550,6 +1550,7 @@ def main(arguments=(), start=start_run):
     except KeyboardInterrupt:  # before the training or after it: within, it saves what there is
         status, why = 130, "Stopped; there is nothing to save."
     finally:
+        unlock()
         terminal.flush()
     return terminal.end(status, why)
 

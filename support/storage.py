@@ -121,8 +121,18 @@ def lock_file(path):
                 "it that no second run with this tag is started before this one has ended.",
                 file=sys.stderr,
             )
+        file.thread = threading.get_ident()
         HELD[identity(os.fstat(file.fileno()))] = file
         return file
+
+
+def unlock():
+    """Closes what this thread has locked, however its run has ended.
+
+    A notebook keeps the traceback of an error, and with it the run and its lock."""
+    for file in list(HELD.values()):
+        if file.thread == threading.get_ident():
+            file.close()
 
 
 def identity(stat):
