@@ -217,6 +217,8 @@ def test_each_version_continues_the_others_checkpoint(pair):
     step_both(runs, range(5))
     for run, other in zip(runs, reversed(runs)):
         run.save(other.folder.last)
+    for run in runs:
+        run.folder.close()
     swapped = pair(**given)
     assert all(run.resumed and run.state.step == 5 for run in swapped)
     step_both(swapped, range(5, 10))
