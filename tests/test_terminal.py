@@ -283,6 +283,23 @@ def test_a_lock_holds_off_this_process_and_others(tmp_path):
     other.close()
 
 
+def test_a_run_that_failed_holds_no_lock(tmp_path, monkeypatch):
+    """Even while its traceback is kept, as a notebook does."""
+    kept = []
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(m.np, "isfinite", fail)
+            with pytest.raises(ZeroDivisionError) as error:
+                m.main([*FLAGS, "--save-dir", str(tmp_path)])
+            kept.append(error.value)
+    assert m.main([*FLAGS, "--save-dir", str(tmp_path)]) == 0
+    assert m.main([*FLAGS, "--save-dir", str(tmp_path)]) == 0
+
+
 def test_many_threads_and_one_lock(tmp_path):
     taken, start_line = [], threading.Barrier(8)
 
