@@ -347,8 +347,9 @@ def relu_backward(dy, mask):
     return dy * mask
 
 
-# softmax and cross_entropy show the two parts of the loss one by one. Training uses both in one,
-# cross_entropy_loss, which is more exact.
+# softmax and cross_entropy are the two parts of the loss, one by one: logits in, probabilities out,
+# and probabilities in, the loss out. Training uses both in one, cross_entropy_loss, which takes the
+# logits and is more exact.
 
 
 def softmax(x):
@@ -368,7 +369,7 @@ def softmax_backward(dprobs, probs):
 
 
 def cross_entropy(probs, labels):
-    """loss = −mean log probs[n, labels[n]]: probs (N, K), labels (N,) → a number.
+    """loss = −mean log probs[n, labels[n]]: probabilities (N, K), labels (N,) → a number.
 
     It is 0 when every label has probability 1, and grows without bound as one's goes to 0."""
     N = len(labels)
@@ -387,32 +388,30 @@ def cross_entropy_backward(dloss, cache):
 
 
 def cross_entropy_loss(logits, labels, smoothing=0):
-    """Softmax and cross-entropy in one: loss = mean (log Σ exp(logits) − logits[label]).
+    """loss = −mean Σ target · log softmax(logits), with the sum over the row: logits (N, K), labels
+    (N,) → a number.
 
-    This is what the training uses. With logarithms throughout, it stays exact where a probability
-    is too small for a float. smoothing is the share of each label that all K classes get alike, so
-    that logits need not grow for ever (Szegedy et al. 2016)."""
-    shifted = logits - logits.max(axis=1, keepdims=True)  # (N, K)
-    log_sum = xp.log(xp.exp(shifted).sum(axis=1))  # (N,)
-    log_probs = shifted - log_sum[:, None]
-    loss = (log_sum - shifted[xp.arange(len(labels)), labels]).mean()
-    if smoothing:
-        # The label gets 1 − smoothing, and every class smoothing / K; mean() divides by N and K.
-        loss = (1 - smoothing) * loss - smoothing * log_probs.mean()
-    return loss, (log_probs, labels, smoothing)  # cache: exp(log_probs) are the probabilities
+    target is what the probabilities should be: 1 at the label and 0 elsewhere. With smoothing, each
+    class gets smoothing / K and the label 1 − smoothing more, so that logits need not grow for ever
+    (Szegedy et al. 2016). With logarithms throughout, the loss stays exact where a probability is
+    too small for a float."""
+    N, K = logits.shape
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probs = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))  # (N, K)
+    target = xp.full((N, K), smoothing / K, logits.dtype)
+    target[xp.arange(N), labels] += 1 - smoothing
+    loss = -(target * log_probs).sum(axis=1).mean()
+    return loss, (log_probs, target)
 
 
 def cross_entropy_loss_backward(dloss, cache):
-    """dlogits = (probs − onehot) · dloss / N, where onehot is 1 at the label and 0 elsewhere.
+    """dlogits = (probs − target) · dloss / N.
 
-    It follows from d(log Σ exp)/dlogits = probs and d(logits[label])/dlogits = onehot. With
-    smoothing, (1 − smoothing) · onehot + smoothing / K takes the place of onehot."""
-    log_probs, labels, smoothing = cache
-    N, K = log_probs.shape
-    dlogits = xp.exp(log_probs)
-    dlogits[xp.arange(N), labels] -= 1 - smoothing
-    dlogits -= smoothing / K
-    return dlogits * (dloss / N)  # 1/N enters here, from the mean
+    log_probs = logits − log Σ exp(logits), and d(log Σ exp(logits))/dlogits = probs. A row of
+    target adds up to 1, so Σ target · log_probs has the slope target − probs."""
+    log_probs, target = cache
+    N = len(target)
+    return (xp.exp(log_probs) - target) * (dloss / N)  # 1/N enters here, from the mean
 
 
 def dropout(x, rate, rng):
