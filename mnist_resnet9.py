@@ -870,6 +870,12 @@ def sgd(state, gradients, settings, rate):
 
 
 def adam(state, gradients, settings, rate):
+    """adam_step() for all parameters at once."""
+    w, dw, (mean, square) = state.params.flat, gradients.flat, state.moments
+    adam_step(w, dw, mean, square, state.step, settings, rate)
+
+
+def adam_step(w, dw, mean, square, step, settings, rate):
     """w ← w − rate · mean / (√square + eps): running means of dw and of dw².
 
     In each step mean keeps the share beta1 of itself and takes the rest from dw; square does so
@@ -877,12 +883,10 @@ def adam(state, gradients, settings, rate):
     steps of about the same size. Both start at 0, so after t steps the shares of all gradients add
     up to only 1 − beta^t, and dividing by that makes up for it. eps keeps the divisor from being 0.
     Kingma and Ba 2015, arXiv:1412.6980."""
-    mean, square = state.moments
-    w, dw, eps = state.params.flat, gradients.flat, 1e-8
-    beta1, beta2 = beta1_of(settings), settings.beta2
+    beta1, beta2, eps = beta1_of(settings), settings.beta2, 1e-8
     mean += (1 - beta1) * (dw - mean)
     square += (1 - beta2) * (dw * dw - square)
-    of_mean, of_square = corrections(state.step, beta1, beta2)
+    of_mean, of_square = corrections(step, beta1, beta2)
     w -= (rate / of_mean) * mean / (xp.sqrt(square / of_square) + eps)
 
 
@@ -913,17 +917,19 @@ def muon(state, gradients, settings, rate):
     alike, so that weak ones are learnt too. The factor makes a step about as long as Adam's: Liu
     and others 2025, arXiv:2502.16982."""
     params, beta1 = state.params, beta1_of(settings)
-    before = Parameters(params)  # Adam moves all; those that are muon's start again from here
-    means = Parameters.of_flat(state.moments[0], params)  # of dw, by name; Adam updates them
-    adam(state, gradients, settings, rate)
+    means, squares = (Parameters.of_flat(row, params) for row in state.moments)
     for name, w in params.items():
-        if takes_muon(name, w):
-            # What the mean would be after another such gradient: Nesterov's look ahead. How large
-            # it is does not matter here, so it needs no 1 − beta^t.
-            mean = (1 - beta1) * gradients[name] + beta1 * means[name]
-            matrix = mean.reshape(-1, w.shape[3])  # (3, 3, C, K) → (9C, K)
-            length = 0.2 * math.sqrt(max(matrix.shape))
-            w[...] = before[name] - rate * length * orthogonal(matrix).reshape(w.shape)
+        dw, mean = gradients[name], means[name]
+        if not takes_muon(name, w):
+            adam_step(w, dw, mean, squares[name], state.step, settings, rate)
+            continue
+        mean += (1 - beta1) * (dw - mean)
+        # What the mean would be after another such gradient: Nesterov's look ahead. How large it is
+        # does not matter here, so it needs no 1 − beta^t.
+        ahead = (1 - beta1) * dw + beta1 * mean
+        matrix = ahead.reshape(-1, w.shape[3])  # (3, 3, C, K) → (9C, K)
+        length = 0.2 * math.sqrt(max(matrix.shape))
+        w -= rate * length * orthogonal(matrix).reshape(w.shape)
 
 
 def orthogonal(x):

@@ -700,9 +700,8 @@ __global__ void __launch_bounds__(256)
 
 // X = the running mean of dw, one step ahead, and 32 rows' part of G.
 template <int R, int K>
-__global__ void __launch_bounds__(256) muon_mean(const float* dw, float* m, float* v, float* X,
-                                                 float* parts, float beta1, float fresh1,
-                                                 float fresh2) {
+__global__ void __launch_bounds__(256) muon_mean(const float* dw, float* m, float* X, float* parts,
+                                                 float beta1, float fresh1) {
   constexpr int KP = round_up(K, 16), ROW = row_of_4x8(KP), TILES = KP / 16;
   __shared__ float strip[32 * ROW];
   int first = blockIdx.x * 32, warp = threadIdx.x / 32;
@@ -710,9 +709,9 @@ __global__ void __launch_bounds__(256) muon_mean(const float* dw, float* m, floa
     int r = first + at / KP, c = at % KP, i = r * K + c;
     float x = 0;
     if (r < R && c < K) {
-      float slope = dw[i], mean = m[i], square = v[i];
-      adam_moments(slope, mean, square, fresh1, fresh2);
-      m[i] = mean, v[i] = square;
+      float slope = dw[i], mean = m[i];
+      mean += fresh1 * (slope - mean);
+      m[i] = mean;
       x = fresh1 * slope + beta1 * mean;
     }
     X[first * KP + at] = strip[at / KP * ROW + c] = x;

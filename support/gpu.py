@@ -710,7 +710,6 @@ class Trainer(Network):
             branch=branch,
             dw=dw,
             m=self.moment(0, name),
-            v=self.moment(1, name),
             X=X,
             parts=parts,
         )

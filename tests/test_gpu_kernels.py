@@ -206,14 +206,16 @@ def test_moments_with_beta2_near_1(optimizer, beta2, cuda, rng):
     for step, dw in enumerate(gradients):
         now[:] = step
         if optimizer == "muon":  # its moments are moved by a kernel of their own
-            cuda.launch("muon_mean<72, 8>", 3, 256, dw, *moments, X, parts, *betas)
+            cuda.launch("muon_mean<72, 8>", 3, 256, dw, moments[0], X, parts, *betas[:2])
             continue
         sizes = np.int32(576), *betas, plan, losses, np.int32(1), losses, now, now.copy()
         cuda.launch("update<1>", 3, 256, w, dw, moments, gpu.NULL, kinds, *sizes)
     expected, mean, square = adam64(gradients, settings, beta1, 1e-3)
-    assert far(moments[0], mean) < 1e-6 and far(moments[1], square) < 1e-6
+    assert far(moments[0], mean) < 1e-6
     if optimizer == "adam":
-        assert far(w, expected) < 1e-6
+        assert far(moments[1], square) < 1e-6 and far(w, expected) < 1e-6
+    else:
+        assert not moments[1].any()  # an orthogonal step has no use for it
 
 
 # ── Whole steps ───────────────────────────────────────────────────────────────────────────────────

@@ -245,7 +245,9 @@ class Engine:
         beta1 = beta1_of(self.settings)
         for name, w in self.net.named_parameters():
             if takes_muon(name, w):
-                mean = w.grad.lerp(self.optimizer.state[w]["exp_avg"], beta1).flatten(1)  # (K, 9C)
+                memory = self.optimizer.state[w]
+                mean = w.grad.lerp(memory["exp_avg"], beta1).flatten(1)  # (K, 9C)
+                memory["exp_avg_sq"].zero_()  # Adam's alone; our checkpoints have none
                 length = 0.2 * max(mean.shape) ** 0.5
                 w.copy_(before[name] - rate * length * orthogonal(mean.T).T.reshape(w.shape))
 
