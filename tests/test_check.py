@@ -19,13 +19,13 @@ from support.workers import OneBlasThread
 SMALL = m.Settings(channels=(2, 4, 4, 4), data_dir="data/sample", label_smoothing=0.1, threads=1)
 
 
-def textbook_loss(params, images, labels, settings, rng, network, share=1.0):
+def textbook_loss(params, images, labels, settings, rng, network):
     """learn_from() with softmax and cross-entropy one by one."""
     logits, caches = m.forward(network, params, m.to_input(images, np.float64), settings, rng)
     probs, probs_cache = m.softmax(logits)
     loss, cache = m.cross_entropy(probs, labels)
-    dlogits = m.softmax_backward(m.cross_entropy_backward(share, cache), probs_cache)
-    return loss * share, m.backward(network, dlogits, caches, settings)
+    dlogits = m.softmax_backward(m.cross_entropy_backward(1, cache), probs_cache)
+    return loss, m.backward(network, dlogits, caches, settings)
 
 
 def tiny(settings, rng=None):
@@ -380,9 +380,9 @@ def test_a_norm_of_each_image_is_right_and_one_of_the_batch_mixes_images(small):
 
 JOINS = rows("""
     gradients = dx | gradients = dx[::-1] | It raises
-    zip(layer.params, | zip(layer.params[:1], | conv2.bias has no gradient.
-    params, gradients) | params, gradients[::-1]) | conv2.weight is (3, 3, 1, 3), but its gradient
-    return d | d["odd"] = dy; return d | a gradient of odd, which is no parameter.
+    zip(layer.params, | zip(layer.params[:1], | backward gives no gradient of conv
+    params, gradients) | params, gradients[::-1]) | conv2.weight is float64 (3, 3, 1, 3), but
+    return d | d["odd"] = dy; return d | a gradient of odd, which is no parameter
     params, gradients) | params, [2 * g for g in gradients]) | Wrong are the gradients of conv2.w
 """)
 
@@ -394,6 +394,7 @@ def test_what_joins_the_pairs_is_checked_too(old, new, says, edit, small):
     assert not ok and f" {says}" in " ".join(text.split())
     first_wrong = text[text.index("WRONG") :].splitlines()[0]
     assert first_wrong.startswith("WRONG  whole network")
+    assert text.count("because of whole network") == text.count("WRONG") - 2
 
 
 def test_another_convolution_than_winograds_is_noticed(edit, small):
