@@ -92,10 +92,11 @@ MISTAKES = rows("""
     cross_entropy_loss_backward | (dloss / N) | dloss
     cross_entropy_loss_backward | (dloss / N) | (dloss / N / N)
     cross_entropy_loss_backward | (dloss / N) | (1 / N)
-    cross_entropy_loss_backward | (dloss / N) | (dloss / K)
-    cross_entropy_loss_backward | -= 1 - smoothing | -= 1
-    cross_entropy_loss_backward | dlogits -= smoothing / K | pass
-    cross_entropy_loss_backward | -= 1 | += 1
+    cross_entropy_loss_backward | (dloss / N) | (dloss / target.shape[1])
+    cross_entropy_loss_backward | - target | - (target > 0.5)
+    cross_entropy_loss_backward | - target | - 0
+    cross_entropy_loss_backward | - target | + target
+    cross_entropy_loss_backward | (xp.exp(log_probs) - target) | (target - xp.exp(log_probs))
     cross_entropy_loss_backward | xp.exp(log_probs) | log_probs.copy()
     cross_entropy_loss_backward | xp.exp(log_probs) | xp.exp(log_probs, out=log_probs)
     dropout | x * mask, mask | x * mask, kept
