@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from support import winograd
+from support import UserError, winograd
 from support.probe import (
     IMAGES,
     LIMIT,
@@ -107,7 +107,7 @@ class Bench:
                 self.take_parameters()
                 pairs = self.pairs()
             except Exception as error:
-                yield Finding("the network", problems=[f"It raises {describe(error)}."])
+                yield Finding("the network", problems=[sentence_on(error)])
                 return
             yield from pairs
             culprits = [f.name for f in pairs if f.problems and not f.because]
@@ -118,11 +118,13 @@ class Bench:
                 ("one core and two", self.two_cores),
                 ("twenty steps", self.twenty_steps),
             ):
+                raised = []
                 try:
                     numbers, problems = look()
                 except Exception as error:
-                    numbers, problems = "", [f"It raises {describe(error)}."]
+                    numbers, problems, raised = "", [sentence_on(error)], [name]
                 yield Finding(name, numbers, problems, culprits if problems else [])
+                culprits = culprits or raised  # what follows raises the same
         finally:
             script.xp = xp
             script.use_cores(cores)
@@ -195,28 +197,20 @@ class Bench:
 
     def whole_network(self):
         """Every parameter and the image, through all layers and the loss."""
-        errors, problems = {}, []
         with plain_ways():
-            for name, gradient, a, problem in self.gradients():
-                if problem:
-                    problems.append(problem)
-                else:
-                    errors[name] = self.error_of(gradient, a)
+            d = self.gradients()
+            arrays = {**self.params, "the image": self.push}
+            errors = {name: self.error_of(d[name], arrays[name]) for name in arrays if name in d}
         wrong = [name for name, error in errors.items() if not error <= LIMIT]
-        if wrong:
-            problems.append(f"Wrong are the gradients of {', '.join(wrong)}.")
-        if problems:
-            problems.append(
-                "Where every pair is ok, look at what joins them: the order of the layers, of "
-                "their parameters and of their gradients."
-            )
-        worst = short(max(errors.values(), default=0))
-        return f"{len(errors)} gradients, {worst} at most", problems
+        problems = [
+            f"Wrong are the gradients of {', '.join(wrong)}.",
+            "Where every pair is ok, look at what joins them: the order of the layers, of their "
+            "parameters and of their gradients.",
+        ]
+        return f"{len(errors)} gradients, {short(max(errors.values()))} at most", wrong and problems
 
     def gradients(self):
-        """Yields (name, gradient, array, what is wrong with its form or "") for all that can move.
-
-        The image can too: self.push is added to it."""
+        """{name: gradient} of every parameter, and of the image, to which self.push is added."""
         self.push = np.zeros((*self.few.shape[1:], len(self.few), 1))
         dx = []  # of the first layer, which training may do without
 
@@ -231,20 +225,9 @@ class Bench:
             return layer._replace(op_backward=op_backward)
 
         _, gradients = self.learn(self.pushed(keep_dx))
-        for name in gradients.keys() - self.params.keys():
-            yield name, None, None, f"There is a gradient of {name}, which is no parameter."
-        for name, a in [*self.params.items(), ("the image", self.push)]:
-            gradient = dx[0] if a is self.push else gradients.get(name)
-            problem = ""
-            if a is self.push and gradient is None:  # it is no parameter, so it need not have one
-                continue
-            if gradient is None:
-                problem = f"{name} has no gradient."
-            elif np.shape(gradient) != a.shape:
-                problem = f"{name} is {a.shape}, but its gradient is {np.shape(gradient)}."
-            elif gradient.dtype != a.dtype:
-                problem = f"{name} is {a.dtype}, but its gradient is {gradient.dtype}."
-            yield name, gradient, a, problem
+        if dx[0] is not None:
+            gradients["the image"] = dx[0]
+        return gradients
 
     def pushed(self, changed=lambda layer: layer):
         """The network with noise, self.push added to the image, and its first layer `changed`."""
@@ -363,6 +346,11 @@ class Bench:
             script.update(state, gradients, settings, 1e-3)
         problems = [] if losses[-1] < losses[0] else ["The loss does not fall."]
         return f"loss {losses[0]:.3f} → {losses[-1]:.3f}", problems
+
+
+def sentence_on(error):
+    """The script's own errors are sentences already."""
+    return f"{error}." if isinstance(error, UserError) else f"It raises {describe(error)}."
 
 
 def with_dx(f_backward):

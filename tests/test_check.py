@@ -19,13 +19,13 @@ from support.workers import OneBlasThread
 SMALL = m.Settings(channels=(2, 4, 4, 4), data_dir="data/sample", label_smoothing=0.1, threads=1)
 
 
-def textbook_loss(params, images, labels, settings, rng, network, share=1.0):
+def textbook_loss(params, images, labels, settings, rng, network):
     """learn_from() with softmax and cross-entropy one by one."""
     logits, caches = m.forward(network, params, m.to_input(images, np.float64), settings, rng)
     probs, probs_cache = m.softmax(logits)
     loss, cache = m.cross_entropy(probs, labels)
-    dlogits = m.softmax_backward(m.cross_entropy_backward(share, cache), probs_cache)
-    return loss * share, m.backward(network, dlogits, caches, settings)
+    dlogits = m.softmax_backward(m.cross_entropy_backward(1, cache), probs_cache)
+    return loss, m.backward(network, dlogits, caches, settings)
 
 
 def tiny(settings, rng=None):
@@ -92,10 +92,11 @@ MISTAKES = rows("""
     cross_entropy_loss_backward | (dloss / N) | dloss
     cross_entropy_loss_backward | (dloss / N) | (dloss / N / N)
     cross_entropy_loss_backward | (dloss / N) | (1 / N)
-    cross_entropy_loss_backward | (dloss / N) | (dloss / K)
-    cross_entropy_loss_backward | -= 1 - smoothing | -= 1
-    cross_entropy_loss_backward | dlogits -= smoothing / K | pass
-    cross_entropy_loss_backward | -= 1 | += 1
+    cross_entropy_loss_backward | (dloss / N) | (dloss / target.shape[1])
+    cross_entropy_loss_backward | - target | - (target > 0.5)
+    cross_entropy_loss_backward | - target | - 0
+    cross_entropy_loss_backward | - target | + target
+    cross_entropy_loss_backward | (xp.exp(log_probs) - target) | (target - xp.exp(log_probs))
     cross_entropy_loss_backward | xp.exp(log_probs) | log_probs.copy()
     cross_entropy_loss_backward | xp.exp(log_probs) | xp.exp(log_probs, out=log_probs)
     dropout | x * mask, mask | x * mask, kept
@@ -380,9 +381,9 @@ def test_a_norm_of_each_image_is_right_and_one_of_the_batch_mixes_images(small):
 
 JOINS = rows("""
     gradients = dx | gradients = dx[::-1] | It raises
-    zip(layer.params, | zip(layer.params[:1], | conv2.bias has no gradient.
-    params, gradients) | params, gradients[::-1]) | conv2.weight is (3, 3, 1, 3), but its gradient
-    return d | d["odd"] = dy; return d | a gradient of odd, which is no parameter.
+    zip(layer.params, | zip(layer.params[:1], | backward gives no gradient of conv
+    params, gradients) | params, gradients[::-1]) | conv2.weight is float64 (3, 3, 1, 3), but
+    return d | d["odd"] = dy; return d | a gradient of odd, which is no parameter
     params, gradients) | params, [2 * g for g in gradients]) | Wrong are the gradients of conv2.w
 """)
 
@@ -394,6 +395,7 @@ def test_what_joins_the_pairs_is_checked_too(old, new, says, edit, small):
     assert not ok and f" {says}" in " ".join(text.split())
     first_wrong = text[text.index("WRONG") :].splitlines()[0]
     assert first_wrong.startswith("WRONG  whole network")
+    assert text.count("because of whole network") == text.count("WRONG") - 2
 
 
 def test_another_convolution_than_winograds_is_noticed(edit, small):
