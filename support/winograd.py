@@ -191,7 +191,8 @@ def both_sides(G, a, out=None):
 
 
 class Kernel(np.ndarray):
-    """A kernel w (3, 3, C, K) that carries its transform along.
+    """A kernel w (3, 3, C, K) that carries its transform along. It is an array all the same, so an
+    edited operation that knows nothing of transforms can compute with it.
 
     U = G w Gᵀ is (VALUES, VALUES, C, K); UT, for the backward pass, is (VALUES, VALUES, K, C).
     A kernel without UT is for the forward pass alone: conv2d() then keeps nothing."""

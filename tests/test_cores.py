@@ -42,28 +42,65 @@ HYBRID = "sys/fs/cgroup/cpu,cpuacct"
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": ""}, 64),
         # at the process's own group, and above it: the least
         ({"proc/self/cgroup": "0::/a/b/c\n", "sys/fs/cgroup/a/b/c/cpu.max": "300000 100000"}, 3),
-        ({"proc/self/cgroup": "0::/a/b/c\n", "sys/fs/cgroup/a/cpu.max": "500000 100000",
-          "sys/fs/cgroup/a/b/c/cpu.max": "max 100000"}, 5),
-        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "500000 100000",
-          "sys/fs/cgroup/a/b/cpu.max": "50000 10000", "sys/fs/cgroup/z/cpu.max": "10 10"}, 5),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b/c\n",
+                "sys/fs/cgroup/a/cpu.max": "500000 100000",
+                "sys/fs/cgroup/a/b/c/cpu.max": "max 100000",
+            },
+            5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "500000 100000",
+                "sys/fs/cgroup/a/b/cpu.max": "50000 10000",
+                "sys/fs/cgroup/z/cpu.max": "10 10",
+            },
+            5,
+        ),
         # the host's path, where the container sees its own group as the top
         ({"proc/self/cgroup": "0::/docker/7f\n", "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
         ({"proc/self/cgroup": "0::/../../x\n", "sys/fs/cgroup/cpu.max": "400000 100000"}, 4),
         ({"proc/self/cgroup": "0::/a:b\n", "sys/fs/cgroup/a:b/cpu.max": "400000 100000"}, 4),
         # version 1, and both
-        ({"proc/self/cgroup": V1, f"{HYBRID}/docker/7f/cpu.cfs_quota_us": "250000",
-          f"{HYBRID}/docker/7f/cpu.cfs_period_us": "100000"}, 3),
-        ({"proc/self/cgroup": V1, f"{HYBRID}/cpu.cfs_quota_us": "100000",
-          f"{HYBRID}/cpu.cfs_period_us": "100000"}, 1),
-        ({"proc/self/cgroup": V1, "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000",
-          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "50000"}, 2),
-        ({"proc/self/cgroup": V1, f"{HYBRID}/cpu.cfs_quota_us": "-1",
-          f"{HYBRID}/cpu.cfs_period_us": "100000"}, 64),
+        (
+            {
+                "proc/self/cgroup": V1,
+                f"{HYBRID}/docker/7f/cpu.cfs_quota_us": "250000",
+                f"{HYBRID}/docker/7f/cpu.cfs_period_us": "100000",
+            },
+            3,
+        ),
+        (
+            {
+                "proc/self/cgroup": V1,
+                f"{HYBRID}/cpu.cfs_quota_us": "100000",
+                f"{HYBRID}/cpu.cfs_period_us": "100000",
+            },
+            1,
+        ),
+        (
+            {
+                "proc/self/cgroup": V1,
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "50000",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": V1,
+                f"{HYBRID}/cpu.cfs_quota_us": "-1",
+                f"{HYBRID}/cpu.cfs_period_us": "100000",
+            },
+            64,
+        ),
         ({"proc/self/cgroup": V1, f"{HYBRID}/cpu.cfs_quota_us": "100000"}, 64),
         ({"proc/self/cgroup": V1, "sys/fs/cgroup/unified/cpu.max": "200000 100000"}, 2),
         ({"proc/self/cgroup": "no colons\n\n"}, 64),
     ],
-)  # fmt: skip
+)
 def test_quotas(files, expected, machine):
     assert cores.available_cores(machine(files)) == expected
 

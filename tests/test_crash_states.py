@@ -357,8 +357,13 @@ sys.exit(m.main(sys.argv[1:]))
 """
     flags = [*FLAGS, "--threads", "2", "--save-dir", str(tmp_path), "--epochs-max", "1000"]
     started = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", script, *flags], cwd=m.ROOT, timeout=120,
-                            capture_output=True, text=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", script, *flags],
+        cwd=m.ROOT,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 130 and "everything is saved" in result.stdout
     assert "does not answer" in result.stderr and time.monotonic() - started < workers.PATIENCE
 

@@ -142,9 +142,8 @@ def test_without_a_screen_from_another_folder(save):
     environment = {
         k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
     }
-    folder = add_run(
-        save, "bare", without=("predictions.npz",)
-    )  # whose failures would take long to draw
+    # Its failures would take long to draw.
+    folder = add_run(save, "bare", without=("predictions.npz",))
     command = [sys.executable, SCRIPT, "bare", "--save-dir", save.name, "--data-dir", SAMPLE]
     done = subprocess.run(
         command, cwd=save.parent, env=environment, capture_output=True, text=True, timeout=60
@@ -342,9 +341,8 @@ def test_confusion_counts(run):
         and at[2, 1] == "·"
     )
     shades = figure.axes[0].images[0].get_array()
-    assert (
-        shades.mask[4, 4] and shades[4, 9] == shades.max()
-    )  # the right ones do not outshine the wrong ones
+    # The right ones do not outshine the wrong ones.
+    assert shades.mask[4, 4] and shades[4, 9] == shades.max()
     plt.close(figure)
 
 

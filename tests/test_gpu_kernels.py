@@ -157,11 +157,8 @@ def test_pooling(pool, cuda, rng):
 @pytest.mark.parametrize("key", [0, 5, 2**63 - 7])
 def test_uniform_numbers_are_those_of_numpys_philox(key, cuda):
     stream, numpy_stream = gpu.Stream(cuda, key), np.random.Generator(np.random.Philox(key=key))
-    for shape in (
-        (6, 12),
-        (16, 49),
-        (3,),
-    ):  # draws of whole words of four follow one another as NumPy's do
+    # Draws of whole words of four follow one another as NumPy's do.
+    for shape in ((6, 12), (16, 49), (3,)):
         np.testing.assert_array_equal(
             stream.random(shape), numpy_stream.random(shape, dtype=np.float32)
         )
@@ -370,9 +367,8 @@ def check_steps(given, cuda, sample, monkeypatch, images=20):
         before = both.plain.params.flat.copy()
         m.update(both.plain, found, both.settings, rate)
         np.testing.assert_allclose(both.state.moments, both.plain.moments, rtol=1e-4, atol=1e-6)
-        bound = (
-            5e-3 if both.settings.optimizer == "muon" else 1e-4
-        )  # Muon's rounds amplify rounding
+        # Muon's rounds amplify rounding.
+        bound = 5e-3 if both.settings.optimizer == "muon" else 1e-4
         for name, w in both.plain.params.items():
             change = w - m.Parameters.of_flat(before, both.plain.params)[name]
             assert np.linalg.norm(both.state.params[name] - w) <= bound * np.linalg.norm(change), (
@@ -432,12 +428,8 @@ def signatures():
 
 def conflicts(program, kernels):
     """Pairs of kernels that may run at the same time although one writes what the other uses."""
-    done, before, seen, found = (
-        {0: set()},
-        [],
-        [],
-        [],
-    )  # branch → the launches that it has waited for
+    done = {0: set()}  # branch → the launches that it has waited for
+    before, seen, found = [], [], []
     for entry in program.entries:
         if entry is None:
             for waited in done.values():

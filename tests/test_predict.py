@@ -313,9 +313,8 @@ def test_a_five_whose_bar_stands_apart_is_one_digit(tmp_path):
     picture = page("5", size=200)
     (whole,) = found(picture, tmp_path)
     left, top, right, bottom = whole.box
-    ImageDraw.Draw(picture).rectangle(
-        [left + 45, top, left + 52, top + 25], fill="white"
-    )  # parts bar and stem
+    # Parts bar and stem.
+    ImageDraw.Draw(picture).rectangle([left + 45, top, left + 52, top + 25], fill="white")
     ImageDraw.Draw(picture).rectangle([left - 2, top + 22, right, top + 29], fill="white")
     (digit,) = found(picture, tmp_path)
     assert digit.box == whole.box

@@ -264,8 +264,12 @@ def test_a_lock_holds_off_this_process_and_others(tmp_path):
     (tmp_path / "link").symlink_to(path.parent)
 
     def another_program():
-        return subprocess.run([sys.executable, "-c", LOCK, str(path), str(m.ROOT)],
-                              capture_output=True, text=True, timeout=100)  # fmt: skip
+        return subprocess.run(
+            [sys.executable, "-c", LOCK, str(path), str(m.ROOT)],
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
 
     held = storage.lock_file(path)
     for same in (path, tmp_path / "link" / "lock", tmp_path / "a" / ".." / "a" / "lock"):
@@ -411,8 +415,9 @@ print(m.predict(m.init_params(settings), images, settings).shape, len(m.workers.
 def test_another_module_named_support(tmp_path):
     (tmp_path / "support.py").write_text("")
     program = f"import support, sys; sys.path.insert(0, {str(m.ROOT)!r}); import mnist_resnet9"
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
-                            text=True, timeout=100)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
     last = result.stderr.splitlines()[-1]
     assert "another module named support is loaded already" in last and "support.py" in last
     plain = program.replace("import support, ", "import ")

@@ -36,8 +36,10 @@ def check(python, numpy, folder):
     stop_and_continue([*train, "--epochs-max", "4"], folder / "save" / "resnet9" / "log.txt")
     run([*train, "--tag", "quick", "--recipe", "quick", "--epochs-max", "1"])
     small = ["--tag", "profiled", "--train-images", "64", "--epochs-max", "1"]
-    run([here, "-m", "cProfile", "-o", folder / "profile", "mnist_resnet9.py", *FLAGS, *save]
-        + small)  # fmt: skip
+    run(
+        [here, "-m", "cProfile", "-o", folder / "profile", "mnist_resnet9.py", *FLAGS, *save]
+        + small
+    )
     figures = [here, *warnings, "plot_figs.py", "resnet9", *save, "--data-dir", "data/sample"]
     run(figures)
     assert (folder / "save" / "resnet9" / "curves.png").exists()
