@@ -193,6 +193,7 @@ class Workers:
 
     def __init__(self, count=0):
         self.lock = threading.Lock()  # held by the thread that gives the workers something to do
+        self.waiting = set()  # something for each thread that waits for the lock
         self.asked = {}  # thread → how many it has asked for
         self.count = 0  # how many there are to be
         self.workers = []
@@ -212,7 +213,7 @@ class Workers:
         """From now on there are to be `count`, or as many as another thread has asked for.
 
         They will be asked to compute these functions, perhaps others too."""
-        with self.lock:
+        with self.my_turn():
             self.functions = set(functions)
             self.patience = PATIENCE
             self.said.clear()
@@ -221,11 +222,22 @@ class Workers:
 
     def close(self):
         """Ends the workers, unless another thread has asked for some."""
-        with self.lock:
+        with self.my_turn():
             self.asked.pop(threading.get_ident(), None)
             if self.starter is threading.current_thread():
                 self.end()  # another thread starts its own, which do not end with this one
             self.settle()
+
+    @contextlib.contextmanager
+    def my_turn(self):
+        """The lock. Who waits for it comes before the threads that take it in each step: see map().
+
+        Python's locks are not fair: the thread that has just let go would often take it again."""
+        waiting = object()
+        self.waiting.add(waiting)
+        with self.lock:
+            self.waiting.remove(waiting)
+            yield
 
     def settle(self):
         running = {thread.ident for thread in threading.enumerate()}
@@ -244,7 +256,8 @@ class Workers:
         """
         prepare_process()
         with OneBlasThread():
-            if len(parts) > 1 and self.count and self.lock.acquire(blocking=False):
+            wanted = len(parts) > 1 and self.count and not self.waiting
+            if wanted and self.lock.acquire(blocking=False):
                 try:
                     if self.are_free() and self.are_prepared(function):
                         return self.share_out(function, parts)
