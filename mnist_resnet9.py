@@ -1495,6 +1495,7 @@ SCRIPTS = (
 )
 
 
+@gpu.errors_in_a_line()
 def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     """Starts or continues the run that settings define. Returns the exit status."""
     device = kind.use_device(settings.device)
@@ -1512,8 +1513,7 @@ def run(settings, network=RESNET9, scripts=SCRIPTS, kind=Run):
     with terminal.signals_to(training.ask_to_stop, terminal.stop_signals()):
         try:
             kind.use_cores(cores)
-            with gpu.errors_in_a_line():
-                return training.train()
+            return training.train()
         finally:
             training.folder.close()
             workers.close()
