@@ -1406,6 +1406,7 @@ def open_folder(settings, data, device, scripts):
     return RunFolder(path, config, free, defaults, scripts)
 
 
+@gpu.errors_in_a_line()
 def run(settings, network=None, scripts=SCRIPTS, machinery=None, data=None):
     """Starts or continues the run that settings define. Returns the exit status.
 
@@ -1460,8 +1461,7 @@ def run_in(folder, settings, network, machinery, device, data, parts):
     with terminal.signals_to(stop, terminal.stop_signals()):
         try:
             machinery.use_cores(cores)
-            with gpu.errors_in_a_line():
-                return train(training, book, engine)
+            return train(training, book, engine)
         finally:
             workers.close()
 

@@ -8,9 +8,8 @@
 // Three convolutions carry nearly all of the work: y from x, dx from dy, dw from both. Each is a
 // matrix product that a block of threads computes for one tile of the result: tiles of both
 // factors are copied into shared memory (copy, in two buffers: in_turns), multiplied there
-// (multiply), and what follows the convolution (bias, relu, the sum of a
-// residual block, their gradients) is done on the way out, while the numbers are still in
-// registers.
+// (multiply), and what follows the convolution (bias, relu, the sum of a residual block, their
+// gradients) is done on the way out, while the numbers are still in registers.
 //
 // No atomics: sums that many blocks share are written as parts and added in a fixed order
 // (add_parts), so a step gives the same bits each time.
@@ -433,7 +432,12 @@ __device__ void for_window(int at, int NC, F use) {
 template <int SIDE, bool MAX>
 __device__ float pooled(const float* x, int at, int NC) {
   float y = MAX ? -1e38f : 0;
-  for_window<SIDE>(at, NC, [&](int from) { y = MAX ? (x[from] > y ? x[from] : y) : y + x[from] / 4; });
+  for_window<SIDE>(at, NC, [&](int from) {
+    if (MAX)
+      y = x[from] > y ? x[from] : y;
+    else
+      y += x[from] / 4;
+  });
   return y;
 }
 

@@ -7,7 +7,8 @@ learning rate) lies in tables on the device, written at the start of each epoch;
 says which row is next.
 
 Nothing here is needed to understand how the network learns: the plain operations of
-mnist_resnet9.py compute the same on a GPU. Of this file they use the random numbers alone (Stream).
+mnist_resnet9.py compute the same on a GPU. Of this file they use the random numbers (Stream), and
+what is said when CUDA fails.
 """
 
 import re
@@ -846,9 +847,8 @@ def with_remedy(reason):
 
 @contextmanager
 def errors_in_a_line():
-    """What CUDA reports while a run trains ends it in a line, as other errors do that the user can
-    put right. A kernel's error shows wherever the device is next waited for, so this stands around
-    the whole training."""
+    """What CUDA reports ends a run in a line, as other errors do that the user can put right. A
+    kernel's error shows wherever the device is next waited for, so this stands around all of it."""
     try:
         yield
     except RuntimeError as error:
