@@ -70,7 +70,13 @@ from support.settings import (
     project_path,
     settings_class,
 )
-from support.workers import OneBlasThread, Workers, is_starting, prepare_process
+from support.workers import (
+    OneBlasThread,
+    Workers,
+    is_starting,
+    on_the_terminal,
+    prepare_process,
+)
 
 # ── Settings ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -1461,9 +1467,11 @@ def run_in(folder, settings, network, machinery, device, data, parts):
     with terminal.signals_to(stop, terminal.stop_signals()):
         try:
             machinery.use_cores(cores)
+            workers.warn = folder.warn
             return train(training, book, engine)
         finally:
             workers.close()
+            workers.warn = on_the_terminal
 
 
 def check(settings, network=None):

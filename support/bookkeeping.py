@@ -38,8 +38,8 @@ class Bookkeeper:
         self.unsaved = 0
         self.unwritten = {}  # path → bytes of the files of an epoch that are not on the disk yet
         self.flushed = True  # whether what was saved survives a power cut
-        times = folder.read_times()
-        self.metrics = [row | times.get(row["epoch"], {}) for row in state.history]
+        others = folder.read_others()
+        self.metrics = [others.get(row["epoch"], {}) | row for row in state.history]
         self.start_clock()
 
     def is_finished(self):

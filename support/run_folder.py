@@ -92,7 +92,7 @@ class RunFolder:
             if new and path.exists() and {file.name for file in path.iterdir()} - unfinished:
                 raise UserError(f"{path} holds something else than a run; choose another --tag")
             make_folder(path)
-            self.lock = lock_file(path / "lock")
+            self.lock = lock_file(path / "lock", self.warn)
             for part in path.rglob("*.part"):
                 if not part.name.endswith(".png.part"):  # plot_figs.py may be writing that one
                     part.unlink()
@@ -185,13 +185,13 @@ class RunFolder:
             )
         return None
 
-    def read_times(self):
-        """{epoch: the columns of metrics.csv that a checkpoint does not hold}."""
+    def read_others(self):
+        """{epoch: its row of metrics.csv}, for the columns that a checkpoint does not hold."""
         try:
             rows = read_metrics(self.path / "metrics.csv")
         except UserError:  # a missing or damaged file is no loss: it is written anew
             return {}
-        return {row["epoch"]: {name: row[name] for name in TIMES} for row in rows}
+        return {row["epoch"]: row for row in rows}
 
     def warn(self, line):
         """As log(), to whom the terminal shows what goes wrong."""

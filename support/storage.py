@@ -4,12 +4,10 @@ import contextlib
 import errno
 import io
 import os
-import sys
 import threading
 import weakref
 
 import numpy as np
-from tqdm import tqdm
 
 from support import UserError
 
@@ -107,6 +105,9 @@ def make_folder(path):
     """Makes the folder, and those above it that are missing; each new name survives a power cut."""
     if not path.parent.exists():
         make_folder(path.parent)
+    if path.is_symlink() and not path.exists():
+        where = os.readlink(path)
+        raise OSError(errno.ENOENT, f"it is a link to {where}, which is not there", str(path))
     path.mkdir(exist_ok=True)
     flush_folder(path.parent)  # also of one that was there: its start may have been cut off here
 
@@ -128,10 +129,11 @@ HELD = weakref.WeakValueDictionary()  # (device, number) of the file → the ope
 HELD_LOCK = threading.Lock()
 
 
-def lock_file(path):
+def lock_file(path, warn=print):
     """The open file at path, locked until it is closed or its process ends.
 
-    UserError if another program has it, or another run of this one."""
+    UserError if another program has it, or another run of this one. warn(line) where the file
+    system has no locks."""
     with HELD_LOCK:
         if path.exists():
             held = HELD.get(identity(path.stat()))
@@ -152,10 +154,9 @@ def lock_file(path):
                 raise UserError(
                     f"{path.parent} is in use by another program; wait or choose another --tag"
                 ) from None
-            tqdm.write(
-                f"*** {path.parent} is on a file system without locks ({error.strerror}): see to "
-                "it that no second run with this tag is started before this one has ended.",
-                file=sys.stderr,
+            warn(
+                f"{path.parent} is on a file system without locks ({error.strerror}): see to it "
+                "that no second run with this tag is started before this one has ended."
             )
         HELD[identity(os.fstat(file.fileno()))] = file
         return file

@@ -182,6 +182,10 @@ def is_starting():
     return getattr(multiprocessing.current_process(), "_inheriting", False)
 
 
+def on_the_terminal(line):
+    tqdm.write(f"*** {line}", file=sys.stderr)
+
+
 class Workers:
     """`count` processes beside this one. They end with it, however it ends.
 
@@ -204,6 +208,7 @@ class Workers:
         self.lent_to = 0  # the thread that got the last results,
         self.lent = []  # and weak references to their memory
         self.said = set()
+        self.warn = on_the_terminal  # a run has a log besides
         self.patience = PATIENCE
         self.took = 0  # seconds, for this process's own part
         self.ready = 0  # when it was done with it
@@ -293,7 +298,7 @@ class Workers:
 
     def say(self, why, once):
         if once not in self.said:
-            tqdm.write(f"*** This process computes alone: {why}.", file=sys.stderr)
+            self.warn(f"This process computes alone: {why}.")
         self.said.add(once)
 
     def start(self):
@@ -308,7 +313,7 @@ class Workers:
         except OSError as error:  # a limit on processes, files or memory
             started = f"{len(self.workers)} of {self.count} worker processes started"
             reason = error.strerror
-            tqdm.write(f"*** Only {started} ({reason}); fewer cores go on.", file=sys.stderr)
+            self.warn(f"Only {started} ({reason}); fewer cores go on.")
             self.count = len(self.workers)
         if METHOD != "fork":
             self.compare()
@@ -400,7 +405,7 @@ class Workers:
                 return function(part)
             self.workers.remove(worker)
             self.count -= 1
-            tqdm.write(f"*** A worker process {lost}; the others do its work.", file=sys.stderr)
+            self.warn(f"A worker process {lost}; the others do its work.")
             return function(part)
 
     def end(self, watched=None):

@@ -468,3 +468,37 @@ def test_a_new_save_dir_survives_a_power_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "flush_folder", lambda path: (flushed.append(path), real(path)))
     assert train(tmp_path / "new" / "runs", epochs=1) == 0
     assert {tmp_path, tmp_path / "new", tmp_path / "new" / "runs"} <= set(flushed)
+
+
+def test_what_goes_wrong_stands_in_the_log_too(whole, tmp_path, capsys, monkeypatch):
+    """save/README.md says that log.txt is what the terminal showed."""
+    (whole / "checkpoint_last.npz").write_bytes(b"damaged")
+    assert train(whole.parent, epochs=3) == 0
+    assert "is damaged" in (whole / "log.txt").read_text()
+
+    after_step = m.Bookkeeper.after_step
+
+    def kill_a_worker(book, loss):
+        after_step(book, loss)
+        if book.state.step == 1:
+            m.workers.workers[0].process.kill()
+            m.workers.workers[0].process.join()
+
+    capsys.readouterr()
+    monkeypatch.setattr(m.Bookkeeper, "after_step", kill_a_worker)
+    flags = [*FLAGS, "--threads", "2", "--save-dir", str(tmp_path / "lost"), "--epochs-max", "1"]
+    assert m.main(flags) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("***")]
+    log = (tmp_path / "lost" / "resnet9" / "log.txt").read_text()
+    assert len(said) == 1 and "worker process" in said[0] and said[0] in log
+
+
+def test_a_link_to_nowhere_is_named(tmp_path, capsys):
+    """mkdir says of it that the file exists."""
+    for link in (tmp_path / "resnet9", tmp_path / "runs"):
+        link.symlink_to(tmp_path / "gone")
+    for save in (tmp_path, tmp_path / "runs"):
+        assert train(save) == 2
+        error = capsys.readouterr().err
+        assert "is a link to" in error and "gone, which is not there" in error
+        assert error.count("\n") == 1

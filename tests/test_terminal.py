@@ -331,8 +331,8 @@ def test_a_file_system_without_locks(number, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(storage.fcntl, "lockf", lockf)
     file = storage.lock_file(tmp_path / "lock")
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "without locks" in error and "no second run" in error
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "without locks" in said and "no second run" in said
     with pytest.raises(m.UserError):  # in this process it holds all the same
         storage.lock_file(tmp_path / "lock")
     file.close()
