@@ -533,7 +533,8 @@ def surroundings(x, k):
     """The k×k pixels around each pixel, a row for each: (H, W, N, C) → (H·W·N, k·k·C)."""
     H, W, N, C = x.shape
     r = k // 2
-    padded = xp.pad(x, ((r, r), (r, r), (0, 0), (0, 0)))  # with zeros
+    padded = xp.zeros((H + 2 * r, W + 2 * r, N, C), x.dtype)
+    padded[r : r + H, r : r + W] = x
     view = xp.lib.stride_tricks.sliding_window_view(padded, (k, k), (0, 1))  # (H, W, N, C, k, k)
     # Copied column by column, which on a CPU takes a third of the time.
     return view.transpose(4, 5, 3, 0, 1, 2).reshape(k * k * C, H * W * N).T
