@@ -405,8 +405,11 @@ def test_another_convolution_than_winograds_is_noticed(edit, small):
     assert not ok and "WRONG  fast convolution" in text
 
 
-def test_a_loss_that_does_not_fall_is_noticed(edit, small):
-    edit("adam", "w -= ", "w += ")
+def test_a_loss_that_does_not_fall_is_noticed(small, monkeypatch):
+    def uphill(state, gradients, settings, rate):
+        state.params.flat += rate * gradients.flat
+
+    monkeypatch.setattr(m, "update", uphill)
     text, ok = full()
     assert not ok and "WRONG  twenty steps        loss " in text and text.count("WRONG") == 2
 
