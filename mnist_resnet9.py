@@ -9,32 +9,36 @@ by hand on NumPy, or on CuPy, which is NumPy on an NVIDIA GPU.
     python predict.py my_digit.png           what the network takes your own digit for
 
 A network is a function with many adjustable numbers, its parameters. It turns an image into ten
-scores (logits), one for each digit; the highest one is its answer. The loss measures how wrong the
-scores are for a batch, a few images at a time. Training does three things, batch after batch:
+scores (logits), one for each digit; the highest one is its answer. The loss is one number that says
+how wrong the scores of a batch, a few images, are. Training does three things, batch after batch:
 
     forward    compute the scores and the loss of the batch
     backward   compute the gradient: how the loss would change with each parameter
     update     change each parameter a little, against its gradient
 
-These three are a step. How far the update goes is the learning rate; by which rule, the optimizer.
+These three are a step. The learning rate sets how far the update goes, the optimizer by which rule.
 One pass over all training images is an epoch.
 
 The network has nine layers with weights: eight 3×3 convolutions, four of them in two residual
-blocks, and a linear layer. It stands as a list in layers(), below: a line a layer.
+blocks, and a linear layer. layers(), below, lists what an image passes through, an operation or a
+block to a line.
 
 Letters, here and throughout: H, W rows and columns of the image, N images, C channels coming in, K
-channels (or classes) going out, F features of one image. A channel is one of several numbers that
-each pixel has, as the red, green and blue of a photograph. What goes from layer to layer is
-(H, W, N, C), at the end (N, F) and (N, K). Rows and columns come first, so that shifts, windows and
-borders are slices of the first two axes.
+channels (or classes) going out, F features of one image, k the side of a kernel. A channel is one
+of several numbers that each pixel has, as the red, green and blue of a photograph. What goes from
+layer to layer is (H, W, N, C), at the end (N, F) and (N, K). Rows and columns come first, so that
+shifts, windows and borders are slices of the first two axes.
 
 How to read it. Every operation is a pair of functions: `y, cache = op(x, …)`, and directly below it
 `op_backward(dy, cache)`. dy is the gradient of the loss with respect to y and has y's shape; the
 backward function turns it into dx, dw and db, the gradients with respect to what went in: the input
 x, the weights w and the bias b, a number added to each output. The cache holds what the backward
-function will need from the forward one. That is all of backpropagation: forward() calls the pairs
-in the order of the list, and backward() in reverse. What does not learn (files, processes, speed)
-is in support/.
+function will need from the forward one. That is all of backpropagation: forward() calls the first
+of each pair, in the order of the list, and backward() calls the second, in reverse.
+
+A first reading needs Operations, Blocks, The network, One step of learning and Training, and of the
+optimizers update() and adam. It may skip Settings, Array module, Cores and Main, and support/,
+where most of what does not learn is: files, processes, speed.
 """
 
 import functools
@@ -87,16 +91,16 @@ class Settings:
 
     # the run and its data
     tag: str = "resnet9"  # name of the run; its files go to save/<tag>/
-    seed: int = 0  # start of all random numbers: the same seed gives the same run
+    seed: int = 0  # all random numbers follow from it: the same seed gives the same run
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto takes the GPU if CuPy can use one
-    data_dir: str = "data"  # folder with MNIST, in any form of data/README.md, or for its download
+    data_dir: str = "data"  # folder with MNIST (forms: data/README.md); downloaded to it if missing
     save_dir: str = "save"  # folder that holds one folder for each run
     train_images: int = 0  # use only the first so many training images; 0 = all
     validation_images: int = 0  # of these, hold out the last so many, to choose settings by
 
     # how it learns
     epochs_max: int = 200  # passes over the training images
-    batch_size: int = 64  # images in a step: fewer give more updates, more give faster products
+    batch_size: int = 64  # images in a step: fewer give more updates, more take less time each
     learning_rate: float = 1e-4  # how far an update goes; with one_cycle, at its peak
     optimizer: Literal["sgd", "adam", "muon"] = "adam"  # how a gradient becomes an update
     momentum: float = 0.9  # share of its last update that sgd keeps
@@ -129,7 +133,7 @@ class Settings:
             )
 
 
-# The least and the largest value that makes sense.
+# The smallest and the largest value that makes sense.
 RANGES = {
     "seed": (0, 2**63 - 1),
     "train_images": (0, 10**9),
@@ -177,7 +181,7 @@ RECIPES = {
     ),
 }
 
-# These say where and how a run is computed, not what: they may differ in a continued run.
+# These say where, how and how long a run is computed, not what: a continued run may have others.
 NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
 
 
@@ -199,11 +203,9 @@ def parse_settings(arguments=(), kind=Settings, checks=False, **preset):
     name = given.pop("recipe")
     chosen = {**preset, **RECIPES[name], **given}
     known = [f.name for f in fields(kind)]
-    for name_in_recipe in chosen:
-        if name_in_recipe not in known:
-            raise UserError(
-                f"recipe {name} sets {name_in_recipe!r}; the settings are {', '.join(known)}"
-            )
+    for setting in RECIPES[name]:
+        if setting not in known:
+            raise UserError(f"recipe {name} sets {setting!r}; the settings are {', '.join(known)}")
     return kind(**chosen)
 
 
@@ -231,20 +233,12 @@ def use_device(device):
         number = cupy.cuda.Device().id
         return f"GPU, {cupy.cuda.runtime.getDeviceProperties(number)['name'].decode()}"
     except Exception as error:  # ImportError, or any of many ways for CUDA to be incomplete
-        reason = gpu.with_remedy(root_cause(error))
+        reason = gpu.with_remedy(gpu.root_cause(error))
         if device == "gpu":
             raise UserError(
                 f"device gpu cannot be used: {reason}; --device cpu works everywhere"
             ) from None
         return f"CPU (no GPU: {reason})"
-
-
-def root_cause(error):
-    """What an error says in one line. CuPy's begins with a banner, and has the cause below it."""
-    while error.__cause__:
-        error = error.__cause__
-    text = str(error).rpartition("Original error:")[2]
-    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def to_host(a):
@@ -260,8 +254,8 @@ ORDER, STEP, INIT = 1, 2, 3  # what random numbers are for: each purpose has a s
 def random_stream(seed, purpose, epoch=0, step=0):
     """A generator of random numbers that depends on its arguments alone.
 
-    Philox is a generator without a memory: it scrambles a key and a counter. So a continued run
-    needs no saved state of a generator, and draws exactly what it would have drawn."""
+    Philox makes its numbers by scrambling a key and a counter, and both are given here. So a
+    continued run needs no saved generator, and draws exactly what it would have drawn."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
 
 
@@ -287,9 +281,9 @@ class Dataset:
 
     @functools.cached_property
     def hashes(self):
-        """File name → SHA-256 of an idx file of the arrays: what is trained on, not what was read.
+        """File name → SHA-256 of the arrays: by these a continued run knows its data again.
 
-        By these a run knows its data again."""
+        They are those of what is trained on, whatever files it was read from."""
         return hashes_of(vars(self))
 
     @property
@@ -307,8 +301,9 @@ class Dataset:
 def read_idx(content):
     """The array in the bytes of an idx file, MNIST's format: images (N, 28, 28) or labels (N,).
 
-    The bytes are two zeros, one for the kind of number (8: uint8), one for the number of axes; then
-    the length of each axis in four bytes, most significant first (">u4"); then the numbers."""
+    First come two bytes of zero, a byte for the kind of number (8: uint8) and one for the number of
+    axes; then the length of each axis in four bytes, most significant first (">u4"); then the
+    numbers."""
     axes = content[3]
     start = 4 + 4 * axes
     shape = np.frombuffer(content[4:start], ">u4")
@@ -322,8 +317,8 @@ def load_mnist(data_dir="data"):
     return Dataset(files, **arrays)
 
 
-# Of MNIST's 60,000 training images, with pixels scaled to 0…1. A run on other data says in its log
-# what these are there.
+# Mean and standard deviation of the pixels of MNIST's 60,000 training images, scaled to 0…1. A run
+# on other data says in its log how far its own are from these.
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081
 
 
@@ -333,13 +328,13 @@ def to_input(images, dtype):
     dtype, the kind of number in an array, is float32 in training and float64 in exact tests."""
     x = images.astype(dtype) / 255
     x = (x - PIXEL_MEAN) / PIXEL_STD
-    return x.transpose(1, 2, 0)[..., None]
+    return x.transpose(1, 2, 0)[..., None]  # the last axis is the one channel
 
 
 # ── Operations ────────────────────────────────────────────────────────────────────────────────────
-# Each has its backward pass directly below it. The chain rule is the only rule: from dy, the
-# gradient of the loss with respect to y, follows dx = dy · ∂y/∂x. Where x enters y in several ways,
-# its gradients add.
+# Each has its backward pass directly below it. All of them follow from the chain rule: dx[i] is the
+# sum, over every y[j] that x[i] enters, of dy[j] · ∂y[j]/∂x[i]. The slope ∂y[j]/∂x[i] says how much
+# y[j] changes for a small change of x[i]. docs/backward.md derives four of them, with numbers.
 
 
 def relu(x):
@@ -353,9 +348,10 @@ def relu_backward(dy, mask):
     return dy * mask
 
 
-# softmax and cross_entropy are the two parts of the loss, one by one: logits in, probabilities out,
-# and probabilities in, the loss out. Training uses both in one, cross_entropy_loss, which takes the
-# logits and is more exact.
+# The loss has two parts: softmax makes probabilities of the logits, and cross_entropy measures the
+# probabilities against the labels. They stand here one by one to be understood. Training uses the
+# two in one, cross_entropy_loss, below: it takes the logits, is more exact, and has a far simpler
+# backward pass.
 
 
 def softmax(x):
@@ -377,7 +373,8 @@ def softmax_backward(dprobs, probs):
 def cross_entropy(probs, labels):
     """loss = −mean log probs[n, labels[n]]: probabilities (N, K), labels (N,) → a number.
 
-    It is 0 when every label has probability 1, and grows without bound as one's goes to 0."""
+    It is 0 when every label has probability 1, and grows without bound as the probability of one
+    goes to 0."""
     N = len(labels)
     loss = -xp.log(probs[xp.arange(N), labels]).mean()
     return loss, (probs, labels)
@@ -402,6 +399,7 @@ def cross_entropy_loss(logits, labels, smoothing=0):
     (Szegedy et al. 2016). With logarithms throughout, the loss stays exact where a probability is
     too small for a float."""
     N, K = logits.shape
+    # log softmax(x) = x − log Σ exp(x). The maximum of the row is subtracted as in softmax.
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_probs = shifted - xp.log(xp.exp(shifted).sum(axis=1, keepdims=True))  # (N, K)
     target = xp.full((N, K), smoothing / K, logits.dtype)
@@ -423,12 +421,12 @@ def cross_entropy_loss_backward(dloss, cache):
 def dropout(x, rate, rng):
     """Switches each feature off with probability `rate`, so that none is relied on too much.
 
-    The others grow by 1/(1 − rate), which keeps the expected value. Without rng, a generator of
-    random numbers, y = x: that is for evaluation. Srivastava et al. 2014, in its inverted form."""
+    The others grow by 1/(1 − rate), which keeps the expected value. rng is a generator of random
+    numbers. Without one, as in evaluation, y = x. Srivastava et al. 2014, in its inverted form."""
     if rng is None or rate == 0:
         return x, None
     kept = rng.random(x.shape, dtype=xp.float32) >= rate
-    mask = kept * x.dtype.type(1 / (1 - rate))
+    mask = kept * x.dtype.type(1 / (1 - rate))  # in the dtype of x, so y has it too
     return x * mask, mask  # cache: which features stayed on, and their factor
 
 
@@ -443,7 +441,11 @@ def linear(x, w, b):
 
 
 def linear_backward(dy, cache):
-    """From y = x @ w + b: dx = dy wᵀ, dw = xᵀ dy, db = Σ dy."""
+    """From y = x @ w + b: dx = dy wᵀ, dw = xᵀ dy, db = Σ dy.
+
+    Number by number, y[n, k] = Σ_f x[n, f] w[f, k] + b[k]. So x[n, f] enters y[n, k] with the slope
+    w[f, k], for every k, and dx[n, f] = Σ_k dy[n, k] w[f, k], which is dy wᵀ. Likewise dw[f, k] is
+    the sum over n."""
     x, w = cache
     dx = dy @ w.T  # (N, F)
     dw = x.T @ dy  # (F, K), the sum over the images
@@ -463,6 +465,30 @@ def flatten_backward(dy, shape):
     return dy.reshape(N, H, W, C).transpose(1, 2, 0, 3)
 
 
+# Pooling makes the image smaller: of each window of pixels, one number a channel goes on.
+
+
+def cut_into_windows(x, size):
+    """The size×size windows of x: (H, W, N, C) → (H/size, size, W/size, size, N, C).
+
+    The result is a view: an array that shares its memory with x, so nothing is copied. A last row
+    or column that fills no window is left out."""
+    H, W, N, C = x.shape
+    down, across = H // size, W // size
+    return x[: down * size, : across * size].reshape(down, size, across, size, N, C)
+
+
+def join_windows(windows, shape):
+    """The reverse of cut_into_windows(): an array of this shape. Pixels in no window are 0."""
+    down, size, across, _, N, C = windows.shape
+    covered = windows.reshape(down * size, across * size, N, C)
+    if covered.shape == shape:
+        return covered
+    x = xp.zeros(shape, windows.dtype)
+    x[: down * size, : across * size] = covered
+    return x
+
+
 def avg_pool2d(x, size=2):
     """y = mean of each size×size window: (H, W, N, C) → (H/size, W/size, N, C)."""
     return cut_into_windows(x, size).mean(axis=(1, 3)), (x.shape, size)
@@ -471,17 +497,17 @@ def avg_pool2d(x, size=2):
 def avg_pool2d_backward(dy, cache):
     """dx = dy / size²: every pixel of a window has that slope."""
     shape, size = cache  # a mean is linear, so no value of x was kept
-    h, w, N, C = dy.shape
-    each = (dy / size**2)[:, None, :, None]
-    return joined(xp.broadcast_to(each, (h, size, w, size, N, C)), shape)
+    down, across, N, C = dy.shape
+    each = (dy / size**2)[:, None, :, None]  # (H/size, 1, W/size, 1, N, C): one number a window
+    return join_windows(xp.broadcast_to(each, (down, size, across, size, N, C)), shape)
 
 
 def max_pool2d(x, size=2):
     """y = maximum of each size×size window: (H, W, N, C) → (H/size, W/size, N, C).
 
-    The cache is a mask of every position that equals the maximum. Where two or more do, there is no
-    slope, and a rule has to take its place: here each of them gets the whole dy. (PyTorch gives it
-    to one of them.)"""
+    The cache is a mask of every position that equals the maximum, up to rounding. Where two or more
+    do, there is no slope, and a rule has to take its place: here each of them gets the whole dy.
+    (PyTorch gives it to one of them.)"""
     v = cut_into_windows(x, size)
     y = v.max(axis=(1, 3))
     # Pixels with equal surroundings (background) should tie. But their sums were taken in different
@@ -495,28 +521,7 @@ def max_pool2d(x, size=2):
 def max_pool2d_backward(dy, cache):
     """dx = dy at every maximum of the window, and 0 elsewhere."""
     mask, shape = cache
-    return joined(dy[:, None, :, None] * mask, shape)
-
-
-def cut_into_windows(x, size):
-    """The size×size windows of x: (H, W, N, C) → (H/size, size, W/size, size, N, C).
-
-    The result is a view: an array that shares its memory with x, so nothing is copied. A last row
-    or column that fills no window is left out."""
-    H, W, N, C = x.shape
-    h, w = H // size, W // size
-    return x[: h * size, : w * size].reshape(h, size, w, size, N, C)
-
-
-def joined(v, shape):
-    """An array of that shape from its windows. Pixels in no window are 0."""
-    h, size, w, _, N, C = v.shape
-    covered = v.reshape(h * size, w * size, N, C)
-    if covered.shape == shape:
-        return covered
-    x = xp.zeros(shape, v.dtype)
-    x[: h * size, : w * size] = covered
-    return x
+    return join_windows(dy[:, None, :, None] * mask, shape)
 
 
 # A convolution slides a k×k kernel of weights over the image, one pixel at a time. Each output is a
@@ -526,7 +531,8 @@ def joined(v, shape):
 #     y[row, col] = b + Σ x[row + i − r, col + j − r] @ w[i, j]
 #
 # The sum is over i, j = 0 … k − 1, and r = (k − 1) / 2. x is (H, W, N, C), the weights w are
-# (k, k, C, K) with k odd, y is (H, W, N, K).
+# (k, k, C, K) with k odd, y is (H, W, N, K). So x[row, col] is (N, C) and w[i, j] is (C, K), and
+# each term of the sum is (N, K).
 
 
 def surroundings(x, k):
@@ -536,13 +542,15 @@ def surroundings(x, k):
     padded = xp.zeros((H + 2 * r, W + 2 * r, N, C), x.dtype)
     padded[r : r + H, r : r + W] = x
     view = xp.lib.stride_tricks.sliding_window_view(padded, (k, k), (0, 1))  # (H, W, N, C, k, k)
-    # Copied column by column, which on a CPU takes a third of the time.
+    # Copying column by column takes a CPU a third of the time that row by row takes.
     return view.transpose(4, 5, 3, 0, 1, 2).reshape(k * k * C, H * W * N).T
 
 
 def conv2d(x, w, b):
-    """y = convolution of x with w, + b: (H, W, N, C) → (H, W, N, K), as one matrix product."""
-    if winograd.is_faster(w):  # on a CPU: the same but for rounding, sooner (support/winograd.py)
+    """The convolution above: (H, W, N, C) → (H, W, N, K), as one matrix product."""
+    # On a CPU, all 3×3 convolutions but conv1 leave here: support/winograd.py computes the same, up
+    # to rounding, sooner. With winograd.MIN_CHANNELS = 10**9 the lines below compute them all.
+    if winograd.is_faster(w):
         return winograd.conv2d(x, w, b)
     H, W, N, C = x.shape
     k, _, _, K = w.shape
@@ -577,16 +585,16 @@ def conv2d_backward(dy, cache, need_dx=True):
 
 def conv_block(x, w, b):
     """y = relu(convolution): (H, W, N, C) → (H, W, N, K)."""
-    h, conv = conv2d(x, w, b)
-    y, act = relu(h)
-    return y, (conv, act)
+    h, conv_cache = conv2d(x, w, b)
+    y, relu_cache = relu(h)
+    return y, (conv_cache, relu_cache)
 
 
 def conv_block_backward(dy, cache, need_dx=True):
     """dx, dw, db: first back through relu, then through the convolution."""
-    conv, act = cache
-    dh = relu_backward(dy, act)
-    return conv2d_backward(dh, conv, need_dx)
+    conv_cache, relu_cache = cache
+    dh = relu_backward(dy, relu_cache)
+    return conv2d_backward(dh, conv_cache, need_dx)
 
 
 def residual_block(x, w1, b1, w2, b2):
@@ -594,20 +602,19 @@ def residual_block(x, w1, b1, w2, b2):
 
     The gradient also goes straight past them, through the sum. So it reaches the layers before
     undiminished. He et al. 2015, arXiv:1512.03385."""
-    h, block = conv_block(x, w1, b1)
-    h, conv = conv2d(h, w2, b2)
-    h += x
-    y, act = relu(h)
-    return y, (block, conv, act)
+    h, block_cache = conv_block(x, w1, b1)
+    h, conv_cache = conv2d(h, w2, b2)
+    y, relu_cache = relu(x + h)
+    return y, (block_cache, conv_cache, relu_cache)
 
 
 def residual_block_backward(dy, cache):
     """dx, dw1, db1, dw2, db2. x took two paths, so the gradients of both paths add."""
-    block, conv, act = cache
-    dsum = relu_backward(dy, act)  # of x + h: x and h both get it unchanged
-    dh, dw2, db2 = conv2d_backward(dsum, conv)
-    dx, dw1, db1 = conv_block_backward(dh, block)  # through the two convolutions
-    dx += dsum  # and past them
+    block_cache, conv_cache, relu_cache = cache
+    dsum = relu_backward(dy, relu_cache)  # of x + h: x and h both get it unchanged
+    dh, dw2, db2 = conv2d_backward(dsum, conv_cache)
+    dx, dw1, db1 = conv_block_backward(dh, block_cache)  # through the two convolutions
+    dx = dx + dsum  # and past them
     return dx, dw1, db1, dw2, db2
 
 
@@ -621,23 +628,19 @@ class Parameters(dict):
 
     def __init__(self, arrays):
         """A copy of the arrays {name: array}."""
-        super().__init__(arrays)
-        self.flat = xp.concatenate([a.reshape(-1) for a in arrays.values()])
-        self.look_into_flat()
+        self.share_out(xp.concatenate([a.reshape(-1) for a in arrays.values()]), arrays)
 
     @classmethod
     def of_flat(cls, flat, arrays):
         """The parts of a flat vector, by the names and in the shapes of these arrays."""
         params = cls.__new__(cls)
-        params.update(arrays)
-        params.flat = flat
-        params.look_into_flat()
+        params.share_out(flat, arrays)
         return params
 
-    def look_into_flat(self):
-        start = 0
-        for name, a in self.items():
-            self[name] = self.flat[start : start + a.size].reshape(a.shape)
+    def share_out(self, flat, arrays):
+        self.flat, start = flat, 0
+        for name, a in arrays.items():
+            self[name] = flat[start : start + a.size].reshape(a.shape)
             start += a.size
 
 
@@ -649,16 +652,16 @@ class Layer(NamedTuple):
     # op_backward(dy, cache) → dx; of a layer with parameters: dx, and the gradient of each.
     op_backward: Callable
     params: tuple = ()  # their names
-    start: Callable = lambda rng: ()  # their first values
+    start: Callable = lambda rng: ()  # (rng) → the values that they start with
 
 
 def layers(settings, rng=None):
-    """The network, from the image to the logits. To change it, change this list and nothing else.
+    """The network, from the image to the logits. To change it, change this list.
 
-    rng switches dropout on, for training."""
+    rng switches dropout on, for training. The shapes are those of the default channels."""
     c1, c2, c3, c4 = settings.channels
     return [
-        # (28, 28, N, 1). Images are not learnt, so the first layer does without its dx.
+        # (28, 28, N, 1), the images
         conv("conv1", 1, c1, need_dx=False),  # (28, 28, N, 4)
         conv("conv2", c1, c2),  # (28, 28, N, 16)
         residual("conv3", "conv4", c2),  # (28, 28, N, 16)
@@ -669,7 +672,7 @@ def layers(settings, rng=None):
         pool("pool8", settings),  # (7, 7, N, 64)
         flat("features"),  # (N, 3136)
         drop("dropout", settings, rng),  # (N, 3136)
-        fully_connected("fc9", 49 * c4, 10),  # (N, 10), the logits
+        fully_connected("fc9", 7 * 7 * c4, 10),  # (N, 10), the logits
     ]
 
 
@@ -689,8 +692,8 @@ def residual(first, second, C):
     """A residual block of two 3×3 convolutions with these names: from C channels to C."""
 
     def start(rng):
-        # The block adds its branch to its input, so the branch starts small: its second convolution
-        # at half size. (One after the other: each draws from the same rng.)
+        # The two convolutions together start small, so that at first the block hardly changes its
+        # input: the second has weights of half size. (Each draws from rng, so their order counts.)
         w1, w2 = he(rng, (3, 3, C, C)), he(rng, (3, 3, C, C), scale=0.5)
         return w1, np.full(C, 0.01), w2, np.full(C, 0.01)
 
@@ -711,7 +714,7 @@ def fully_connected(name, F, K, scale=0.1):
 
 
 def pool(name, settings):
-    """The largest number of each 2×2 window, or their mean."""
+    """Of each 2×2 window the largest number, or the mean."""
     pairs = {
         "max": (max_pool2d, max_pool2d_backward),
         "avg": (avg_pool2d, avg_pool2d_backward),
@@ -746,7 +749,7 @@ def init_params(settings, dtype=np.float32, network=None):
     rng = random_stream(settings.seed, INIT)
     arrays = {}
     for layer in (network or layers)(settings):
-        arrays |= zip(layer.params, layer.start(rng))
+        arrays.update(zip(layer.params, layer.start(rng)))
     return Parameters({name: xp.asarray(a, dtype) for name, a in arrays.items()})
 
 
@@ -760,18 +763,38 @@ def forward(network, params, x, settings, rng=None):
     for layer in network(settings, rng):
         x, cache = layer.op(x, *[params[name] for name in layer.params])
         caches.append(cache)
-    return x, caches
+    return x, caches  # what the last layer made of it: the logits
 
 
 def backward(network, dlogits, caches, settings):
     """dlogits (N, 10) → {name: gradient}. The same layers, from the last to the first."""
-    d, dy = {}, dlogits
+    gradients, dy = {}, dlogits
+    # Without rng: what dropout did is in its cache.
     for layer, cache in zip(reversed(network(settings)), reversed(caches)):
-        dx = layer.op_backward(dy, cache)
-        # dx of this layer is dy of the one before.
-        dy, *gradients = dx if layer.params else (dx,)
-        d |= zip(layer.params, gradients)
-    return d
+        # dx of a layer is dy of the one before.
+        if layer.params:
+            dy, *of_params = layer.op_backward(dy, cache)
+            gradients.update(zip(layer.params, of_params))
+        else:
+            dy = layer.op_backward(dy, cache)
+    return gradients
+
+
+def check_gradients(gradients, params):
+    """UserError if any has another shape or dtype than its parameter, or is missing.
+
+    The update takes all of them as one vector, in which a transposed one would not be noticed."""
+    for name in {**params, **gradients}:
+        found, wanted = gradients.get(name), params.get(name)
+        if wanted is None:
+            raise UserError(f"backward gives a gradient of {name}, which is no parameter")
+        if found is None:
+            raise UserError(f"backward gives no gradient of {name}")
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise UserError(
+                f"{name} is {wanted.dtype} {wanted.shape}, "
+                f"but its gradient is {found.dtype} {found.shape}"
+            )
 
 
 # ── Optimizer and schedule ────────────────────────────────────────────────────────────────────────
@@ -820,50 +843,6 @@ def update(state, gradients, settings, rate):
     state.step += 1
 
 
-def rate_of_step(step, steps, settings):
-    """The learning rate of step 0, 1, … steps − 1."""
-    schedules = {"constant": constant, "one_cycle": one_cycle}
-    return schedules[settings.schedule](settings.learning_rate, step, steps, settings)
-
-
-def constant(peak, step, steps, settings):
-    return peak
-
-
-def one_cycle(peak, step, steps, settings):
-    """Rises in a straight line, since long steps do harm while the weights are random, and falls
-    along half a cosine wave to 0, since short steps settle what was learnt."""
-    rise = settings.warm_up * steps
-    if step < rise:
-        return peak * (step + 1) / (rise + 1)
-    return peak * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
-
-
-def decay_weights(params, settings, rate):
-    """Shrinks the weights, not the biases, a little, so that none grows without a reason.
-
-    This is done apart from the gradient. Added to dw, it would be divided by the usual size of dw
-    in adam, and weights with large gradients would hardly shrink. Decoupled weight decay:
-    Loshchilov and Hutter 2019, arXiv:1711.05101."""
-    if settings.weight_decay:
-        for name, weight in params.items():
-            if name.endswith("weight"):
-                weight *= decay_keeps(rate, settings)
-
-
-def decay_keeps(rate, settings):
-    """The share of themselves that decaying weights keep in a step."""
-    return 1 - rate * settings.weight_decay
-
-
-def ema_keeps(settings, step):
-    """The share that the running mean of the weights keeps in this step.
-
-    A mean that keeps the share s reaches back over about 1 / (1 − s) steps. The first weights are
-    soon worth little, so at first that is (10 + step) / 9, about a ninth of the steps done."""
-    return min(settings.ema, (1 + step) / (10 + step))
-
-
 def sgd(state, gradients, settings, rate):
     """velocity ← momentum · velocity + dw,  w ← w − rate · velocity.
 
@@ -883,7 +862,7 @@ def adam(state, gradients, settings, rate):
 
 
 def adam_step(w, dw, mean, square, step, settings, rate):
-    """w ← w − rate · mean / (√square + eps): running means of dw and of dw².
+    """w ← w − rate · mean / (√square + eps): running means of dw and of dw², corrected as below.
 
     In each step mean keeps the share beta1 of itself and takes the rest from dw; square does so
     with beta2 and dw². Dividing by √square, the usual size of a gradient, gives all parameters
@@ -893,8 +872,8 @@ def adam_step(w, dw, mean, square, step, settings, rate):
     beta1, beta2, eps = beta1_of(settings), settings.beta2, 1e-8
     mean += (1 - beta1) * (dw - mean)
     square += (1 - beta2) * (dw * dw - square)
-    of_mean, of_square = corrections(step, beta1, beta2)
-    w -= (rate / of_mean) * mean / (xp.sqrt(square / of_square) + eps)
+    mean_share, square_share = corrections(step, beta1, beta2)
+    w -= (rate / mean_share) * mean / (xp.sqrt(square / square_share) + eps)
 
 
 def beta1_of(settings):
@@ -903,7 +882,7 @@ def beta1_of(settings):
 
 
 def corrections(step, beta1, beta2):
-    """What the shares of all gradients so far add up to in adam's two means."""
+    """1 − beta^t for adam's two means: the share of each that comes from gradients, not from 0."""
     t = step + 1
     return 1 - beta1**t, 1 - beta2**t
 
@@ -953,6 +932,51 @@ def orthogonal(x):
         gram = x.T @ x  # (K, K) = V S² Vᵀ; so x @ gram = U S³ Vᵀ, and x @ gram @ gram = U S⁵ Vᵀ
         x = 3.4445 * x + x @ (-4.775 * gram + 2.0315 * (gram @ gram))
     return x
+
+
+def rate_of_step(step, steps, settings):
+    """The learning rate of step 0, 1, … steps − 1."""
+    schedules = {"constant": constant, "one_cycle": one_cycle}
+    return schedules[settings.schedule](settings.learning_rate, step, steps, settings)
+
+
+def constant(peak, step, steps, settings):
+    return peak
+
+
+def one_cycle(peak, step, steps, settings):
+    """Rises in a straight line, since long steps do harm while the weights are random, and falls
+    along half a cosine wave to 0, since short steps settle what was learnt."""
+    rise = settings.warm_up * steps
+    if step < rise:
+        return peak * (step + 1) / (rise + 1)
+    return peak * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+
+
+def decay_weights(params, settings, rate):
+    """Shrinks the weights, not the biases, a little, so that none grows without a reason.
+
+    This is done apart from the gradient. Added to dw, it would be divided by the usual size of dw
+    in adam, and weights with large gradients would hardly shrink. Decoupled weight decay:
+    Loshchilov and Hutter 2019, arXiv:1711.05101."""
+    if settings.weight_decay:
+        for name, weight in params.items():
+            if name.endswith("weight"):
+                weight *= decay_keeps(rate, settings)
+
+
+def decay_keeps(rate, settings):
+    """The share of themselves that decaying weights keep in a step."""
+    return 1 - rate * settings.weight_decay
+
+
+def ema_keeps(settings, step):
+    """The share that the running mean of the weights keeps in this step.
+
+    A mean that keeps the share s reaches back over about 1 / (1 − s) steps. The first weights are
+    soon worth little. So at first it reaches back over only (10 + step) / 9 steps, about a ninth of
+    those done."""
+    return min(settings.ema, (1 + step) / (10 + step))
 
 
 # ── Augmentation ──────────────────────────────────────────────────────────────────────────────────
@@ -1037,11 +1061,13 @@ def pixels_at(images, row, col):
     top, left = xp.floor(row), xp.floor(col)
     down, right = row - top, col - left  # how far below and to the right of pixel (top, left)
     pixels = padded.ravel()
-    image = xp.arange(N)[:, None] * ((H + 3) * (W + 3))  # where each image starts in pixels
-    line = image + (top.astype(xp.int32) + 1) * (W + 3)  # and the line of the pixel above
-    at = line + left.astype(xp.int32) + 1  # and the upper left one of the four pixels
-    upper = pixels[at] * (1 - right) + pixels[at + 1] * right
-    lower = pixels[at + W + 3] * (1 - right) + pixels[at + W + 4] * right
+    # Where in pixels each image starts, the row of the upper two of the four pixels, and the upper
+    # left one of them.
+    image_start = xp.arange(N)[:, None] * ((H + 3) * (W + 3))
+    row_start = image_start + (top.astype(xp.int32) + 1) * (W + 3)
+    corner = row_start + left.astype(xp.int32) + 1
+    upper = pixels[corner] * (1 - right) + pixels[corner + 1] * right
+    lower = pixels[corner + W + 3] * (1 - right) + pixels[corner + W + 4] * right
     return (upper * (1 - down) + lower * down).reshape(N, H, W)
 
 
@@ -1074,7 +1100,7 @@ def most_cores(settings):
 
 
 def shards_of(N, size):
-    """A batch of N images as [(0, slice of the first `size`), (1, the next), …]; one on a GPU."""
+    """[(number, slice)] of the shards that a batch of N images is cut into. On a GPU it is one."""
     if xp is not np:
         return [(0, slice(0, N))]
     starts = range(0, N, size)
@@ -1104,8 +1130,8 @@ def gradients_of_shards(params, images, labels, settings, keys, network, shards)
     return results
 
 
-# So many shards at once: each has a gradient of its own until that is added. A batch of thousands
-# of images would fill the memory.
+# At most so many shards are computed before their gradients are added. Each gradient is as large as
+# all parameters: thousands of images at once would fill the memory.
 SHARDS_AT_ONCE = 64
 
 
@@ -1123,7 +1149,7 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=None)
     loss, total = 0, 0
     for start in range(0, len(shards), SHARDS_AT_ONCE):
         for shard_loss, flat in over_cores(work, shards[start : start + SHARDS_AT_ONCE]):
-            loss = loss + shard_loss
+            loss += shard_loss
             total += flat
     return loss, Parameters.of_flat(total, params)
 
@@ -1146,8 +1172,10 @@ def predict(params, images, settings, network=None):
 
 # ── Evaluation and checkpoints ────────────────────────────────────────────────────────────────────
 
-TRAIN_EVALUATION_IMAGES = 10_000  # train loss and accuracy are measured on the first of them
-PREDICT_IMAGES = 1024  # at once; what backward would need of all 10,000 fills many GB of a GPU
+# So many training images, the first, are evaluated after an epoch.
+TRAIN_EVALUATION_IMAGES = 10_000
+# So many are evaluated at a time: what the layers put out for 10,000 would fill many GB of a GPU.
+PREDICT_IMAGES = 1024
 
 
 def evaluate(params, images, labels, settings, network=None):
@@ -1155,10 +1183,10 @@ def evaluate(params, images, labels, settings, network=None):
     parts = []
     for start in range(0, len(images), PREDICT_IMAGES):
         parts.append(predict(params, images[start : start + PREDICT_IMAGES], settings, network))
-    return scores(xp.concatenate(parts), labels)
+    return loss_and_accuracy(xp.concatenate(parts), labels)
 
 
-def scores(logits, labels):
+def loss_and_accuracy(logits, labels):
     """(mean loss, accuracy 0…1, probabilities (N, 10)) of logits (N, 10)."""
     loss, _ = cross_entropy_loss(logits, labels)
     probs, _ = softmax(logits)
@@ -1246,7 +1274,7 @@ def split(data, settings):
 
 
 def plan_of(run, epoch):
-    """What differs from step to step of an epoch, for an engine, which computes none of it itself.
+    """What differs from step to step of an epoch: an engine (see train()) computes none of it.
 
     A key for the random numbers of each step; and, (steps, 5), its learning rate, the share of
     themselves that decaying weights keep, the rate and the divisor of adam's two corrections, and
@@ -1257,9 +1285,9 @@ def plan_of(run, epoch):
         step = (epoch - 1) * steps + number
         keys.append(random_stream(settings.seed, STEP, epoch, number).integers(2**63))
         rate = rate_of_step(step, run.total_steps, settings)
-        of_mean, of_square = corrections(step, beta1_of(settings), settings.beta2)
+        mean_share, square_share = corrections(step, beta1_of(settings), settings.beta2)
         keeps, takes = decay_keeps(rate, settings), 1 - ema_keeps(settings, step)
-        plan.append((rate, keeps, rate / of_mean, of_square, takes))
+        plan.append((rate, keeps, rate / mean_share, square_share, takes))
     return np.array(keys, np.uint64), np.array(plan)
 
 
@@ -1269,7 +1297,7 @@ def evaluate_all(run, engine):
 
     def measure(images, labels):
         if engine:
-            return scores(engine.predict(images), labels)
+            return loss_and_accuracy(engine.predict(images), labels)
         return evaluate(run.state.to_evaluate(), images, labels, run.settings, run.network)
 
     images, labels = run.train
@@ -1300,27 +1328,10 @@ def learn_from(params, images, labels, settings, rng, network):
     x = to_input(images, dtype_of(params))
     logits, caches = forward(network, params, x, settings, rng)
     loss, cache = cross_entropy_loss(logits, labels, settings.label_smoothing)
-    dlogits = cross_entropy_loss_backward(1, cache)
+    dlogits = cross_entropy_loss_backward(1, cache)  # dloss = 1: the loss's own slope in itself
     gradients = backward(network, dlogits, caches, settings)
     check_gradients(gradients, params)
     return loss, gradients
-
-
-def check_gradients(gradients, params):
-    """UserError if any has another shape or dtype than its parameter, or is missing.
-
-    The update takes all of them as one vector, in which a transposed one would not be noticed."""
-    for name in {**params, **gradients}:
-        found, wanted = gradients.get(name), params.get(name)
-        if wanted is None:
-            raise UserError(f"backward gives a gradient of {name}, which is no parameter")
-        if found is None:
-            raise UserError(f"backward gives no gradient of {name}")
-        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            raise UserError(
-                f"{name} is {wanted.dtype} {wanted.shape}, "
-                f"but its gradient is {found.dtype} {found.shape}"
-            )
 
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────
@@ -1333,25 +1344,26 @@ def train(run, book, engine=None):
     same steps: one CUDA graph on a GPU (support/gpu.py), or PyTorch (torch_version/)."""
     settings, state, B = run.settings, run.state, run.settings.batch_size
     images, labels = run.train
+    # Epoch 0 is how good the network is before it has learnt anything.
     if not state.history:
         book.end_epoch(lambda: evaluate_all(run, engine))
     while book.goes_on():
-        epoch = len(state.history)
+        epoch = len(state.history)  # history has a row for epoch 0 too
         order = xp.asarray(random_stream(settings.seed, ORDER, epoch).permutation(len(images)))
         if engine:
             keys, plan = plan_of(run, epoch)
             engine.begin_epoch(order, keys, plan, done=state.step % len(plan))
         for number in book.steps(epoch):
-            batch = order[number * B : (number + 1) * B]
-            rng = random_stream(settings.seed, STEP, epoch, number)
-            rate = rate_of_step(state.step, run.total_steps, settings)
             if engine:
                 loss = engine.step(state, number)
             else:
-                # Forward, loss and backward: learn_from(), just above, on all cores.
+                batch = order[number * B : (number + 1) * B]  # the numbers of its images
+                rng = random_stream(settings.seed, STEP, epoch, number)
+                # Forward, loss and backward: learn_from(), above, on all cores.
                 loss, gradients = loss_and_gradients(
                     state.params, images[batch], labels[batch], settings, rng, run.network
                 )
+                rate = rate_of_step(state.step, run.total_steps, settings)
                 update(state, gradients, settings, rate)
             book.after_step(loss)
         if book.epoch_is_whole():
@@ -1427,10 +1439,10 @@ def run(settings, network=None, scripts=SCRIPTS, machinery=None, data=None):
 
 
 def run_in(folder, settings, network, machinery, device, data, parts):
-    """run(), with what it has found out so far."""
+    """Restores the state or makes it, opens the log, chooses the cores, and trains."""
     restored = folder.restore(lambda path: load_checkpoint(path, settings, network))
     state = restored or init_state(settings, network)
-    engine = None
+    engine = None  # until the run begins, below
 
     def pack(state):
         if engine:
@@ -1443,7 +1455,7 @@ def run_in(folder, settings, network, machinery, device, data, parts):
         folder,
         state,
         pack,
-        rate_of=lambda step: rate_of_step(step, book.total_steps, settings),
+        rate_of=lambda step, steps: rate_of_step(step, steps, settings),
         images=images[0],
         evaluated=min(images[0], TRAIN_EVALUATION_IMAGES) + images[1] + images[2],
         on_gpu=device.startswith("GPU"),
@@ -1494,6 +1506,7 @@ def main(arguments=(), start=start_run):
     Returns the exit status: 0, 1 if something could not be saved, 2 after an error that the user
     can put right (one line says it), or 128 + the number of a signal. In a cell of a notebook, what
     is not 0 is an exception: see terminal.end()."""
+    # A worker process that imports the user's script is not to do what the script does.
     if is_starting():
         return 0
     terminal.prepare()

@@ -4,8 +4,8 @@
 
 The whole network is one matrix product, logits = x w + b. Column k of w is a picture of digit k,
 and its logit says how much the image resembles that picture. Softmax makes probabilities of the
-logits; the training loop does that together with the loss. The gradient says, for each pixel, how
-much brighter or darker the pictures should be.
+logits; cross_entropy_loss() does that together with the loss. The gradient says, for each pixel,
+how much brighter or darker the pictures should be.
 """
 
 import sys
@@ -21,6 +21,7 @@ ADDS = "one linear layer, 784 pixels to 10 logits, trained with softmax and cros
 def layers(settings, rng=None):
     return [
         flat("pixels"),  # (N, 784)
+        # _replace() of a named tuple gives a copy with another field.
         fully_connected("fc1", 784, 10)._replace(start=zeros),  # (N, 10), the logits
     ]
 

@@ -4,9 +4,9 @@ window it fills.
     python evolution/step5_max_pooling.py --epochs-max 3 --learning-rate 1e-3
 
 The mean of a window makes one strong response among three weak ones weak. The maximum keeps it. In
-the backward pass the gradient then goes to the pixel that was the maximum and to no other, where
-the mean gave each a quarter. All else is step 4, down to the initial weights; the next step,
-dropout and weight decay, is mnist_resnet9.py itself:
+the backward pass the gradient then goes to the pixel that was the maximum (or to each of several,
+if they are equal) and to no other, where the mean gave each a quarter. All else is step 4, down to
+the initial weights; the next step, dropout and weight decay, is mnist_resnet9.py itself:
 
     python mnist_resnet9.py --tag evolution_6 --epochs-max 3 --learning-rate 1e-3 \
         --weight-decay 0.05

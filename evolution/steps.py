@@ -19,7 +19,7 @@ def run_step(number, adds, layers, arguments=None, **fixed):
     """Trains the network of a step as mnist_resnet9.py trains ResNet9, with the same flags. Returns
     the exit status.
 
-    fixed holds settings that the network of the step does not follow, and what they are for it.
+    fixed: the settings that this step's network cannot vary, with their values.
     """
     fixed = {"dropout": 0.0} | fixed
     if number < 3:

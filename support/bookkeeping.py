@@ -1,7 +1,7 @@
 """What a run does beside learning: its files, its log, its clock, and the wish to stop.
 
-train() in mnist_resnet9.py calls these in the order in which they stand: goes_on, steps,
-after_step, epoch_is_whole, end_epoch, finish. A first reading may skip this file.
+train() in mnist_resnet9.py calls goes_on, steps, after_step, epoch_is_whole, end_epoch and finish;
+the others serve these. A first reading may skip this file.
 """
 
 import math
@@ -22,8 +22,8 @@ class Bookkeeper:
     """Keeps the books of a run.
 
     folder: its RunFolder. state: all that the training changes. pack(state): the bytes of a
-    checkpoint. rate_of(step): its learning rate. images, evaluated: how many an epoch learns from
-    and how many it is evaluated on. on_gpu: whether the losses come from one."""
+    checkpoint. rate_of(step, steps): its learning rate. images, evaluated: how many an epoch learns
+    from and how many it is evaluated on. on_gpu: whether the losses come from one."""
 
     def __init__(self, settings, folder, state, pack, rate_of, images, evaluated, on_gpu):
         self.settings, self.folder, self.state = settings, folder, state
@@ -113,7 +113,7 @@ class Bookkeeper:
 
     def say_how_long(self, step_seconds):
         epochs_left = self.settings.epochs_max + 1 - len(self.state.history)
-        # In steps: forward is a third of one.
+        # In steps: its forward pass is a third of one.
         evaluation = self.evaluated / self.settings.batch_size / 3
         steps = self.total_steps - self.state.step + evaluation * epochs_left
         self.folder.log(
@@ -130,6 +130,7 @@ class Bookkeeper:
         settings, state, folder = self.settings, self.state, self.folder
         epoch = len(state.history)
         if epoch == 0:
+            # It learns from no images.
             self.start_time, self.done = time.perf_counter(), self.epoch_steps
         trained = time.perf_counter() - self.start_time
         measured, predictions = evaluate()
@@ -138,7 +139,7 @@ class Bookkeeper:
         self.check_finite(loss if finite else math.nan, f"epoch {epoch}")
         seconds = time.perf_counter() - self.start_time
 
-        rate = self.rate_of(max(0, state.step - 1))
+        rate = self.rate_of(max(0, state.step - 1), self.total_steps)
         state.history.append({"epoch": epoch, "learning_rate": rate, **measured})
         seen = max(0, self.images - self.done * settings.batch_size)
         times = {"seconds": seconds, "images_per_second": seen / seconds}
@@ -185,10 +186,10 @@ class Bookkeeper:
     def finish(self):
         """The last line of the log. Returns the exit status."""
         if self.is_finished():
-            return self.finished()
-        return self.stopped() if self.stop else self.given_up()
+            return self.say_finished()
+        return self.say_stopped() if self.stop else self.say_given_up()
 
-    def finished(self):
+    def say_finished(self):
         folder = self.folder
         words = [self.settings.tag]
         if folder.path.parent != project_path(type(self.settings).save_dir):
@@ -200,7 +201,7 @@ class Bookkeeper:
             return 1
         return 0
 
-    def stopped(self):
+    def say_stopped(self):
         """Saves what there is after a stop signal."""
         saved = self.save()
         what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
@@ -208,7 +209,7 @@ class Bookkeeper:
         self.folder.log(f"Stopped after step {self.state.step:,}; {what}. To continue: {again}")
         return 128 + self.stop
 
-    def given_up(self):
+    def say_given_up(self):
         """Ends a run whose epochs would be lost one after the other."""
         self.folder.log(
             f"*** The last {self.unsaved} epochs could not be saved, so the run ends here. "

@@ -837,6 +837,14 @@ REMEDIES = {
 }
 
 
+def root_cause(error):
+    """What an error says in one line. CuPy's begins with a banner, and has the cause below it."""
+    while error.__cause__:
+        error = error.__cause__
+    text = str(error).rpartition("Original error:")[2]
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
 def with_remedy(reason):
     """What CUDA complains about, and what helps where that is known."""
     for complaint, remedy in REMEDIES.items():

@@ -133,14 +133,14 @@ MISTAKES = rows("""
     conv2d_backward | xp.ones(H * W * N, dy.dtype) @ dy_rows | dy.sum(axis=(0, 1))
     conv2d_backward | xp.ones(H * W * N, dy.dtype) @ dy_rows | dy_rows.mean(axis=0)
     conv2d_backward | xp.ones(H * W * N, dy.dtype) | xp.ones(H * W * N)
-    conv_block_backward | relu_backward(dy, act) | dy
-    conv_block_backward | relu_backward(dy, act) | relu_backward(dy, ~act)
-    conv_block_backward | conv2d_backward(dh, conv, need_dx) | conv2d_backward(2 * dh, conv)
-    residual_block_backward | dx += dsum | pass
-    residual_block_backward | dx += dsum | dx += dy
-    residual_block_backward | dx += dsum | dx = dsum
-    residual_block_backward | conv2d_backward(dsum, conv) | conv2d_backward(dy, conv)
-    residual_block_backward | conv_block_backward(dh, block) | conv_block_backward(dsum, block)
+    conv_block_backward | relu_backward(dy, relu_cache) | dy
+    conv_block_backward | relu_backward(dy, relu_cache) | relu_backward(dy, ~relu_cache)
+    conv_block_backward | conv2d_backward(dh, conv_cache, need_dx) | conv2d_backward(2 * dh, conv_cache)
+    residual_block_backward | dx = dx + dsum | pass
+    residual_block_backward | dx = dx + dsum | dx += dy
+    residual_block_backward | dx = dx + dsum | dx = dsum
+    residual_block_backward | conv2d_backward(dsum, conv_cache) | conv2d_backward(dy, conv_cache)
+    residual_block_backward | conv_block_backward(dh, block_cache) | conv_block_backward(dsum, block_cache)
     residual_block_backward | return dx, dw1, db1, dw2, db2 | return dx, dw2, db2, dw1, db1
 """)
 
@@ -150,6 +150,7 @@ OVERWRITTEN = rows("""
     conv2d | return y.reshape(H, W, N, K) | y = xp.exp(0.1 * y).reshape(H, W, N, K); return y
     conv2d | (cols, w) | (cols, w, y)
     conv2d_backward | cols, w = cache | cols, w, y = cache; dy = 0.1 * dy * y
+    residual_block | relu(x + h) | relu(xp.add(x, h, out=h))
 """)
 
 
@@ -248,7 +249,7 @@ SAYS = rows("""
     cross_entropy_loss_backward | (dloss / N) | (1 / N) | dy was 1.37: is it left out?
     conv2d_backward | [::-1, ::-1] |  | right once axes 0 and 1 are turned round
     conv2d_backward | xp.ones(H * W * N, dy.dtype) @ dy_rows | dy_rows.mean(axis=0) | of a sum?
-    residual_block_backward | dx += dsum | pass | right once dy, where y is not 0, is added
+    residual_block_backward | dx = dx + dsum | pass | right once dy, where y is not 0, is added
     residual_block_backward | dw1, db1, dw2 | dw2, db1, dw1 | once dw1 and dw2 change places
     dropout_backward | dy * mask | dy * mask.astype(xp.float64) | dx is float64
     dropout | x * mask, mask | x * mask + rng.random(), mask * 2 | dx is exactly 2 times too large
@@ -380,11 +381,11 @@ def test_a_norm_of_each_image_is_right_and_one_of_the_batch_mixes_images(small):
 
 
 JOINS = rows("""
-    gradients = dx | gradients = dx[::-1] | It raises
+    dy, *of_params | *of_params, dy | It raises
     zip(layer.params, | zip(layer.params[:1], | backward gives no gradient of conv
-    params, gradients) | params, gradients[::-1]) | conv2.weight is float64 (3, 3, 1, 3), but
-    return d | d["odd"] = dy; return d | a gradient of odd, which is no parameter
-    params, gradients) | params, [2 * g for g in gradients]) | Wrong are the gradients of conv2.w
+    params, of_params) | params, of_params[::-1]) | conv2.weight is float64 (3, 3, 1, 3), but
+    return gradients | gradients["odd"] = dy; return gradients | a gradient of odd, which is no parameter
+    params, of_params) | params, [2 * g for g in of_params]) | Wrong are the gradients of conv2.w
 """)
 
 

@@ -17,7 +17,7 @@ import pytest
 from programs import start
 
 import mnist_resnet9 as m
-from support import storage, terminal
+from support import gpu, storage, terminal
 
 SCRIPT = "mnist_resnet9.py"
 FLAGS = "--channels 2,4,4,4 --train-images 64 --batch-size 32 --epochs-max 1".split()
@@ -564,8 +564,8 @@ def test_cupys_error_is_shown_by_its_cause():
     banner = "=" * 80 + "\nFailed to import CuPy.\n" + "Please reinstall. " * 20
     cause = "libcudart.so.12: cannot open shared object file"
     text = f"{banner}\nOriginal error:\n  ImportError: {cause}\n"
-    assert m.root_cause(ImportError(text)) == f"ImportError: {cause}"
+    assert gpu.root_cause(ImportError(text)) == f"ImportError: {cause}"
     error = ImportError(banner)
     error.__cause__ = OSError(cause)
-    assert m.root_cause(error) == cause
-    assert m.root_cause(RuntimeError()) == "RuntimeError"
+    assert gpu.root_cause(error) == cause
+    assert gpu.root_cause(RuntimeError()) == "RuntimeError"

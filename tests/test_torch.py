@@ -268,7 +268,9 @@ def test_both_evaluate_alike(pair, sample):
         mean = run.run.state.ema.flat
         mean += 0.01 * np.random.default_rng(3).standard_normal(mean.size)
     images, labels = sample.test_images[:250], sample.test_labels[:250]
-    (loss, accuracy, probs), theirs = [m.scores(run.predict(images), labels) for run in runs]
+    (loss, accuracy, probs), theirs = [
+        m.loss_and_accuracy(run.predict(images), labels) for run in runs
+    ]
     assert theirs[:2] == (pytest.approx(loss, rel=1e-4), accuracy) and type(theirs[1]) is float
     np.testing.assert_allclose(theirs[2], probs, atol=1e-4)
 
