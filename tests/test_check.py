@@ -135,12 +135,12 @@ MISTAKES = rows("""
     conv2d_backward | xp.ones(H * W * N, dy.dtype) | xp.ones(H * W * N)
     conv_block_backward | relu_backward(dy, relu_cache) | dy
     conv_block_backward | relu_backward(dy, relu_cache) | relu_backward(dy, ~relu_cache)
-    conv_block_backward | conv2d_backward(dh, conv_cache, need_dx) | conv2d_backward(2 * dh, conv_cache)
+    conv_block_backward | (dh, conv_cache, need_dx) | (2 * dh, conv_cache)
     residual_block_backward | dx = dx + dsum | pass
     residual_block_backward | dx = dx + dsum | dx += dy
     residual_block_backward | dx = dx + dsum | dx = dsum
     residual_block_backward | conv2d_backward(dsum, conv_cache) | conv2d_backward(dy, conv_cache)
-    residual_block_backward | conv_block_backward(dh, block_cache) | conv_block_backward(dsum, block_cache)
+    residual_block_backward | (dh, block_cache) | (dsum, block_cache)
     residual_block_backward | return dx, dw1, db1, dw2, db2 | return dx, dw2, db2, dw1, db1
 """)
 
@@ -384,7 +384,7 @@ JOINS = rows("""
     dy, *of_params | *of_params, dy | It raises
     zip(layer.params, | zip(layer.params[:1], | backward gives no gradient of conv
     params, of_params) | params, of_params[::-1]) | conv2.weight is float64 (3, 3, 1, 3), but
-    return gradients | gradients["odd"] = dy; return gradients | a gradient of odd, which is no parameter
+    return gradients | gradients["odd"] = dy; return gradients | odd, which is no parameter
     params, of_params) | params, [2 * g for g in of_params]) | Wrong are the gradients of conv2.w
 """)
 
