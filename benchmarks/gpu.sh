@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, in one command, in about five minutes:
-#     pip install -r requirements-dev.txt -r requirements-torch.txt
+#     pip install -r requirements-gpu.txt -r requirements-dev.txt -r requirements-torch.txt
 #     benchmarks/gpu.sh [FOLDER WITH MNIST [FOLDER FOR THE OUTPUT [STAGE …]]]
 # In stages, the quick and telling ones first. Each has a time limit, and its output in a file of
 # its own; a stage that fails is named at the end. Nothing is installed; MNIST is downloaded if the

@@ -3,9 +3,9 @@
     python benchmarks/accuracy/share_run.py record
 
 save/record/checkpoint_last.npz then has only the weights that were evaluated. Figures and
-predictions stay possible, and mnist_resnet9.py still says that the run is finished. What goes is
-what only further training would need: the optimizer's moments, and the weights themselves beside
-their running mean.
+predictions stay possible; mnist_resnet9.py refuses to continue such a run. What goes is what only
+further training would need: the optimizer's moments, and the weights themselves beside their
+running mean.
 """
 
 import argparse
