@@ -60,7 +60,7 @@ if "support" in sys.modules and not hasattr(sys.modules["support"], "UserError")
         "rename it, or import mnist_resnet9 first"
     )
 
-from support import ROOT, UserError, gpu, terminal, winograd
+from support import ROOT, UserError, gpu, shapes, terminal, winograd
 from support.bookkeeping import Bookkeeper
 from support.check import check_network
 from support.checkpoints import check_arrays, pack_checkpoint, read_checkpoint, read_weights
@@ -297,6 +297,10 @@ class Dataset:
         """What the user should know about it."""
         return self.files.notes + note_on_pixels(self.train_images, PIXEL_MEAN, PIXEL_STD)
 
+    def __repr__(self):
+        arrays = {name: a for name, a in vars(self).items() if name.endswith(("images", "labels"))}
+        return f"{self.name}:\n{shapes.listed(arrays)}"
+
 
 def read_idx(content):
     """The array in the bytes of an idx file, MNIST's format: images (N, 28, 28) or labels (N,).
@@ -335,6 +339,7 @@ def to_input(images, dtype):
 # Each has its backward pass directly below it. All of them follow from the chain rule: dx[i] is the
 # sum, over every y[j] that x[i] enters, of dy[j] · ∂y[j]/∂x[i]. The slope ∂y[j]/∂x[i] says how much
 # y[j] changes for a small change of x[i]. docs/backward.md derives four of them, with numbers.
+# (shapes.check_… computes nothing: it says in a line which of the arrays that came does not fit.)
 
 
 def relu(x):
@@ -375,6 +380,7 @@ def cross_entropy(probs, labels):
 
     It is 0 when every label has probability 1, and grows without bound as the probability of one
     goes to 0."""
+    shapes.check_labels("cross_entropy", probs, labels)
     N = len(labels)
     loss = -xp.log(probs[xp.arange(N), labels]).mean()
     return loss, (probs, labels)
@@ -398,6 +404,7 @@ def cross_entropy_loss(logits, labels, smoothing=0):
     class gets smoothing / K and the label 1 − smoothing more, so that logits need not grow for ever
     (Szegedy et al. 2016). With logarithms throughout, the loss stays exact where a probability is
     too small for a float."""
+    shapes.check_labels("cross_entropy_loss", logits, labels)
     N, K = logits.shape
     # log softmax(x) = x − log Σ exp(x). The maximum of the row is subtracted as in softmax.
     shifted = logits - logits.max(axis=1, keepdims=True)
@@ -423,6 +430,7 @@ def dropout(x, rate, rng):
 
     The others grow by 1/(1 − rate), which keeps the expected value. rng is a generator of random
     numbers. Without one, as in evaluation, y = x. Srivastava et al. 2014, in its inverted form."""
+    shapes.check_dropout(x, rate)
     if rng is None or rate == 0:
         return x, None
     kept = rng.random(x.shape, dtype=xp.float32) >= rate
@@ -437,6 +445,7 @@ def dropout_backward(dy, mask):
 
 def linear(x, w, b):
     """y = x @ w + b: (N, F) @ (F, K) + (K,)."""
+    shapes.check_linear(x, w, b)
     return x @ w + b, (x, w)  # cache: the slope of x @ w is w for x, and x for w
 
 
@@ -455,6 +464,7 @@ def linear_backward(dy, cache):
 
 def flatten(x):
     """Every image as one row of features: (H, W, N, C) → (N, H·W·C)."""
+    shapes.check_images("flatten", x)
     H, W, N, C = x.shape
     return x.transpose(2, 0, 1, 3).reshape(N, H * W * C), x.shape
 
@@ -491,6 +501,7 @@ def join_windows(windows, shape):
 
 def avg_pool2d(x, size=2):
     """y = mean of each size×size window: (H, W, N, C) → (H/size, W/size, N, C)."""
+    shapes.check_images("avg_pool2d", x, size)
     return cut_into_windows(x, size).mean(axis=(1, 3)), (x.shape, size)
 
 
@@ -508,6 +519,7 @@ def max_pool2d(x, size=2):
     The cache is a mask of every position that equals the maximum, up to rounding. Where two or more
     do, there is no slope, and a rule has to take its place: here each of them gets the whole dy.
     (PyTorch gives it to one of them.)"""
+    shapes.check_images("max_pool2d", x, size)
     v = cut_into_windows(x, size)
     y = v.max(axis=(1, 3))
     # Pixels with equal surroundings (background) should tie. But their sums were taken in different
@@ -548,6 +560,7 @@ def surroundings(x, k):
 
 def conv2d(x, w, b):
     """The convolution above: (H, W, N, C) → (H, W, N, K), as one matrix product."""
+    shapes.check_conv2d(x, w, b)
     # On a CPU, all 3×3 convolutions but conv1 leave here: support/winograd.py computes the same, up
     # to rounding, sooner. With winograd.MIN_CHANNELS = 10**9 the lines below compute them all.
     if winograd.is_faster(w):
@@ -604,6 +617,7 @@ def residual_block(x, w1, b1, w2, b2):
     undiminished. He et al. 2015, arXiv:1512.03385."""
     h, block_cache = conv_block(x, w1, b1)
     h, conv_cache = conv2d(h, w2, b2)
+    shapes.check_sum(x, h)
     y, relu_cache = relu(x + h)
     return y, (block_cache, conv_cache, relu_cache)
 
@@ -642,6 +656,9 @@ class Parameters(dict):
         for name, a in arrays.items():
             self[name] = flat[start : start + a.size].reshape(a.shape)
             start += a.size
+
+    def __repr__(self):
+        return f"Parameters, {self.flat.size:,} numbers:\n{shapes.listed(self)}"
 
 
 class Layer(NamedTuple):
@@ -814,6 +831,10 @@ class State:
         """name → array: all that a checkpoint holds in the parameters' dtype."""
         ema = {f"ema.{name}": a for name, a in (self.ema or {}).items()}
         return {**self.params, **ema, "moments": self.moments}
+
+    def __repr__(self):
+        epochs = f"{max(0, len(self.history) - 1)} epochs"
+        return f"State after {self.step:,} steps, {epochs}:\n{shapes.listed(self.views())}"
 
     def is_finite(self):
         return all(bool(xp.isfinite(a).all()) for a in self.views().values())
@@ -1140,6 +1161,8 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=None)
 
     images are (N, 28, 28) pixels 0…255, labels (N,) digits. rng, any NumPy generator, turns dropout
     and augmentation on. All is in the dtype of params."""
+    images = xp.asarray(shapes.images_of(images))
+    labels = xp.asarray(shapes.labels_of(labels, images))
     shards = shards_of(len(images), SHARD_IMAGES)
     keys = rng.integers(2**63, size=len(shards)) if rng is not None else None  # a stream per shard
     # A plain dict is sent to the other processes array by array; Parameters would send flat too.
@@ -1166,6 +1189,7 @@ def logits_of_shards(params, images, settings, network, shards):
 
 def predict(params, images, settings, network=None):
     """Pixels 0…255 (N, 28, 28) → logits (N, 10), without dropout, in the dtype of params."""
+    images = xp.asarray(shapes.images_of(images))
     work = functools.partial(logits_of_shards, dict(params), images, settings, network or layers)
     return xp.concatenate(over_cores(work, shards_of(len(images), PREDICT_SHARD_IMAGES)))
 
@@ -1180,6 +1204,8 @@ PREDICT_IMAGES = 1024
 
 def evaluate(params, images, labels, settings, network=None):
     """(mean loss, accuracy 0…1, probabilities (N, 10)) of images (N, 28, 28), without dropout."""
+    images = shapes.images_of(images)
+    labels = xp.asarray(shapes.labels_of(labels, images))
     parts = []
     for start in range(0, len(images), PREDICT_IMAGES):
         parts.append(predict(params, images[start : start + PREDICT_IMAGES], settings, network))

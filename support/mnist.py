@@ -77,6 +77,10 @@ class DataFiles(NamedTuple):
     notes: tuple  # what the user should know about where the data came from
     contents: dict  # role → bytes of the idx file
 
+    def __repr__(self):  # the bytes would be millions of characters
+        sizes = [f"{role}: {len(data):,} bytes" for role, data in self.contents.items()]
+        return f"{self.name}, {', '.join(sizes)}"
+
 
 class NoDownload(UserError):
     """MNIST is not there, and no mirror sent it."""
