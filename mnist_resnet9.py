@@ -1500,7 +1500,7 @@ def run_in(folder, settings, network, machinery, device, data, parts):
     book.say_start(data, where, continued=restored is not None)
 
     def stop(number, _frame):
-        book.stop = number
+        book.ask_to_stop(number)
         workers.hurry()
 
     with terminal.signals_to(stop, terminal.stop_signals()):

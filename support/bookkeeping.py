@@ -4,12 +4,15 @@ train() in mnist_resnet9.py calls goes_on, steps, after_step, epoch_is_whole, en
 the others serve these. A first reading may skip this file.
 """
 
+import contextlib
 import math
+import sys
 import time
 
 from tqdm import tqdm
 
 from support import UserError, terminal
+from support.progress import place_in_cell, progress_bar
 from support.run_folder import duration, log_header, log_line, pack_metrics
 from support.settings import project_path
 from support.storage import pack_arrays, write_file
@@ -34,6 +37,7 @@ class Bookkeeper:
         self.total_steps = self.epoch_steps * settings.epochs_max
         # The number of the signal that asked for an end, or 0.
         self.stop = 0
+        self.evaluating = ""  # the epoch that is being evaluated and saved, in words
         # Epochs in a row that could not be saved.
         self.unsaved = 0
         self.unwritten = {}  # path → bytes of the files of an epoch that are not on the disk yet
@@ -48,6 +52,7 @@ class Bookkeeper:
     def say_start(self, data, where, continued):
         """The first lines of the log. where: what computes, in words."""
         settings, folder = self.settings, self.folder
+        self.place = place_in_cell()  # above the log, which would be cut in two below it
         for note in data.notes:
             folder.log(f"*** {note}")
         steps = f"{self.images:,} images, {self.epoch_steps} steps an epoch"
@@ -57,6 +62,16 @@ class Bookkeeper:
         if continued:
             folder.log(f"Continuing after step {self.state.step:,} of {self.total_steps:,}.")
         folder.log(log_header(settings.validation_images))
+
+    def ask_to_stop(self, number):
+        """The run is to end soon, because of the signal with this number. For a signal handler."""
+        if self.evaluating and not self.stop:
+            # The handler may have come in the middle of another line.
+            with contextlib.suppress(RuntimeError, OSError):
+                said = f"Stopping as soon as {self.evaluating} is evaluated and saved."
+                tqdm.write(said, file=sys.stderr)
+                sys.stderr.flush()
+        self.stop = number
 
     def start_clock(self):
         self.first_step, self.first_time = self.state.step, time.perf_counter()
@@ -73,15 +88,13 @@ class Bookkeeper:
         self.start_time = time.perf_counter()
         # 0, or where this epoch was interrupted.
         self.done = self.state.step - (epoch - 1) * self.epoch_steps
-        with tqdm(
+        with progress_bar(
             range(self.done, self.epoch_steps),
             f"epoch {epoch}",
+            self.place,
             initial=self.done,
             total=self.epoch_steps,
             unit="step",
-            leave=False,
-            disable=None,
-            dynamic_ncols=True,
         ) as self.bar:
             for number in self.bar:
                 yield number
@@ -133,6 +146,7 @@ class Bookkeeper:
             # It learns from no images.
             self.start_time, self.done = time.perf_counter(), self.epoch_steps
         trained = time.perf_counter() - self.start_time
+        self.evaluating = f"epoch {epoch}"
         measured, predictions = evaluate()
         finite = state.is_finite()
         loss = measured["train_loss"] + measured["test_loss"]
@@ -153,6 +167,7 @@ class Bookkeeper:
         if self.best()["epoch"] == epoch:
             self.unwritten[folder.best] = self.pack(state)
         self.unsaved = 0 if self.save() else self.unsaved + 1
+        self.evaluating = ""
         if epoch == 0:
             self.start_clock()
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from support import ROOT, UserError
+from support.progress import place_in_cell, progress_bar
 from support.storage import is_lfs_pointer, reason, write_file
 
 ROLES = ("train_images", "train_labels", "test_images", "test_labels")
@@ -482,7 +482,8 @@ def fetch(url):
     content = bytearray()
     with open_url(url, timeout=20) as answer:
         name, size = url.rpartition("/")[2], int(answer.headers.get("Content-Length") or 0)
-        with tqdm(None, name, size, leave=False, unit="B", unit_scale=True, disable=None) as bar:
+        place = place_in_cell()
+        with progress_bar(None, name, place, total=size, unit="B", unit_scale=True) as bar:
             # read1() takes what is there; read() would wait for all of the 2**16 bytes.
             while block := answer.read1(2**16):
                 content += block

@@ -38,8 +38,8 @@ def listed(arrays):
 
 
 def as_array(a, what, wanted):
-    """What NumPy makes of a; an array stays what it is, on a GPU too."""
-    if isinstance(a, np.ndarray) or hasattr(a, "__cuda_array_interface__"):
+    """What NumPy makes of a; an array stays what it is, on a GPU too (CuPy's have a get)."""
+    if isinstance(a, np.ndarray) or (hasattr(a, "get") and hasattr(a, "strides")):
         return a
     try:
         return np.asarray(a)
