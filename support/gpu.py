@@ -792,24 +792,50 @@ def fast_path(settings, state, images, labels, bumps, beta1):
 
 
 class Stream:
-    """Random numbers that are a function of the key, with the two methods of NumPy's generator that
-    the script uses; each draw is one kernel. Uniform numbers are those of NumPy's Philox(key)."""
+    """Random numbers that are a function of the key, with the methods of NumPy's generator that a
+    network needs; each draw is one kernel. random() gives the numbers of NumPy's Philox(key), in
+    float32 unless another dtype is asked for; the others are made of them in a way of their own."""
 
     def __init__(self, device, key):
         self.device, self.key, self.used = device, np.uint64(key), 0
 
-    def draw(self, name, shape):
-        out = self.device.xp.empty(shape, np.float32)
+    def draw(self, name, size, dtype):
+        out = self.device.xp.empty(() if size is None else size, np.float32)
         numbers = np.int32(out.size), self.key, np.int32(self.used)
         self.device.launch(name, blocks_of(out.size), 256, out, *numbers)
         self.used += round_up(out.size, 8)  # each draw starts with a fresh word of four
-        return out
+        return out.astype(dtype, copy=False)
 
-    def random(self, shape, dtype=np.float32):
-        return self.draw("fill_uniform", shape)
+    def random(self, size=None, dtype=np.float32):
+        return self.draw("fill_uniform", size, dtype)
 
-    def standard_normal(self, shape, dtype=np.float32):
-        return self.draw("fill_normal", shape)
+    def standard_normal(self, size=None, dtype=np.float32):
+        return self.draw("fill_normal", size, dtype)
+
+    def uniform(self, low=0.0, high=1.0, size=None):
+        return low + (high - low) * self.random(size)
+
+    def normal(self, loc=0.0, scale=1.0, size=None):
+        return loc + scale * self.standard_normal(size)
+
+    def integers(self, low, high=None, size=None, dtype=np.int64):
+        low, high = (0, low) if high is None else (low, high)
+        # random() has 24 bits: of a number as large as that, the last digits would never change.
+        if np.ndim(high - low) or not 0 < high - low <= 2**16:
+            raise UserError(
+                f"on a GPU, rng.integers({low}, {high}) is not possible: "
+                "low and high should be two numbers, high above low by at most 65,536"
+            )
+        # In float64, so that nothing is rounded up to `high`.
+        return (low + self.random(size, np.float64) * (high - low) // 1).astype(dtype)
+
+    def __getattr__(self, name):
+        if callable(getattr(np.random.Generator, name, None)) and not name.startswith("_"):
+            raise UserError(
+                f"on a GPU, rng.{name} is not possible: "
+                "random, standard_normal, uniform, normal and integers are"
+            )
+        raise AttributeError(f"Stream has no {name}")
 
 
 def cuda():

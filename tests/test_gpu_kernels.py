@@ -20,7 +20,7 @@ from cuda_for_numpy import CudaForNumpy
 from cuda_on_cpu import COMPILER, KIB, CudaOnCpu, Poisoned
 
 import mnist_resnet9 as m
-from support import gpu
+from support import UserError, gpu
 
 LONG = pytest.mark.long
 SMALL = (4, 8, 8, 12)
@@ -176,6 +176,35 @@ def test_normal_numbers_are_made_of_uniform_ones(cuda):
     first, second = gpu.Stream(cuda, 4), gpu.Stream(cuda, 4)
     assert not np.array_equal(first.random(9), first.random(9))
     assert np.array_equal(second.random((3, 3)).ravel(), gpu.Stream(cuda, 4).random(9))
+
+
+def test_what_a_student_may_draw_follows_numpys_generator(cuda):
+    """Same arguments, same shapes and kinds of numbers; what is not there is refused in a line."""
+    draws = {
+        "random": [(), (5,), ((2, 3), np.float64), ((2, 3), np.float32)],
+        "standard_normal": [(), ((2, 3), np.float64)],
+        "uniform": [(), (-2, 3.5, (40, 9))],
+        "normal": [(), (5, 0.1, 200)],
+        "integers": [(7,), (-3, 9, 200), (0, 2**16, (8, 8), np.uint16)],
+    }
+    for name, calls in draws.items():
+        for given in calls:
+            found = np.asarray(getattr(gpu.Stream(cuda, 4), name)(*given))
+            expected = np.asarray(getattr(np.random.default_rng(4), name)(*given))
+            assert found.shape == expected.shape, (name, given)
+            if name == "integers" or len(given) == 2:
+                assert found.dtype == expected.dtype
+    assert set(gpu.Stream(cuda, 1).integers(3, 9, size=999)) == set(range(3, 9))
+    low = gpu.Stream(cuda, 2).uniform(low=-2, high=3.5, size=9999)
+    assert -2 <= low.min() < -1.99 and 3.49 < low.max() < 3.5
+    assert gpu.Stream(cuda, 3).normal(5, 0.1, 9999).mean() == pytest.approx(5, abs=0.01)
+    for name in ("choice", "permutation", "shuffle", "beta"):
+        with pytest.raises(UserError, match=f"rng.{name} is not possible: random, "):
+            getattr(gpu.Stream(cuda, 4), name)
+    assert not hasattr(gpu.Stream(cuda, 4), "bit_generator")  # which a trace asks for
+    for high in (2**63, 0, np.arange(1, 5)):
+        with pytest.raises(UserError, match="by at most 65,536"):
+            gpu.Stream(cuda, 4).integers(high)
 
 
 def adam64(gradients, settings, beta1, rate):
