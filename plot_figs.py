@@ -38,30 +38,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
 
-from mnist_resnet9 import (
-    Settings,
-    conv2d,
-    conv2d_backward,
-    conv_block,
-    conv_block_backward,
-    cross_entropy_loss,
-    cross_entropy_loss_backward,
-    init_params,
-    linear,
-    linear_backward,
-    load_mnist,
-    loss_and_gradients,
-    pool,
-    predict,
-    relu,
-    relu_backward,
-    softmax,
-    to_input,
-)
-from mnist_resnet9 import (
-    layers as resnet9,
-)
+import mnist_resnet9 as m
 from support import ROOT, UserError, terminal
+from support.checkpoints import check_arrays, read_weights
+from support.cores import computing_on_the_cpu, on_host
 from support.runs import (
     SavedRun,
     add_save_dir,
@@ -72,6 +52,7 @@ from support.runs import (
     user_folder,
 )
 from support.settings import Parser, project_path
+from support.stages import CannotDraw, first_of, one_pass, words_for
 from support.storage import is_lfs_pointer, write_file
 from support.style import (
     BLUE,
@@ -110,7 +91,9 @@ except UserError as error:
     sys.exit(say_error(error))
 
 WATCH_SECONDS = 2.0  # between two looks at a run in progress
-FAILURES_SHOWN = 200  # nobody looks at more, and a bad run has thousands
+# Nobody looks at more, and a bad run has thousands. In a notebook a wider figure would be shrunk
+# until nobody could read it.
+FAILURES_SHOWN, FAILURE_COLUMNS = 96, 12
 LEAST_LOSS = 1e-8  # a loss of 0 has no place on a logarithmic axis
 
 
@@ -152,47 +135,49 @@ def read_predictions(path, labels):
     return read_arrays(path, read)
 
 
-def read_params(path):
-    """{name: array} of the parameters in a checkpoint of any network: those that it answers with.
-
-    Where the run keeps a mean of its weights (the setting ema), that is the mean.
-    """
-
-    def read(arrays):
-        ends = (".weight", ".bias")
-        names = [n for n in arrays.files if n.endswith(ends) and not n.startswith("ema.")]
-        params = {n: arrays[f"ema.{n}" if f"ema.{n}" in arrays.files else n] for n in names}
-        if not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in params.values()):
-            raise ValueError("its parameters are not all finite numbers")
-        if "conv1.weight" in params:
-            filters = params["conv1.bias"].shape
-            if params["conv1.weight"].shape[2:] != (1, *filters):
-                raise ValueError("its conv1 has other shapes")
-        return params
-
-    return read_arrays(path, read)
-
-
 def find_network(params, settings):
-    """ResNet9 or the step of the evolution that has parameters of these shapes; or None."""
-    shapes = {name: a.shape for name, a in params.items()}
+    """The network that has parameters of these shapes: that of mnist_resnet9.py as it is now, or a
+    step of the evolution.
 
-    def fits(network):
-        theirs = init_params(settings, network=network)
-        return shapes == {name: a.shape for name, a in theirs.items()}
+    CannotDraw says what differs from the former if there is none."""
+    try:
+        expected = m.init_params(settings)
+    # Whoever edits the script may break it.
+    except Exception as error:
+        raise CannotDraw(f"layers() in mnist_resnet9.py raises {describe(error)}") from error
+    try:
+        check_arrays(params, expected)
+        return m.layers
+    except ValueError as error:
+        why = f"it is of another network than mnist_resnet9.py now has ({error})"
+    for network in evolution():
+        with contextlib.suppress(Exception):
+            check_arrays(params, m.init_params(settings, network=network))
+            # Pools have no parameters that could differ.
+            names = {layer.op.__name__ for layer in network(settings)}
+            if not {"max_pool2d", "avg_pool2d"} & names - {f"{settings.pool}_pool2d"}:
+                return network
+    raise CannotDraw(why)
 
-    if fits(resnet9):
-        return resnet9
-    return next((network for network in evolution() if fits(network)), None)
+
+def describe(error):
+    """An error that is not ours, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @functools.cache
 def evolution():
     """The networks of evolution/, which lead up to ResNet9."""
-    folder = ROOT / "evolution"
+    folder, networks = ROOT / "evolution", []
     sys.path.append(str(folder))
-    steps = [importlib.import_module(path.stem) for path in sorted(folder.glob("step[0-9]*.py"))]
-    return [step.layers for step in steps]
+    try:
+        for path in sorted(folder.glob("step[0-9]*.py")):
+            # A step takes its parts from the script, which may lack one by now.
+            with contextlib.suppress(ImportError):
+                networks.append(importlib.import_module(path.stem).layers)
+    finally:
+        sys.path.remove(str(folder))
+    return networks
 
 
 # ── Curves ────────────────────────────────────────────────────────────────────────────────────────
@@ -340,13 +325,39 @@ def scale_accuracy(ax, low, high):
 INCH = 36  # units of length in the figures below, where an image is 28 wide and high
 
 
+def title_of(run):
+    """A SavedRun's title, or the user's own, which stands in its place."""
+    return run if isinstance(run, str) else run.title()
+
+
+def colour_of(run):
+    return INK if isinstance(run, str) else run.colour()
+
+
+def images_of(run):
+    """What the images are called that the run was tested with."""
+    return "images" if isinstance(run, str) else "test images"
+
+
+def drawing(draw):
+    """draw() as plot() needs it, and a cell of a notebook, too: in our style and on the CPU."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments, **named):
+        with our_style(), computing_on_the_cpu(m), np.errstate(all="ignore"):
+            return draw(*arguments, **named)
+
+    return drawn
+
+
 def canvas(run, subject, width, height):
     """A figure with room for width × height units under its title."""
     wide = max(width / INCH, 6.4) + 0.4
-    lines = [*textwrap.wrap(run.title(), int(11 * wide)), *textwrap.wrap(subject, int(11 * wide))]
+    letters = int(11 * wide)
+    lines = [*textwrap.wrap(title_of(run), letters), *textwrap.wrap(subject, letters)]
     high = (height / INCH + 0.1, 0.2 * len(lines) + 0.2)  # of the tiles, of the title
     fig = plt.figure(figsize=(wide, sum(high)))
-    fig.suptitle("\n".join(lines), y=1 - 0.1 / sum(high), color=run.colour())
+    fig.suptitle("\n".join(lines), y=1 - 0.1 / sum(high), color=colour_of(run))
     ax = fig.add_axes((0, 0, 1, high[0] / sum(high)), aspect="equal")
     ax.set(xlim=((width - wide * INCH) / 2, (width + wide * INCH) / 2), ylim=(high[0] * INCH, 0))
     ax.axis("off")
@@ -360,15 +371,22 @@ def tile(ax, image, x, y, side=28, **style):
     return ax.imshow(image, extent=extent, interpolation="nearest", **style)
 
 
+@drawing
 def draw_failures(run, images, labels, predictions, probabilities):
-    """The misclassified images, those first whose wrong digit got the highest probability."""
+    """The misclassified images, those first whose wrong digit got the highest probability.
+
+    run: a SavedRun, or a title, a text, as for predictions of one's own: images (N, 28, 28), labels
+    and predictions (N,), probabilities (N, 10)."""
+    images, labels = on_host(images), on_host(labels).astype(int)
+    predictions, probabilities = on_host(predictions).astype(int), on_host(probabilities)
     wrong = np.flatnonzero(predictions != labels)
     sure = probabilities[wrong, predictions[wrong]]
     shown = wrong[np.argsort(-sure, kind="stable")][:FAILURES_SHOWN]
     if not len(wrong):
-        return canvas(run, f"None of the {len(labels):,} test images is misclassified.", 0, 0)[0]
-    columns = max(min(len(shown), 8), math.ceil(math.sqrt(2 * len(shown))))
-    subject = f"Misclassified test images: {len(wrong):,} of {len(labels):,}"
+        none = f"None of the {len(labels):,} {images_of(run)} is misclassified."
+        return canvas(run, none, 0, 0)[0]
+    columns = min(max(min(len(shown), 8), math.ceil(math.sqrt(2 * len(shown)))), FAILURE_COLUMNS)
+    subject = f"Misclassified {images_of(run)}: {len(wrong):,} of {len(labels):,}"
     subject += f"; these are the {len(shown)} surest mistakes" if len(shown) < len(wrong) else ""
     fig, ax = canvas(run, subject, 36 * columns - 8, 18 + 48 * math.ceil(len(shown) / columns))
     for y, what, colour in ((0, "above: the prediction", ORANGE), (6, "below: the label", BLUE)):
@@ -385,11 +403,21 @@ def draw_failures(run, images, labels, predictions, probabilities):
     return fig
 
 
+@drawing
 def draw_filters(run, params, image, label):
-    """Each filter of conv1, and under it its response to one digit: relu(image * filter + bias)."""
-    w, b = params["conv1.weight"], params["conv1.bias"]
-    y, _ = relu(conv2d(to_input(image[None], w.dtype), w, b)[0])  # (28, 28, 1, K)
-    K = len(b)
+    """Each filter of conv1, and under it its response to one digit: relu(image * filter + bias).
+
+    run: a SavedRun, or a title. image: (28, 28). UserError if conv1 does not filter images."""
+    if not {"conv1.weight", "conv1.bias"} <= set(params):
+        raise CannotDraw("it has no layer conv1")
+    w, b = (on_host(params[f"conv1.{part}"]) for part in ("weight", "bias"))
+    if w.ndim != 4 or w.shape[2:] != (1, *b.shape):
+        raise CannotDraw(f"conv1 has weights {w.shape}, not (rows, columns, 1, filters)")
+    image, K = on_host(image), len(b)
+    try:
+        y, _ = m.conv_block(m.to_input(image[None], w.dtype), w, b)  # (28, 28, 1, K)
+    except Exception as error:
+        raise CannotDraw(f"conv_block() raises {describe(error)}") from error
     columns = max(min(K, 4), math.ceil(2 * math.sqrt(K)))
     rows = math.ceil(K / columns)
     width, height = 44 + 34 * columns, 74 * rows - 6
@@ -409,8 +437,12 @@ def draw_filters(run, params, image, label):
     return fig
 
 
+@drawing
 def draw_confusion(run, labels, predictions):
-    """How many images of each digit (rows) were taken for which digit (columns)."""
+    """How many images of each digit (rows) were taken for which digit (columns).
+
+    run: a SavedRun, or a title. labels, predictions: (N,)."""
+    labels, predictions = on_host(labels).astype(int), on_host(predictions).astype(int)
     counts = np.zeros((10, 10), int)
     np.add.at(counts, (labels, predictions), 1)
     wrong = counts * (1 - np.eye(10, dtype=int))  # only these are coloured, or they would fade
@@ -426,9 +458,9 @@ def draw_confusion(run, labels, predictions):
         ax.text(9.7, i, text, va="center", color=GREY, size=8)
     ax.set(xticks=range(10), yticks=range(10), xlabel="prediction", ylabel="label")
     ax.tick_params(length=0)
-    title = textwrap.fill(run.title(), 66)
-    title += f"\nMisclassified test images: {wrong.sum():,} of {len(labels):,}"
-    fig.suptitle(title, color=run.colour())
+    title = textwrap.fill(title_of(run), 66)
+    title += f"\nMisclassified {images_of(run)}: {wrong.sum():,} of {len(labels):,}"
+    fig.suptitle(title, color=colour_of(run))
     return fig
 
 
@@ -436,72 +468,12 @@ def draw_confusion(run, labels, predictions):
 
 CANDIDATES = 100  # the digit that is drawn is the least sure one of the first so many
 BATCH = 64  # images whose gradient several runs compare
+AT_ONCE = 8  # of them: all that happens to them is kept
 
 
-class Pass(NamedTuple):
-    """One pass through ResNet9, forwards and backwards; y and dy in the order of the network."""
-
-    loss: float
-    y: dict  # layer → what it puts out
-    dy: dict  # layer → the gradient of the loss with respect to that
-    d: dict  # parameter → the gradient of the loss with respect to it
-
-
-def learn(params, images, labels, settings, shortcuts=True):
-    """forward and backward of mnist_resnet9.py, line by line, keeping what every layer gives.
-
-    The residual blocks are opened up, to see their two layers and the two ways back. shortcuts
-    says whether the gradient also comes back through the shortcuts, or through the convolutions
-    alone, as in a plain deep network; forwards they are always there. Dropout is off.
-    """
-    y, dy, d, p = {}, {}, {}, params
-    _, pool2d, pool2d_backward, *_ = pool("pool", settings)
-
-    def conv(i):
-        return p[f"conv{i}.weight"], p[f"conv{i}.bias"]
-
-    y["image"] = to_input(images, p["fc9.weight"].dtype)
-    y["conv1"], conv1 = conv_block(y["image"], *conv(1))
-    y["conv2"], conv2 = conv_block(y["conv1"], *conv(2))
-    y["conv3"], conv3 = conv_block(y["conv2"], *conv(3))
-    h, conv4 = conv2d(y["conv3"], *conv(4))
-    y["conv4"], relu4 = relu(y["conv2"] + h)
-    y["pool4"], pool4 = pool2d(y["conv4"])
-    y["conv5"], conv5 = conv_block(y["pool4"], *conv(5))
-    y["conv6"], conv6 = conv_block(y["conv5"], *conv(6))
-    y["conv7"], conv7 = conv_block(y["conv6"], *conv(7))
-    h, conv8 = conv2d(y["conv7"], *conv(8))
-    y["conv8"], relu8 = relu(y["conv6"] + h)
-    y["pool8"], pool8 = pool2d(y["conv8"])
-    h = y["pool8"].transpose(2, 0, 1, 3)
-    y["fc9"], fc9 = linear(h.reshape(len(h), -1), p["fc9.weight"], p["fc9.bias"])
-    loss, cross_entropy = cross_entropy_loss(y["fc9"], labels, settings.label_smoothing)
-
-    dy["fc9"] = cross_entropy_loss_backward(1, cross_entropy)
-    dh, d["fc9.weight"], d["fc9.bias"] = linear_backward(dy["fc9"], fc9)
-    dy["pool8"] = dh.reshape(h.shape).transpose(1, 2, 0, 3)
-    dy["conv8"] = pool2d_backward(dy["pool8"], pool8)
-    straight = relu_backward(dy["conv8"], relu8)
-    dy["conv7"], d["conv8.weight"], d["conv8.bias"] = conv2d_backward(straight, conv8)
-    dy["conv6"], d["conv7.weight"], d["conv7.bias"] = conv_block_backward(dy["conv7"], conv7)
-    if shortcuts:
-        dy["conv6"] += straight
-    dy["conv5"], d["conv6.weight"], d["conv6.bias"] = conv_block_backward(dy["conv6"], conv6)
-    dy["pool4"], d["conv5.weight"], d["conv5.bias"] = conv_block_backward(dy["conv5"], conv5)
-    dy["conv4"] = pool2d_backward(dy["pool4"], pool4)
-    straight = relu_backward(dy["conv4"], relu4)
-    dy["conv3"], d["conv4.weight"], d["conv4.bias"] = conv2d_backward(straight, conv4)
-    dy["conv2"], d["conv3.weight"], d["conv3.bias"] = conv_block_backward(dy["conv3"], conv3)
-    if shortcuts:
-        dy["conv2"] += straight
-    dy["conv1"], d["conv2.weight"], d["conv2.bias"] = conv_block_backward(dy["conv2"], conv2)
-    dy["image"], d["conv1.weight"], d["conv1.bias"] = conv_block_backward(dy["conv1"], conv1)
-    return Pass(loss, y, {name: dy[name] for name in y}, d)
-
-
-def least_sure(params, images, labels, settings):
+def least_sure(params, images, labels, settings, network=None):
     """The index of the image to whose label the network gives the lowest probability."""
-    probs, _ = softmax(predict(params, images, settings))
+    probs, _ = m.softmax(m.predict(params, images, settings, network))
     return probs[np.arange(len(labels)), labels].argmin()
 
 
@@ -520,60 +492,84 @@ WIDE = 33  # units: two channels beside each other, with a gap
 BAND = 118  # units from the six layers above to the six below
 OUT, BACK = 18, 65  # units from the top of a band to the outputs, to the gradients
 SMALL = {"size": 7, "ha": "center"}
-SHORTCUTS = {"conv2": "conv4", "conv6": "conv8"}  # where each begins and where it is added
-DOES = {
-    "image": "what comes in",
-    "conv4": "3×3, + conv2, relu",
-    "conv8": "3×3, + conv6, relu",
-    "fc9": "linear, softmax",
-}
-POOLS_WITH = {"max": "largest of 2×2", "avg": "mean of 2×2"}
+LONGEST_NAME, LONGEST_WORDS = 13, 22  # letters, with room for them above a layer
 
 
-def draw_layers(run, params, images, labels):
+@drawing
+def draw_layers(run, params, images, labels, settings=None, network=None):
     """What every layer makes of one digit, and under it the gradient of the loss that comes back.
 
-    The digit is the one of these that the network is least sure of.
-    """
-    settings = run.settings
-    i = least_sure(params, images, labels, settings)
+    The digit is the one of these that the network is least sure of. run: a SavedRun, or a title.
+    settings are the run's if not given, network is layers() in mnist_resnet9.py. UserError if the
+    network computes nothing that could be drawn."""
+    settings = settings or (m.Settings() if isinstance(run, str) else run.settings)
+    network = network or m.layers
+    params = {name: on_host(a) for name, a in params.items()}
+    images, labels = on_host(images), on_host(labels)
+    try:
+        i = least_sure(params, images, labels, settings, network)
+    except Exception as error:
+        raise CannotDraw(f"its network raises {describe(error)}") from error
     image, label = images[i : i + 1], labels[i : i + 1]
-    step = learn(params, image, label, settings)
-    plain = learn(params, image, label, settings, shortcuts=False)
-    after = learn(stepped(params, step), image, label, settings)
-    probs, probs_after = (softmax(passed.y["fc9"])[0][0] for passed in (step, after))
+    step = one_pass(m, network, params, image, label, settings)
+    plain = step
+    if step.has_shortcuts:
+        plain = one_pass(m, network, params, image, label, settings, shortcuts=False)
+    after = one_pass(m, network, stepped(params, step), image, label, settings)
+    probs, probs_after = (m.softmax(passed.logits)[0][0] for passed in (step, after))
 
     given = f"{probs[label[0]]:.1%}"
     subject = (
         f"One step of learning on a {label[0]} (given {given}): outputs forward, gradients back"
     )
-    width = 6 * COLUMN + 8
-    fig, ax = canvas(run, subject, width, 2 * BAND + 106)
-    draw_colours(ax, width)
-    at = {name: (12 + n % 6 * COLUMN, 12 + n // 6 * BAND) for n, name in enumerate(step.y)}
-    for name, (left, top) in at.items():
-        if name == "fc9":
-            draw_names(ax, name, DOES[name], "10", left, top)
-            draw_probabilities(ax, probs, probs_after, left, top + OUT)
-            draw_errors(ax, step.dy[name][0], left, top + BACK)
+    stages = step.stages
+    width, bands = 6 * COLUMN + 8, math.ceil(len(stages) / 6)
+    names = [cut(stage.name, LONGEST_NAME) for stage in stages]
+    # The names under the curves, where they would meet.
+    upright = sum(map(len, names)) > 85
+    room = 3 * max(map(len, names)) - 8 if upright else 0
+    fig, ax = canvas(run, subject, width, bands * BAND + 106 + room)
+    draw_colours(ax, width, any(stage.y.min() < 0 for stage in stages[1:-1]))
+    left = max(0, 6 - len(stages)) * COLUMN / 2  # a short row stands in the middle
+    at = [(12 + left + n % 6 * COLUMN, 12 + n // 6 * BAND) for n in range(len(stages))]
+    shown = channels_shown(stages)
+    for n, (stage, (x, y)) in enumerate(zip(stages, at)):
+        words = words_for(stages, n) if n else "what comes in"
+        if stage is stages[-1]:
+            words = f"{words}, softmax" if words else "softmax"
+        draw_names(ax, names[n], cut(words, LONGEST_WORDS), size_of(stage), x, y)
+        if stage is stages[-1]:
+            draw_probabilities(ax, probs, probs_after, x, y + OUT)
+            draw_errors(ax, stage.dy[0], x, y + BACK)
         else:
-            draw_layer(ax, step, name, left, top, settings)
-            draw_arrows(ax, left + WIDE + (COLUMN - WIDE) / 2, top + WIDE / 2)
-    for start, end in SHORTCUTS.items():
-        draw_shortcut(ax, at[start], at[end])
+            draw_layer(ax, stage, shown[n], n == 0, x, y)
+            draw_arrows(ax, x + WIDE + (COLUMN - WIDE) / 2, y + WIDE / 2)
+    for end, stage in enumerate(stages):
+        if stage.start is not None:
+            draw_shortcut(ax, at, stages, stage.start, end)
     style = {"rotation": 90, "color": GREY, "size": 8, "ha": "center", "va": "center"}
-    for top in (12, 12 + BAND):
-        ax.text(4, top + OUT + WIDE / 2, "forward: output", **style)
-        ax.text(4, top + BACK + WIDE / 2, "backward: gradient", **style)
-    place = (24, 2 * BAND + 30, width - 28, 58)
-    draw_lengths(ax.inset_axes(place, transform=ax.transData), step.dy, plain.dy)
+    for top in (12 + band * BAND for band in range(bands)):
+        ax.text(left + 4, top + OUT + WIDE / 2, "forward: output", **style)
+        ax.text(left + 4, top + BACK + WIDE / 2, "backward: gradient", **style)
+    place = (24, bands * BAND + 30, width - 28, 58)
+    curves = ax.inset_axes(place, transform=ax.transData)
+    draw_lengths(curves, names, step, plain, rotation=90 if upright else 0)
     return fig
 
 
-def draw_colours(ax, width):
-    """What the colours stand for: a line over the whole width."""
+def cut(text, most):
+    return text if len(text) <= most else f"{text[: most - 1].rstrip(', ')}…"
+
+
+def size_of(stage):
+    """28×28×16 of an image, 128 of a row of features."""
+    return "×".join(str(n) for n in first_of(stage.y).shape)
+
+
+def draw_colours(ax, width, signed):
+    """What the colours stand for: a line over the whole width. signed: some outputs are below 0."""
     for x, cmap, low, high in (
-        (52, "cividis", "output: 0", "largest"),
+        (52, "cividis", "output: least" if signed else "output: 0", "largest"),
         (width - 72, "PuOr", "gradient: more would lower the loss", "less would"),
     ):
         ax.imshow(np.arange(256)[None], cmap=cmap, extent=(x, x + 28, 4, 0), aspect="auto")
@@ -588,31 +584,47 @@ def draw_names(ax, name, does, size, left, top):
     ax.text(middle, top + 16, size, color=GREY, **SMALL)
 
 
-def draw_layer(ax, step, name, left, top, settings):
-    """A layer's name and size, what it puts out, and under that the gradient that comes back."""
-    y, dy = step.y[name][:, :, 0], step.dy[name][:, :, 0]  # (H, W, C)
-    size = "{}×{}×{}".format(*y.shape)
-    if name.startswith("pool"):
-        draw_names(ax, "pool", POOLS_WITH[settings.pool], size, left, top)
-    else:
-        draw_names(ax, name, DOES.get(name, "3×3, relu"), size, left, top)
-    shown = channels_shown(step, name)
-    side = WIDE if len(shown) == 1 else (WIDE - 1) / 2
-    indent = (WIDE - side) / 2 if len(shown) == 2 else 0
-    outputs = {"cmap": "cividis", "vmin": 0, "vmax": y[:, :, shown].max() or 1}
-    if name == "image":
+def draw_layer(ax, stage, shown, is_input, left, top):
+    """What a layer puts out, and under that the gradient that comes back. shown: its channels."""
+    y = tiles_of(first_of(stage.y))[:, :, shown]
+    low = min(np.nanmin(y), 0) + 0.0  # relu makes −0.0 of what is below 0
+    outputs = {"cmap": "cividis", "vmin": low, "vmax": np.nanmax(y) if np.nanmax(y) > low else 1}
+    if is_input:
         outputs = {"cmap": "gray_r"}
-    # A few values are far larger than all others, which would fade if the scale ended there.
-    strong = np.percentile(abs(dy[:, :, shown]), 99) or abs(dy).max() or 1
-    gradients = {"cmap": "PuOr", "vmin": -strong, "vmax": strong}
-    for n, k in enumerate(shown):
-        x, z = left + n % 2 * (side + 1), top + indent + n // 2 * (side + 1)
-        tile(ax, y[:, :, k], x, z + OUT, side, **outputs)
-        tile(ax, dy[:, :, k], x, z + BACK, side, **gradients)
+    draw_channels(ax, y, left, top + OUT, **outputs)
     style = {"color": GREY, "va": "top"} | SMALL
-    if name != "image":
-        ax.text(left + WIDE / 2, top + OUT + WIDE + 1, f"0 to {brief(outputs['vmax'])}", **style)
+    if not is_input:
+        text = f"{brief(low)} to {brief(outputs['vmax'])}"
+        ax.text(left + WIDE / 2, top + OUT + WIDE + 1, text, **style)
+    if stage.dy is None:
+        ax.text(left + WIDE / 2, top + BACK + WIDE / 2, "not computed", **style)
+        return
+    dy = tiles_of(first_of(stage.dy))[:, :, shown]
+    # A few values are far larger than all others, which would fade if the scale ended there.
+    strong = np.nanpercentile(abs(dy), 99) or np.nanmax(abs(dy)) or 1
+    draw_channels(ax, dy, left, top + BACK, cmap="PuOr", vmin=-strong, vmax=strong)
     ax.text(left + WIDE / 2, top + BACK + WIDE + 1, f"±{brief(strong)}", **style)
+
+
+def draw_channels(ax, channels, left, top, **style):
+    """One channel, or up to four, two in a row: (H, W, C)."""
+    count = channels.shape[2]
+    side = WIDE if count == 1 else (WIDE - 1) / 2
+    indent = (WIDE - side) / 2 if count == 2 else 0
+    for k in range(count):
+        x, y = left + k % 2 * (side + 1), top + indent + k // 2 * (side + 1)
+        tile(ax, channels[:, :, k], x, y, side, **style)
+
+
+def tiles_of(a):
+    """(H, W, C) as it is; (F,) features as the pixels of one, nearly square."""
+    if a.ndim == 3:
+        return a
+    columns = math.ceil(math.sqrt(a.size))
+    rows = math.ceil(a.size / columns)
+    square = np.full(rows * columns, np.nan)
+    square[: a.size] = a
+    return square.reshape(rows, columns, 1)
 
 
 def brief(value):
@@ -620,20 +632,36 @@ def brief(value):
     return f"{value:.2g}".replace("e-0", "e-").replace("-", "−")
 
 
-def channels_shown(step, name):
-    """The four channels of a layer that vary most. Layers joined by a shortcut show the same."""
-    same = {"conv2": "conv4", "pool4": "conv4", "conv6": "conv8", "pool8": "conv8"}
-    y = step.y[same.get(name, name)][:, :, 0]
-    return np.sort(np.argsort(-y.std(axis=(0, 1)), kind="stable")[:4])
+def channels_shown(stages):
+    """For each stage the four channels that vary most.
+
+    Stages that are joined by a shortcut show the same, and so does what is pooled: those of the
+    last one with parameters."""
+    joined = list(range(len(stages)))  # stage → the first one that it is joined with
+    sizes = [tiles_of(first_of(stage.y)).shape[2] for stage in stages]
+    for n, stage in enumerate(stages[1:], 1):
+        partners = [] if stage.start is None else [stage.start]
+        if not stage.has_params and sizes[n] == sizes[n - 1]:
+            partners.append(n - 1)
+        for partner in partners:
+            old, new = joined[n], joined[partner]
+            joined = [new if group == old else group for group in joined]
+    shown = []
+    for group in joined:
+        members = [n for n, theirs in enumerate(joined) if theirs == group]
+        leader = max(members, key=lambda n: (stages[n].has_params, n))
+        y = tiles_of(first_of(stages[leader].y))
+        shown.append(np.sort(np.argsort(-np.nanstd(y, axis=(0, 1)), kind="stable")[:4]))
+    return shown
 
 
 def draw_probabilities(ax, probs, after, left, top):
-    """The ten probabilities as bars, and a stroke where each is after the step."""
-    bottom, unit = left + 5, WIDE - 5
-    for k in range(10):
-        y = top + (k + 0.5) * WIDE / 10
+    """The probabilities as bars, and a stroke where each is after the step."""
+    bottom, unit, K = left + 5, WIDE - 5, len(probs)
+    for k in range(K):
+        y = top + (k + 0.5) * WIDE / K
         ax.text(left + 3, y, k, size=6.5, ha="right", va="center_baseline")
-        ax.barh(y, probs[k] * unit, 0.8 * WIDE / 10, bottom, color=BLUE)
+        ax.barh(y, probs[k] * unit, 0.8 * WIDE / K, bottom, color=BLUE)
         ax.plot([bottom + after[k] * unit] * 2, [y - 1.5, y + 1.5], color=ORANGE, lw=1.5)
     style = {"va": "top"} | SMALL
     ax.text(left + WIDE / 2, top + WIDE + 1, "probability", **style | {"color": BLUE})
@@ -641,15 +669,15 @@ def draw_probabilities(ax, probs, after, left, top):
 
 
 def draw_errors(ax, dlogits, left, top):
-    """The gradient of the ten logits: probability minus label."""
-    unit = (WIDE - 5) / (np.ptp(dlogits) or 1)
+    """The gradient of the logits: probability minus label."""
+    unit, K = (WIDE - 5) / (np.ptp(dlogits) or 1), len(dlogits)
     zero = left + 5 - unit * min(dlogits.min(), 0)
     shades = plt.get_cmap("PuOr")
-    for k in range(10):
-        y = top + (k + 0.5) * WIDE / 10
+    for k in range(K):
+        y = top + (k + 0.5) * WIDE / K
         ax.text(left + 3, y, k, size=6.5, ha="right", va="center_baseline")
         colour = shades(0.5 + 0.4 * np.sign(dlogits[k]))
-        ax.barh(y, dlogits[k] * unit, 0.8 * WIDE / 10, zero, color=colour)
+        ax.barh(y, dlogits[k] * unit, 0.8 * WIDE / K, zero, color=colour)
     text = f"{brief(dlogits.min())} to {brief(dlogits.max())}"
     ax.text(left + WIDE / 2, top + WIDE + 1, text, color=GREY, va="top", **SMALL)
 
@@ -664,43 +692,64 @@ def draw_arrows(ax, x, y):
     ax.annotate("", (x - 2.5, y + BACK), (x + 2.5, y + BACK), arrowprops=style)
 
 
-def draw_shortcut(ax, start, end):
-    """A bracket above the layers between its two ends, and under them its way back."""
-    (left, top), right = start, end[0]
-    left, right, under = left + WIDE / 2, right + WIDE / 2, top + BACK + WIDE + 6
-    for begin, stop, foot, edge in (
-        (left, right, top + 3, top - 0.5),
-        (right, left, under, under + 3),
-    ):
-        ax.plot([begin, begin, stop], [foot, edge, edge], color=BLUE, lw=1.2)
+def draw_shortcut(ax, at, stages, start, end):
+    """A bracket above the layers between its two ends, and under them its way back.
+
+    Where the ends stand in different rows, it leaves one on the right and enters the next on the
+    left."""
+    # Where one shortcut ends and the next begins, they stand beside each other.
+    first = at[start][0] + WIDE / 2 + (3 if stages[start].start is not None else 0)
+    begins_here = any(stage.start == end for stage in stages)
+    last = at[end][0] + WIDE / 2 - (3 if begins_here else 0)
+    tops = sorted({top for _, top in at[start : end + 1]})
+    leftmost, rightmost = at[0][0] - 4, max(left for left, _ in at) + WIDE + 4
+    for foot, edge, forward in ((3, -0.5, True), (BACK + WIDE + 6, BACK + WIDE + 9, False)):
+        for top in tops:
+            ends = [
+                (first if top == tops[0] else leftmost, top == tops[0]),
+                (last if top == tops[-1] else rightmost, top == tops[-1]),
+            ]
+            draw_bracket(ax, *(ends if forward else ends[::-1]), top + foot, top + edge)
+
+
+def draw_bracket(ax, tail, head, foot, edge):
+    """A line along the edge, from the tail to the head: each (x, whether it stands there, on its
+    foot)."""
+    (begin, has_tail), (stop, has_head) = tail, head
+    ax.plot([begin] * has_tail + [begin, stop], [foot] * has_tail + [edge] * 2, color=BLUE, lw=1.2)
+    if has_head:
         ax.annotate("", (stop, foot), (stop, edge), arrowprops=ARROW | {"color": BLUE, "lw": 1.2})
+    if abs(stop - begin) > 26:
         style = {"color": BLUE, "va": "center", "backgroundcolor": "white"} | SMALL
-        ax.text((left + right) / 2, edge, "shortcut", **style)
+        ax.text((begin + stop) / 2, edge, "shortcut", **style)
 
 
-def draw_lengths(ax, dy, plain):
+def draw_lengths(ax, names, step, plain, rotation=0):
     """How long each gradient in the figure is: the root of the sum of its squares."""
-    lines = (
-        (dy, BLUE, "-", "as it is, through convolutions and shortcuts"),
-        (plain, ORANGE, "--", "through the convolutions alone"),
-    )
-    lengths = np.array([[np.linalg.norm(d) for d in line[0].values()] for line in lines])
+    lines = [(step, BLUE, "-", "as it is, through convolutions and shortcuts")]
+    if step.has_shortcuts:
+        lines.append((plain, ORANGE, "--", "through the convolutions alone"))
+    lengths = [
+        [np.nan if stage.dy is None else np.linalg.norm(stage.dy) for stage in line[0].stages]
+        for line in lines
+    ]
+    lengths = np.array(lengths)
     lengths[lengths == 0] = np.nan  # a logarithmic axis has no place for it
     for length, (_, colour, style, label) in zip(lengths, lines):
         ax.plot(length, style, color=colour, marker=".", lw=1.2, label=label)
     if np.isfinite(lengths).any():
         scale_log(ax, np.nanmin(lengths), np.nanmax(lengths))
-    names = ["pool" if name.startswith("pool") else name for name in dy]
-    ax.set_xticks(range(len(names)), names)
+    ax.set_xticks(range(len(names)), names, rotation=rotation)
     ax.grid(True)
-    ax.set_title("Length of the gradient at the output of each layer", pad=17)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2)
+    if step.has_shortcuts:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2)
+    title = "Length of the gradient at the output of each layer"
+    ax.set_title(title, pad=17 if step.has_shortcuts else 6)
 
 
 def gradient_lengths(d):
     """{layer: the length of the gradient of its weights}."""
-    ends = ".weight"
-    return {n.removesuffix(ends): np.linalg.norm(a) for n, a in d.items() if n.endswith(ends)}
+    return {n.removesuffix(".weight"): np.linalg.norm(a) for n, a in d.items() if a.ndim > 1}
 
 
 class Gradients(NamedTuple):
@@ -712,13 +761,18 @@ class Gradients(NamedTuple):
 
 
 def measure_gradients(run, network, params, images, labels):
-    settings = run.settings
-    _, d = loss_and_gradients(params, images, labels, settings, network=network)
-    lengths, plain = gradient_lengths(d), {}
-    if network is resnet9:
-        found = gradient_lengths(learn(params, images, labels, settings, shortcuts=False).d)
-        plain = {name: found[name] for name in lengths}
-    return Gradients(run, lengths, plain)
+    def lengths(shortcuts):
+        """And whether there are any shortcuts."""
+        total = {}
+        for start in range(0, len(images), AT_ONCE):
+            part = images[start : start + AT_ONCE], labels[start : start + AT_ONCE]
+            step = one_pass(m, network, params, *part, run.settings, shortcuts)
+            share = len(part[0]) / len(images)
+            total = {name: share * d + total.get(name, 0) for name, d in step.d.items()}
+        return gradient_lengths(total), step.has_shortcuts
+
+    whole, has_shortcuts = lengths(shortcuts=True)
+    return Gradients(run, whole, lengths(shortcuts=False)[0] if has_shortcuts else {})
 
 
 def draw_gradients(measured):
@@ -773,16 +827,21 @@ def draw_run(run, load_data):
         yield "confusion.png", draw_confusion(run, labels, predicted)
         yield "failures.png", draw_failures(run, images, labels, predicted, probabilities)
     if has_checkpoint(run.folder):
-        params = read_newest(run.folder, read_params)
+        params = read_newest(run.folder, read_weights)
         data = load_data(run)
-        if "conv1.weight" in params:
-            yield "filters.png", draw_filters(run, params, data.test_images[0], data.test_labels[0])
-        else:
-            print(f"{run.folder.name} is a network without convolutions, so no filters.png")
-        if find_network(params, run.settings) is resnet9:
-            yield "layers.png", draw_layers(run, params, *first_images(run, data, CANDIDATES))
-        else:
-            print(f"{run.folder.name} is not ResNet9, so no layers.png")
+        first = data.test_images[0], data.test_labels[0]
+        few = first_images(run, data, CANDIDATES)
+        for name, draw in (
+            ("filters.png", lambda: draw_filters(run, params, *first)),
+            (
+                "layers.png",
+                lambda: draw_layers(run, params, *few, network=find_network(params, run.settings)),
+            ),
+        ):
+            try:
+                yield name, draw()
+            except CannotDraw as error:
+                print(f"{tag}: no {name}, since {error}")
 
 
 def first_images(run, data, count):
@@ -795,11 +854,14 @@ def compare_gradients(runs, load_data):
     """The Gradients of those runs that have a checkpoint of a known network."""
     measured = []
     for run in runs:
-        params = read_newest(run.folder, read_params) if has_checkpoint(run.folder) else {}
-        network = find_network(params, run.settings)
-        if network:
+        if has_checkpoint(run.folder):
+            params = read_newest(run.folder, read_weights)
             first = first_images(run, load_data(run), BATCH)
-            measured.append(measure_gradients(run, network, params, *first))
+            try:
+                network = find_network(params, run.settings)
+                measured.append(measure_gradients(run, network, params, *first))
+            except CannotDraw as error:
+                print(f"{run.folder.name}: no gradients, since {error}")
     return measured
 
 
@@ -807,7 +869,7 @@ def data_of(run, data_dir, load):
     """The data that the run had: from data_dir, or where the run had it if that is None."""
     folder = data_dir or project_path(run.settings.data_dir)
     if not data_dir and not folder.is_dir():  # the run comes from another machine
-        folder = project_path(Settings.data_dir)
+        folder = project_path(m.Settings.data_dir)
     data = load(folder)
     if data.hashes != run.hashes:
         raise UserError(
@@ -874,7 +936,7 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
     folders = find_runs(save_dir, tags)
     load_backend()
     on_screen = shows_figures() and not watch
-    load_data = functools.partial(data_of, data_dir=data_dir, load=functools.cache(load_mnist))
+    load_data = functools.partial(data_of, data_dir=data_dir, load=functools.cache(m.load_mnist))
     drawn, finished = None, False
     while True:
         now = last_changes(folders)
@@ -883,13 +945,13 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
             break
         if now != drawn:
             drawn = now
-            runs = [read_run(folder, Settings) for folder in folders]
+            runs = [read_run(folder, m.Settings) for folder in folders]
             finished = all(map(is_finished, runs))
             if overlay and not watch and not any(map(has_begun, runs)):
                 raise UserError(
                     f"no epoch of {', '.join(tags)} is finished yet: there is nothing to draw"
                 )
-            with our_style():
+            with our_style(), computing_on_the_cpu(m), np.errstate(all="ignore"):
                 for path, figure in draw_together(runs, overlay, load_data):
                     write(path, figure)
                     if not on_screen:
@@ -921,14 +983,14 @@ def main(arguments=()):
         description="Draw the figures of runs into save/<tag>/.",
         allow_abbrev=False,
     )
-    said = f"runs; several are also drawn side by side (default: {Settings.tag})"
-    parser.add_argument("tags", nargs="*", default=[Settings.tag], metavar="TAG", help=said)
+    said = f"runs; several are also drawn side by side (default: {m.Settings.tag})"
+    parser.add_argument("tags", nargs="*", default=[m.Settings.tag], metavar="TAG", help=said)
     said = "draw only the runs' test accuracies, in one panel"
     parser.add_argument("--overlay", action="store_true", help=said)
     said = "draw again after each epoch, until the runs are finished"
     parser.add_argument("--watch", action="store_true", help=said)
 
-    add_save_dir(parser, Settings.save_dir)
+    add_save_dir(parser, m.Settings.save_dir)
     said = "folder with the data (default: the one that the run was made with)"
     parser.add_argument("--data-dir", type=user_folder, metavar="FOLDER", help=said)
     try:

@@ -9,6 +9,7 @@ from programs import write_metrics
 
 import mnist_resnet9 as m
 from benchmarks.accuracy import seeds
+from support.checkpoints import pack_checkpoint
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def made(tmp_path, capsys):
         rows = [[epoch, 1e-3, 1, 0.5, 1, a, 1, 1] for epoch, a in enumerate(accuracies)]
         write_metrics(folder, rows)
         if params != {}:
-            np.savez(folder / "checkpoint_last.npz", **(params or {"fc9.bias": np.zeros(10)}))
+            packed = pack_checkpoint(params or {"fc9.bias": np.zeros(10)}, 0, [], {})
+            (folder / "checkpoint_last.npz").write_bytes(packed)
 
     def say(**runs):
         for tag, given in runs.items():
@@ -57,6 +59,7 @@ OTHERS = {
         {"seed": 1, "params": {"linear.bias": np.zeros(10)}},
         {"seed": 1, "params": {"fc9.bias": np.zeros(20)}},
         {"seed": 1, "params": {"fc9.bias": np.zeros(10), "conv1.bias": np.zeros(4)}},
+        {"seed": 1, "params": {"fc9.bias": np.zeros(10), "norm2.gain": np.ones(4)}},
     ],
     "same weights": [{"seed": 1, "weights": "save/other/checkpoint_last.npz"}],
     "no checkpoint_last.npz": [{"seed": 1, "params": {}}],

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import mnist_resnet9 as m
-from plot_figs import read_params
 from support import UserError
+from support.checkpoints import read_weights
 from support.runs import find_runs, read_run
 from support.storage import read_file
 
@@ -26,7 +26,7 @@ def network(run):
     path = run.folder / "checkpoint_last.npz"
     if not path.exists():
         raise UserError(f"{run.folder.name} has no {path.name}, which shows what network it is")
-    return {name: a.shape for name, a in read_params(path).items()}
+    return {name: a.shape for name, a in read_weights(path).items()}
 
 
 def first_weights(run):
