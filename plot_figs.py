@@ -94,6 +94,7 @@ WATCH_SECONDS = 2.0  # between two looks at a run in progress
 # Nobody looks at more, and a bad run has thousands. In a notebook a wider figure would be shrunk
 # until nobody could read it.
 FAILURES_SHOWN, FAILURE_COLUMNS = 96, 12
+VALIDATION = "validation_accuracy"  # the column of a run that holds out images
 LEAST_LOSS = 1e-8  # a loss of 0 has no place on a logarithmic axis
 
 
@@ -196,14 +197,9 @@ def draw_curves(runs):
     grid = fig.add_gridspec(2 * rows, columns)
     last = max(1, *(run.metrics["epoch"][-1] for run in runs))
     marker = "." if last <= 20 else None  # more would hide the line
-    losses, accuracies = (
-        np.concatenate(
-            [run.metrics[f"{part}_{name}"] for run in runs for part in ("train", "test")]
-        )
-        for name in ("loss", "accuracy")
-    )
-    losses = np.maximum(losses, LEAST_LOSS)
-    first = None
+    losses = np.maximum(values_of(runs, "train_loss", "test_loss"), LEAST_LOSS)
+    accuracies = values_of(runs, "train_accuracy", "test_accuracy", VALIDATION)
+    first, lines = None, {}
     for i, run in enumerate(runs):
         row, column = divmod(i, columns)
         loss = fig.add_subplot(grid[2 * row, column], sharex=first)
@@ -211,11 +207,13 @@ def draw_curves(runs):
         accuracy = fig.add_subplot(grid[2 * row + 1, column], sharex=first)
         draw_history(loss, run.metrics, "loss", marker)
         draw_history(accuracy, run.metrics, "accuracy", marker)
+        handles, labels = accuracy.get_legend_handles_labels()
+        lines |= zip(labels, handles)
         if len(runs) > 1:
             loss.set_title(textwrap.fill(run.title(), letters), color=run.colour(), pad=31)
         loss.tick_params(labelbottom=False)
         scale_log(loss, losses.min(), losses.max())
-        scale_accuracy(accuracy, accuracies.min(), accuracies.max())
+        scale_accuracy(accuracy, np.nanmin(accuracies), np.nanmax(accuracies))
         if column == 0:
             loss.set_ylabel("loss")
             accuracy.set_ylabel("accuracy")
@@ -226,16 +224,29 @@ def draw_curves(runs):
             accuracy.set_xlabel("epoch")
     first.set_xlim(0, last)
     first.xaxis.set_major_locator(MaxNLocator(6 if columns == 1 else 4, integer=True))
-    lines = fig.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    legend = fig.legend(lines.values(), lines, loc="outside upper center", ncols=2)
     if len(runs) == 1:
-        lines.set_title(textwrap.fill(runs[0].title(), 70), {"size": 11})
-        lines.get_title().set(color=runs[0].colour(), ha="center")
+        legend.set_title(textwrap.fill(runs[0].title(), 70), {"size": 11})
+        legend.get_title().set(color=runs[0].colour(), ha="center")
     fig.align_ylabels()
     return fig
 
 
+def values_of(runs, *columns):
+    """All numbers in these columns of metrics.csv; a run may lack one."""
+    return np.concatenate([run.metrics[c] for run in runs for c in columns if c in run.metrics])
+
+
+def chosen_epoch(metrics):
+    """The epoch of checkpoint_best.npz: images that are held out choose it, or else the test
+    images."""
+    by = metrics.get(VALIDATION, np.array([np.nan]))
+    return np.nanargmax(by) if np.isfinite(by).any() else metrics["test_accuracy"].argmax()
+
+
 def draw_history(ax, metrics, name, marker):
-    """The lines of train_<name> and test_<name>; the last and the best value on the test images."""
+    """The lines of train_<name> and test_<name>, and of validation_accuracy where there is one; the
+    last and the best value on the test images."""
     least = LEAST_LOSS if name == "loss" else 0
     train, test = (np.maximum(metrics[f"{part}_{name}"], least) for part in ("train", "test"))
     epochs, style = metrics["epoch"], {"lw": 1.2, "marker": marker, "clip_on": False}
@@ -243,21 +254,31 @@ def draw_history(ax, metrics, name, marker):
     ax.plot(epochs, test, color=ORANGE, label="test images", **style)
     ax.grid(True)
     if name == "accuracy":
-        mark(ax, epochs, test, {"last": -1, "best": test.argmax()}, "{:.2%}".format)
+        if VALIDATION in metrics:
+            label = "validation images, which choose the best epoch"
+            ax.plot(epochs, metrics[VALIDATION], color=LINES[2], label=label, **style)
+        mark(ax, epochs, test, {"last": -1, "best": chosen_epoch(metrics)}, "{:.2%}".format)
     else:
         mark(ax, epochs, test, {"last": -1, "lowest": test.argmin()}, "{:.3g}".format)
 
 
 def draw_overlay(runs):
-    """The test accuracy of each epoch: a line a run, all in one panel."""
+    """The test accuracy of each epoch: a line a run, all in one panel; and a dotted one for the
+    images that it held out."""
     fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for i, run in enumerate(runs):
         epochs, accuracies = run.metrics["epoch"], run.metrics["test_accuracy"]
         label = f"{textwrap.shorten(run.title(), 60)}: {accuracies[-1]:.2%}"
         marker = "." if len(epochs) <= 20 else None
         ax.plot(epochs, accuracies, **line_style(i), marker=marker, clip_on=False, label=label)
-    every = np.concatenate([run.metrics["test_accuracy"] for run in runs])
-    scale_accuracy(ax, every.min(), every.max())
+        if VALIDATION in run.metrics:
+            style = line_style(i) | {"ls": (0, (1, 1.5)), "label": "_validation"}
+            ax.plot(epochs, run.metrics[VALIDATION], clip_on=False, **style)
+    if any(VALIDATION in run.metrics for run in runs):
+        label = "dotted: accuracy on its validation images"
+        ax.plot([], [], color=GREY, ls=(0, (1, 1.5)), label=label)
+    every = values_of(runs, "test_accuracy", VALIDATION)
+    scale_accuracy(ax, np.nanmin(every), np.nanmax(every))
     last = max(run.metrics["epoch"][-1] for run in runs)
     ax.set(xlabel="epoch", ylabel="test accuracy", xlim=(0, max(1, last)))
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -515,8 +536,9 @@ def draw_layers(run, params, images, labels, settings=None, network=None):
     plain = step
     if step.has_shortcuts:
         plain = one_pass(m, network, params, image, label, settings, shortcuts=False)
-    after = one_pass(m, network, stepped(params, step), image, label, settings)
-    probs, probs_after = (m.softmax(passed.logits)[0][0] for passed in (step, after))
+    x, after = step.stages[0].y, stepped(params, step)
+    logits_after, _ = m.forward(network, after, x, settings)
+    probs, probs_after = (m.softmax(logits)[0][0] for logits in (step.logits, logits_after))
 
     given = f"{probs[label[0]]:.1%}"
     subject = (

@@ -91,6 +91,8 @@ def read_history(path):
     losses = np.concatenate([metrics["train_loss"], metrics["test_loss"]])
     accuracies = np.concatenate([metrics["train_accuracy"], metrics["test_accuracy"]])
     good = np.isfinite(losses).all() and ((0 <= accuracies) & (accuracies <= 1)).all()
+    held_out = metrics.get("validation_accuracy", accuracies)
+    good = good and not ((held_out < 0) | (held_out > 1)).any()  # epochs of older code have none
     if not (rows and good and np.array_equal(metrics["epoch"], range(len(rows)))):
         raise UserError(f"{path} is damaged: its values are not those of a run")
     return metrics

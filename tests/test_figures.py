@@ -260,12 +260,61 @@ def test_curves_show_training_and_test_images_on_equal_axes(save):
     plt.close(figure)
 
 
+def with_validation(run, accuracies):
+    return run._replace(metrics=run.metrics | {"validation_accuracy": np.array(accuracies)})
+
+
+def test_images_held_out_are_drawn_and_choose_the_best_epoch(save):
+    plain = read_run(add_run(save, "plain", without=("*.npz",)))
+    for accuracies, chosen in (
+        ([0.1, 0.9, 0.8, 0.9], 1),
+        ([np.nan, 0.5, 0.6, np.nan], 2),  # begun by an older version
+        ([np.nan] * 4, 3),  # then by the test images
+    ):
+        run = with_validation(plain, accuracies)
+        figure = plot_figs.draw_curves([plain, run])
+        for ax, count in zip(figure.axes, (2, 2, 2, 3)):
+            lines = [line for line in ax.lines if len(line.get_xdata()) > 1]
+            assert len(lines) == count
+        assert np.array_equal(lines[2].get_ydata(), accuracies, equal_nan=True)
+        texts_of = [text.get_text() for text in figure.axes[3].get_legend().get_texts()]
+        best = f"best: {plain.metrics['test_accuracy'][chosen]:.2%}, epoch {chosen}"
+        assert texts_of[1] == best
+        assert "validation images" in texts(figure.legends[0])
+        plt.close(figure)
+    figure = plot_figs.draw_curves([with_validation(plain, [0.0001, 0.9, 0.9, 0.9])])
+    assert figure.axes[1].get_ylim()[0] < 0.001  # nothing is cut off
+    plt.close(figure)
+
+
+def test_an_overlay_has_the_images_held_out_as_dotted_lines(save):
+    plain = read_run(add_run(save, "plain", without=("*.npz",)))
+    accuracies = [0.1, 0.9, 0.8, 0.9]
+    figure = plot_figs.draw_overlay([plain, with_validation(plain, accuracies)])
+    test, other, validation, _ = figure.axes[0].lines
+    assert np.array_equal(validation.get_ydata(), accuracies)
+    assert validation.get_color() == other.get_color() != test.get_color()
+    assert "validation images" in texts(figure)
+    plt.close(figure)
+
+
+def test_a_run_that_holds_out_images_is_drawn(save, capsys):
+    flags = "--tag held_out --train-images 96 --validation-images 32 --epochs-max 2".split()
+    flags += "--channels 2,2,2,2 --device cpu --threads 1".split()
+    assert m.main([*flags, "--data-dir", SAMPLE, "--save-dir", str(save)]) == 0
+    best = capsys.readouterr().out.rstrip().split(" at the best (")[1][0]
+    run = read_run(save / "held_out")
+    assert plot_figs.chosen_epoch(run.metrics) == int(best)
+    assert draw(save, "--overlay", "held_out", "real") == 0
+    picture(save / "held_out" / "test_accuracy_held_out+real.png")
+
+
 @pytest.mark.parametrize("count", [1, 3, long(5), long(12)])
 def test_curves_of_many_runs_stay_readable(save, tmp_path, count):
     runs = []
     for i in range(count):
         folder = add_run(save, f"a_longer_tag_{i}", epochs=i, without=("*.npz",))
-        runs.append(read_run(folder))
+        runs.append(with_validation(read_run(folder), np.linspace(0.1, 0.9, i + 1)))
     with plt.rc_context(style.STYLE):
         figure = plot_figs.draw_curves(runs)
         figure.savefig(tmp_path / "curves.png", dpi=DPI)
