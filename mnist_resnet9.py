@@ -330,6 +330,7 @@ def to_input(images, dtype):
     """Pixels 0…255 (N, 28, 28) → the network's input (28, 28, N, 1), of mean 0 and variance 1.
 
     dtype, the kind of number in an array, is float32 in training and float64 in exact tests."""
+    shapes.check_batch("to_input", images)
     x = images.astype(dtype) / 255
     x = (x - PIXEL_MEAN) / PIXEL_STD
     return x.transpose(1, 2, 0)[..., None]  # the last axis is the one channel
@@ -339,7 +340,7 @@ def to_input(images, dtype):
 # Each has its backward pass directly below it. All of them follow from the chain rule: dx[i] is the
 # sum, over every y[j] that x[i] enters, of dy[j] · ∂y[j]/∂x[i]. The slope ∂y[j]/∂x[i] says how much
 # y[j] changes for a small change of x[i]. docs/backward.md derives four of them, with numbers.
-# (shapes.check_… computes nothing: it says in a line which of the arrays that came does not fit.)
+# Lines with shapes.check_… compute nothing: they say in words which array does not fit, and why.
 
 
 def relu(x):
@@ -1010,6 +1011,7 @@ def augment(images, strength, rng, elastic=0):
 
     Each pixel of the result looks up where in the image it came from:
     source = matrix @ (pixel − centre) + centre + shift + bend."""
+    shapes.check_batch("augment", images)
     N, H, W = images.shape
     matrices, shifts = random_matrices(N, strength, rng)
     y, x = xp.meshgrid(xp.arange(H) - (H - 1) / 2, xp.arange(W) - (W - 1) / 2, indexing="ij")

@@ -97,6 +97,7 @@ def labels_of(labels, images):
 
 def refuse(operation, wanted, **arrays):
     came = ", ".join(f"{name} is {described(a)}" for name, a in arrays.items())
+    came = came.replace("images is", "images are")
     raise UserError(f"{operation}: {came}, but should be {wanted}") from None
 
 
@@ -136,6 +137,12 @@ def check_dropout(x, rate):
         refuse("dropout", "an array of floats", x=x)
     if not 0 <= rate < 1:
         raise UserError(f"dropout: rate is {rate}, but should be a share of at least 0 and below 1")
+
+
+def check_batch(operation, images):
+    """Whether images are (N, H, W)."""
+    if len(getattr(images, "shape", ())) != 3:
+        refuse(operation, "(N, 28, 28): of one image, that is images[:1]", images=images)
 
 
 def check_images(operation, x, size=1):

@@ -176,6 +176,17 @@ LABELS = np.array([1, 0, 2])
         (m.avg_pool2d, (f(3, 4, 5),), "avg_pool2d: x is float64 (3, 4, 5)"),
         (m.max_pool2d, (f(4, 4, 1, 1), 0), "size is 0"),
         (m.avg_pool2d, (f(4, 4, 1, 1), 2.5), "size is 2.5"),
+        (
+            m.to_input,
+            (f(28, 28), float),
+            "to_input: images are float64 (28, 28), but should be (N, 28",
+        ),
+        (m.to_input, ([[1]], float), "images are of type list"),
+        (
+            m.augment,
+            (f(3, 784), 1, np.random.default_rng(0)),
+            "augment: images are float64 (3, 784)",
+        ),
         (m.flatten, (f(3, 4),), "flatten: x is float64 (3, 4)"),
         (m.cross_entropy_loss, (f(3, 4), LABELS[:2]), "labels is int64 (2,)"),
         (m.cross_entropy_loss, (f(3, 4), LABELS[:1]), "labels is int64 (1,)"),
