@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.request
 import zipfile
 from dataclasses import replace
@@ -84,6 +85,22 @@ CHANGES = {
         "its pool",
     ),
 }
+
+
+def test_reading_a_file_takes_the_memory_of_its_bytes(tmp_path):
+    """Not of as many as it may have: under `ulimit -v 4000000` no checkpoint could be read."""
+    path = tmp_path / "small"
+    path.write_bytes(bytes(1000))
+    tracemalloc.start()
+    try:
+        content = storage.read_file(path, checkpoints.MAX_BYTES)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert content == bytes(1000) and most < 10**6
+    with pytest.raises(OSError, match="larger than 0 MiB"):
+        storage.read_file(path, 999)
+    assert storage.read_file(path, 1000) == content
 
 
 @pytest.mark.parametrize("kind", CHANGES)

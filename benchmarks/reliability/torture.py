@@ -279,7 +279,7 @@ def mutate(content, rng):
 def fuzz(work, rng, count):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, resource.RLIM_INFINITY))
-    settings = m.Settings(channels=(2, 4, 4, 4), ema=0.9)
+    settings = m.parse_settings(FLAGS)
     checkpoint = (work / "whole" / "resnet9" / "checkpoint_last.npz").read_bytes()
     path = work / "right.npz"
     path.write_bytes(checkpoint)
