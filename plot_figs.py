@@ -19,7 +19,9 @@ Of several runs the first one's folder also gets
     curves_TAG+TAG….png     their curves, all with the same axes
     gradients_TAG+TAG….png  how large the gradient of each layer's weights is
 
-With --watch nothing is put on the screen. In a notebook, `plot_figs.main(["TAG"])` does the same.
+With --watch nothing is put on the screen. In a notebook, `plot_figs.main(["TAG"])` does the same;
+draw_failures(), draw_confusion(), draw_filters() and draw_layers() also draw what is no run: a
+title, a text, then stands in its place.
 """
 
 import contextlib
@@ -69,10 +71,9 @@ from support.style import (
 )
 
 
-def say_error(error):
-    """The error in a line. Returns the exit status."""
-    print(f"plot_figs.py: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+def in_a_line(error):
+    program = "" if terminal.in_notebook() else "plot_figs.py: "
+    return program + " ".join(str(error).split())
 
 
 try:
@@ -88,7 +89,7 @@ try:
 except UserError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(say_error(error))
+    sys.exit(terminal.end(2, in_a_line(error)))
 
 WATCH_SECONDS = 2.0  # between two looks at a run in progress
 # Nobody looks at more, and a bad run has thousands. In a notebook a wider figure would be shrunk
@@ -998,8 +999,11 @@ def write(path, figure):
 
 
 def main(arguments=()):
-    """Runs a command line. Returns the exit status: 0, or 2 after an error, which is one line."""
+    """Runs a command line. Returns the exit status: 0, or 2 after an error, which is one line.
+
+    In a cell of a notebook, what is not 0 is an exception: see terminal.end()."""
     terminal.prepare()
+    status, why = 0, ""
     parser = Parser(
         prog="plot_figs.py",
         description="Draw the figures of runs into save/<tag>/.",
@@ -1016,14 +1020,18 @@ def main(arguments=()):
     said = "folder with the data (default: the one that the run was made with)"
     parser.add_argument("--data-dir", type=user_folder, metavar="FOLDER", help=said)
     try:
-        plot(**vars(parser.parse_args(arguments)))
-        return 0
+        plot(**vars(parser.parse_args(terminal.words_of(arguments))))
+    except SystemExit as stop:
+        if stop.code or not terminal.in_notebook():
+            raise
+        # After --help, which ends no notebook.
     except (UserError, OSError) as error:
-        return say_error(error)
+        status, why = 2, in_a_line(error)
     except KeyboardInterrupt:  # the way to end --watch
-        return 130
+        status = 130
     finally:
         terminal.flush()
+    return terminal.end(status, why)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     python predict.py page.jpg --figure out.png  the probabilities as a figure too
     python predict.py my_digit.png --tag TAG     with the weights of that run
     python predict.py --draw                     a window to draw in with the mouse
+    predict.read(picture)                        the same in a notebook: see read()
 
 Photographs and drawings of any size and colours will do: dark on light, light on dark, transparent.
 Each digit is made into an image as MNIST's were: fitted into 20×20 pixels by its longer side, and
@@ -13,6 +14,8 @@ answer: if that is no digit, the answer is none either. Digits are found by supp
 a sheet that lies on a table, in a shadow, on ruled or squared paper, too.
 """
 
+import contextlib
+import functools
 import math
 import os
 import shlex
@@ -27,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves i
 
 import mnist_resnet9 as m
 from support import terminal
+from support.checkpoints import OTHERS
+from support.cores import computing_on_the_cpu, on_host
 from support.runs import (
     CHECKPOINTS,
     add_save_dir,
@@ -34,6 +39,7 @@ from support.runs import (
     has_checkpoint,
     read_newest,
     read_run,
+    user_folder,
 )
 from support.settings import project_path
 from support.storage import is_lfs_pointer, write_file
@@ -95,8 +101,13 @@ def read_picture(path):
         raise m.UserError(
             f"{path} cannot be read as a picture ({reason}); PNG or JPEG would do"
         ) from None
+    return *of_working_size(picture, size, nodata), note
+
+
+def of_working_size(picture, size, nodata=None):
+    """The picture as (H, W, 3) float32, values 0…255, and its pixels for one of the given size."""
     small = in_rgb(picture, nodata)
-    return np.asarray(small, np.float32), max(small.size) / max(size), note
+    return np.asarray(small, np.float32), max(small.size) / max(size)
 
 
 def on_further_pages(path, file):
@@ -189,6 +200,71 @@ def is_measured(values, nodata=None):
     return measured
 
 
+# ── Pictures and images in arrays ─────────────────────────────────────────────────────────────────
+
+
+def as_images(pixels):
+    """An array of images that are prepared as MNIST's are, (N, 28, 28) or one alone, as (N, 28, 28)
+    uint8 with ink bright. None if the array is a picture, in which digits are to be looked for."""
+    one = ((28, 28), (28, 28, 1))
+    many = ((28, 28), (28, 28, 1), (1, 28, 28))
+    if pixels.shape not in one and pixels.shape[1:] not in many:
+        return None
+    images = in_levels(pixels.reshape(-1, 28, 28))
+    edges = np.concatenate([images[:, [0, -1]], images[:, :, [0, -1]].swapaxes(1, 2)], axis=1)
+    dark_ink = edges.mean(axis=(1, 2)) > 127
+    return np.where(dark_ink[:, None, None], 255 - images, images)
+
+
+def as_picture(pixels):
+    """An array as a picture of Pillow's: (H, W), (H, W, 3) or (H, W, 4), or with channels first."""
+    shape = pixels.shape
+    if len(shape) == 3 and shape[2] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+        pixels = np.moveaxis(pixels, 0, 2)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if not (pixels.size and (pixels.ndim == 2 or pixels.shape[2:] in ((3,), (4,)))):
+        raise m.UserError(
+            "a picture should be (H, W), (H, W, 3) or (H, W, 4), or images (N, 28, 28); "
+            f"this array is {shape}"
+        )
+    if pixels.dtype == np.uint16 and pixels.ndim == 3:
+        pixels = pixels // 257
+    # One of grey values may have any range, as a file may.
+    grey = pixels.ndim == 2 and not in_range(pixels)
+    return Image.fromarray(in_eight_bits(pixels.astype(np.float32)) if grey else in_levels(pixels))
+
+
+def in_range(pixels):
+    return bool((pixels >= 0).all() and (pixels <= 255).all())  # what is no number is not
+
+
+def in_levels(pixels):
+    """Pixels 0…255 or 0…1 as uint8, 0…255. UserError for others."""
+    if not in_range(pixels):
+        raise m.UserError(
+            "pixels should be numbers from 0 to 255, or from 0 to 1; "
+            f"these go from {pixels.min():.4g} to {pixels.max():.4g}"
+        )
+    if pixels.size and pixels.max() <= 1:
+        pixels = pixels * 255.0
+    return np.rint(pixels).astype(np.uint8)
+
+
+def as_array(picture):
+    """Whatever holds numbers as an array of NumPy. UserError names what does not."""
+    try:
+        pixels = on_host(picture)
+    except (TypeError, ValueError):  # lists of different lengths, say
+        pixels = np.array(None)
+    if pixels.dtype.kind not in "buif":
+        raise m.UserError(
+            "read() takes one picture at a time: an array of numbers, a picture of Pillow's or "
+            f"the name of a file, not {type(picture).__name__}"
+        )
+    return pixels
+
+
 # ── Predicting ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -198,10 +274,73 @@ class Answer(NamedTuple):
     probabilities: Any  # (10,)
     is_digit: bool  # whether it looks like one at all
 
+    @property
+    def digit(self):
+        return int(self.probabilities.argmax())
+
     def text(self):
         best = self.probabilities.argmax()
         sure = f"{best} ({self.probabilities[best]:.1%})"
         return sure if self.is_digit else f"does not look like a digit; if it is one, {sure}"
+
+
+class Reading(NamedTuple):
+    """What read() finds. A notebook shows it as a line a digit."""
+
+    digits: list  # each with .box (left, top, right, bottom), pixels, and .image (28, 28) uint8
+    answers: list  # an Answer to each: .digit, .probabilities, .is_digit
+
+    def __repr__(self):
+        return "\n".join(answer.text() for answer in self.answers) or "no digit"
+
+
+def read(picture, tag=None, save_dir=None):
+    """The digits in a picture and the network's answers: `digits, answers = predict.read(picture)`.
+
+    picture may be
+    - a picture of any size: an array (H, W), (H, W, 3) or (H, W, 4), a picture of Pillow's, or the
+      name of a file. Its digits are looked for and prepared as MNIST's were;
+    - images that are prepared already, as m.load_mnist().test_images: an array (N, 28, 28), or one
+      of them, (28, 28). Each is a digit.
+    Pixels are 0…255 or 0…1, ink dark on light or light on dark. tag, save_dir: the run whose
+    weights serve, as with the flags of the command."""
+    from support.pictures import Digit, find_digits
+
+    reader = reader_of(save_dir, tag)
+    if isinstance(picture, (str, os.PathLike)):
+        found, scale, note = read_picture(Path(picture))
+        if note:
+            print(note)
+    else:
+        if not isinstance(picture, Image.Image):
+            pixels = as_array(picture)
+            images = as_images(pixels)
+            if images is not None:
+                digits = [Digit((0, 0, 28, 28), image) for image in images]
+                return Reading(digits, reader.answers(images))
+            picture = as_picture(pixels)
+        picture = ImageOps.exif_transpose(picture)
+        found, scale = of_working_size(picture, picture.size)
+    digits = [
+        digit._replace(box=tuple(round(edge / scale) for edge in digit.box))
+        for digit in find_digits(found, reader.are_digits)
+    ]
+    return Reading(digits, reader.answers([digit.image for digit in digits]))
+
+
+def reader_of(save_dir, tag):
+    """The Reader with the newest weights of a run; the last few are kept."""
+    folder = user_folder(save_dir) if save_dir else project_path(m.Settings.save_dir)
+    folder = find_weights(folder, tag)
+    return kept_reader(folder, read_newest(folder, os.path.getmtime))
+
+
+@functools.lru_cache(maxsize=4)
+def kept_reader(folder, written):
+    reader = Reader(folder)
+    if reader.other_data:
+        print(reader.other_data)
+    return reader
 
 
 def find_weights(save_dir, tag=None):
@@ -217,28 +356,52 @@ def find_weights(save_dir, tag=None):
         return folder
     # The files of one run with weights may have other names in the next moment.
     folders = {path.parent for name in CHECKPOINTS for path in save_dir.glob(f"*/{name}")}
-    ours = [folder for folder in sorted(folders) if read_newest(folder, is_resnet9)]
+    names = names_of_parameters()
+    ours = [
+        folder
+        for folder in sorted(folders)
+        if read_newest(folder, lambda path: may_have(path, names))
+    ]
     if not ours:
+        of_it = "of this network " if folders else ""
         command = ["python", terminal.shown(m.ROOT / "mnist_resnet9.py"), *FEW_EPOCHS]
         if save_dir != project_path(m.Settings.save_dir):
             command += ["--save-dir", terminal.shown(save_dir)]
         raise m.UserError(
-            f"{save_dir} has no run with weights yet; this trains one in minutes: "
+            f"{save_dir} has no run with weights {of_it}yet; this trains one in minutes: "
             f"{shlex.join(command)}"
         )
     ours.sort(key=lambda folder: read_newest(folder, os.path.getmtime))
     return next((folder for folder in ours if folder.name == REFERENCE), ours[-1])
 
 
-def is_resnet9(path):
-    """Whether a checkpoint is of this network, not of one of the evolution's first steps. A damaged
-    one may be."""
+@contextlib.contextmanager
+def errors_in_a_line():
+    """The network may be edited, and what it then raises is for the user to mend."""
+    try:
+        yield
+    except (m.UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise m.UserError(f"the network in mnist_resnet9.py raises {why}") from error
+
+
+def names_of_parameters():
+    with errors_in_a_line():
+        return {name for layer in m.layers(m.Settings()) for name in layer.params}
+
+
+def may_have(path, names):
+    """Whether a checkpoint is of the network with parameters of these names, not of one of the
+    evolution's first steps or of a script since edited. A damaged one may be."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return "conv8.weight" in arrays.files
+            theirs = {name for name in arrays.files if not name.startswith("ema.")}
+            return theirs - OTHERS == names
     except FileNotFoundError:
         raise
-    except Exception:  # load_checkpoint will say what is wrong
+    except Exception:  # load_weights will say what is wrong
         return True
 
 
@@ -257,7 +420,6 @@ class Reader:
     LIKENESS_WEIGHT = 12
 
     def __init__(self, folder):
-        m.use_device("cpu")
         run = read_run(folder, m.Settings)
         self.settings = run.settings
         self.other_data = None
@@ -266,13 +428,22 @@ class Reader:
                 f"*** {folder.name} was trained on {run.data}, not on MNIST: "
                 "its answers 0 to 9 are the classes of that data, which need not be digits."
             )
-        self.params = read_newest(folder, lambda path: m.load_weights(path, self.settings))
+        with computing_on_the_cpu(m), errors_in_a_line():
+            self.params = read_newest(folder, lambda path: m.load_weights(path, self.settings))
         sample = m.load_mnist("data/sample")
         self.known = unit_rows(sample.train_images)  # (4000, 784)
         self.least = np.quantile(self.digitness(sample.test_images), self.FOREIGN)
 
     def logits(self, images):
-        return m.predict(self.params, np.asarray(images), self.settings)
+        images = np.asarray(images)
+        with computing_on_the_cpu(m), errors_in_a_line():
+            logits = m.predict(self.params, images, self.settings)
+        if logits.shape != (len(images), 10):
+            raise m.UserError(
+                f"the network in mnist_resnet9.py gives {logits.shape[1:]} scores an image, "
+                "and digits need 10"
+            )
+        return logits
 
     def likeness(self, images):
         """The cosine of the angle between each image and the known digit that is nearest: (N,), 1 =
@@ -291,17 +462,20 @@ class Reader:
     def answers(self, images):
         """images (N, 28, 28) uint8 → N Answers."""
         images = np.asarray(images)
+        if not len(images):
+            return []
         logits = self.logits(images)
         real = self.digitness(images, logits) >= self.least
-        return [
-            Answer(probs, bool(is_digit)) for probs, is_digit in zip(m.softmax(logits)[0], real)
-        ]
+        with computing_on_the_cpu(m):
+            probs, _ = m.softmax(logits)
+        return [Answer(*answer) for answer in zip(probs, real.tolist())]
 
 
 def unit_rows(images):
     """Each image as a vector of length 1: (N, 28, 28) → (N, 784) float32."""
     rows = np.asarray(images, np.float32).reshape(len(images), -1)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths, lengths, 1)  # a blank one is like none
 
 
 def energy(logits):
@@ -339,7 +513,14 @@ def in_terminal(image, answer, width=24):
 
 def draw(pictures, columns=3):
     """A figure: each picture with its digits framed, and for each digit what the network saw and
-    its probabilities."""
+    its probabilities.
+
+    pictures: [(name, picture, digits, answers)], as `[("mine", picture, *read(picture))]`."""
+    with our_style():
+        return drawn(pictures, columns)
+
+
+def drawn(pictures, columns):
     plt = load_pyplot()
     lines = [math.ceil(len(digits) / columns) for _, _, digits, _ in pictures]
     heights = [height for n in lines for height in (2.0, *[1.4] * n)]  # inches
@@ -347,8 +528,10 @@ def draw(pictures, columns=3):
     grid = iter(fig.add_gridspec(len(heights), 1, height_ratios=heights))
     for (path, picture, digits, answers), n in zip(pictures, lines):
         ax = fig.add_subplot(next(grid))
-        ax.imshow(picture.astype(np.uint8))
-        name = os.fsencode(path.name).decode(errors="replace")
+        if not isinstance(picture, Image.Image):
+            picture = as_picture(as_array(picture))
+        ax.imshow(np.asarray(picture.convert("RGB")))
+        name = os.fsencode(Path(path).name).decode(errors="replace")
         ax.set_title(f"{name}: {' '.join(reading(answers))}")
         ax.axis("off")
         for i, (left, top, right, bottom) in enumerate((digit.box for digit in digits), start=1):

@@ -102,5 +102,10 @@ def computing_on_the_cpu(script):
 
 
 def on_host(array):
-    """A NumPy array of whatever holds numbers: a list, or an array of CuPy."""
-    return np.asarray(array.get() if hasattr(array, "get") else array)
+    """A NumPy array of whatever holds numbers: a list, say, or an array of CuPy."""
+    try:
+        return np.asarray(array)
+    except TypeError:  # CuPy copies nothing from the GPU without being told to
+        if not hasattr(array, "get"):
+            raise
+        return array.get()

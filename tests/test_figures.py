@@ -1,5 +1,6 @@
 """plot_figs.py: what it draws from whole, unfinished and damaged runs, and what it says."""
 
+import builtins
 import json
 import os
 import shutil
@@ -450,6 +451,43 @@ def test_no_other_data_set_passes_for_mnist(run, sample):
         plt.close(figure)
     for figure in figures(run._replace(data="MNIST")):
         assert "on MNIST" in texts(figure) and "not MNIST" not in texts(figure)
+        plt.close(figure)
+
+
+def test_predictions_of_ones_own_are_drawn_under_a_title(sample, caplog):
+    """As in a notebook: no run, lists for arrays, whatever settings Matplotlib has."""
+    settings = m.Settings(channels=(4, 4, 4, 4))
+    params = m.init_params(settings)
+    images, labels = sample.test_images[:60], sample.test_labels[:60].tolist()
+    probs, _ = m.softmax(m.predict(params, images, settings))
+    predictions = probs.argmax(axis=1).tolist()
+    with plt.rc_context(THEIRS):
+        before = dict(plt.rcParams)
+        figures = [
+            plot_figs.draw_failures("My $own$", list(images), labels, predictions, probs.tolist()),
+            plot_figs.draw_failures("My $own$", images, labels, labels, probs),
+            plot_figs.draw_confusion("My $own$", labels, predictions),
+            plot_figs.draw_filters("My $own$", params, images[0], labels[0]),
+            plot_figs.draw_layers("My $own$", params, images, labels, settings),
+        ]
+        assert dict(plt.rcParams) == before
+    for figure in figures:
+        written = texts(figure)
+        assert "My $own$" in written and "test images" not in written and "MNIST" not in written
+        assert figure.get_facecolor() == (1, 1, 1, 1)
+        with style.our_style():
+            figure.canvas.draw()
+        plt.close(figure)
+    assert not caplog.records
+    with pytest.raises(m.UserError, match="its network raises KeyError"):
+        plot_figs.draw_layers("mine", {"fc9.bias": np.zeros(10)}, images, labels)
+
+
+def test_thousands_of_failures_fit_into_a_cell(sample):
+    """A wider figure would be shrunk, and with it the letters."""
+    for count in (60, 3000):
+        figure = plot_figs.draw_failures("mine", *answers_with(sample, count))
+        assert figure.get_size_inches()[0] < 12.5
         plt.close(figure)
 
 
@@ -984,6 +1022,23 @@ def test_in_a_notebook_the_figures_of_the_user_stay(save, monkeypatch):
     assert draw(save, "bare") == 0
     assert not asked and plt.get_fignums() == before
     plt.close(mine)
+
+
+def test_in_a_notebook_an_error_stops_the_cells_that_follow(save, monkeypatch, capsys):
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    with pytest.raises(m.UserError, match="^.*has no run 'unknown'"):
+        draw(save, "unknown")
+    with pytest.raises(m.UserError, match=r"main\(\['real', '--overlay'\]\)"):
+        plot_figs.main("real --overlay")
+    assert draw(save, "--help") == 0
+    add_run(save, "young", epochs=0, without=("*.npz",))
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plot_figs.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        draw(save, "young", "--watch")
 
 
 def test_outside_of_a_notebook_agg_is_asked_for(save, monkeypatch):

@@ -14,12 +14,16 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from programs import metrics_of
 
 import mnist_resnet9 as m
+import plot_figs
+import predict
 from support import gpu
+from support.cores import computing_on_the_cpu
 
 
 def xp_names():
@@ -469,6 +473,53 @@ def test_a_whole_run_on_a_device_that_refuses_to_mix(device, sample, tmp_path, m
     np.testing.assert_allclose(one[:, :3], two[:, :3], rtol=1e-4)
     log = (tmp_path / "device" / "log.txt").read_text()
     assert "GPU, pretended (plain operations: a pretended GPU); files" in log
+
+
+def test_figures_and_answers_are_computed_on_the_cpu_and_leave_the_gpu_in_use(
+    device, sample, tmp_path, monkeypatch, capsys
+):
+    """In a notebook one kernel trains on the GPU, draws and reads digits, in any order."""
+    given = {"save_dir": str(tmp_path), "data_dir": str(m.ROOT / "data" / "sample")}
+    settings = m.Settings(tag="device", train_images=32, channels=(2, 2, 2, 2), **given)
+    settings = replace(settings, epochs_max=1)
+    small = replace(
+        sample, test_images=sample.test_images[:50], test_labels=sample.test_labels[:50]
+    )
+    monkeypatch.setattr(m, "load_mnist", lambda _: small)
+    pretended = m.Machinery(lambda _: "GPU, pretended", m.use_cores, m.gpu_engine)
+    state = m.init_state(settings)
+
+    def learn():
+        images, labels = device.asarray(small.test_images), device.asarray(small.test_labels)
+        loss, _ = m.loss_and_gradients(state.params, images, labels, settings)
+        assert isinstance(loss, Array) and m.xp is device
+
+    assert m.run(settings, machinery=pretended) == 0
+    capsys.readouterr()
+    where = ["--save-dir", str(tmp_path), "--data-dir", given["data_dir"]]
+    assert plot_figs.main(["device", *where]) == 0
+    said = capsys.readouterr().out
+    assert said.count(".png") == said.count("\n") == 5 and "layers.png, since" not in said
+    learn()
+    _, answers = predict.read(small.test_images[:3], tag="device", save_dir=tmp_path)
+    assert len(answers) == 3
+    learn()
+    # What the kernel holds is on the device, and may be drawn as it is.
+    images, labels = device.asarray(small.test_images), device.asarray(small.test_labels)
+    _, _, probs = m.evaluate(state.params, images, labels, settings)
+    for figure in (
+        plot_figs.draw_layers("mine", state.params, images, labels, settings),
+        plot_figs.draw_filters("mine", state.params, images[0], 7),
+        plot_figs.draw_failures("mine", images, labels, probs.argmax(axis=1), probs),
+        plot_figs.draw_confusion("mine", labels, probs.argmax(axis=1)),
+    ):
+        assert "mine" in figure.get_suptitle()
+        plt.close(figure)
+    learn()
+    with pytest.raises(ZeroDivisionError), computing_on_the_cpu(m):
+        assert m.xp is np
+        raise ZeroDivisionError
+    assert m.xp is device
 
 
 def test_launches_of_a_training_step(device, sample, monkeypatch, capsys):

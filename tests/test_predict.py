@@ -886,3 +886,192 @@ def test_the_users_settings_do_not_change_the_window_to_draw_in(monkeypatch, cap
     )
     assert not caplog.records
     plt.close(pad.figure)
+
+
+# ── In a notebook ─────────────────────────────────────────────────────────────────────────────────
+
+
+def digits_of(reading):
+    digits, answers = reading
+    assert len(digits) == len(answers)
+    return "".join(str(answer.digit) if answer.is_digit else "?" for answer in answers)
+
+
+@pytest.fixture(scope="module")
+def door(save):
+    """predict.read() with the small network."""
+    return lambda picture: predict.read(picture, tag="small", save_dir=save)
+
+
+def forms_of(grey):
+    """A grey picture (H, W) uint8 in all forms in which a notebook may have it, by name."""
+    rgb = np.stack([grey] * 3, axis=2)
+    opaque = np.full_like(grey, 255)
+    return {
+        "uint8": grey,
+        "floats to 255": grey.astype(np.float32),
+        "floats to 1": grey / 255,
+        "16 bits": grey.astype(np.uint16) * 257,
+        "one channel": grey[..., None],
+        "colours": rgb,
+        "colours to 1": rgb / 255,
+        "colours in 16 bits": rgb.astype(np.uint16) * 257,
+        "opaque": np.dstack([rgb, opaque]),
+        "channels first": np.moveaxis(rgb, 2, 0) / np.float32(255),
+        "a list": grey.tolist(),
+        "light on dark": 255 - grey,
+        "bits": grey > 127,
+        "ones and zeros": (grey > 127).astype(int),
+        "Pillow's": Image.fromarray(grey),
+        "Pillow's in colours": Image.fromarray(rgb),
+    }
+
+
+FORMS = list(forms_of(np.zeros((9, 9), np.uint8)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_read_takes_a_picture_in_any_form(form, door):
+    grey = np.asarray(page("2 7").convert("L"))
+    usual, reading = door(grey), door(forms_of(grey)[form])
+    assert digits_of(reading) == digits_of(usual) == "27"
+    for digit, same in zip(reading.digits, usual.digits):
+        assert np.allclose(digit.box, same.box, atol=2)
+        # Two have no grey, so their edges are rough.
+        rough = form in ("bits", "ones and zeros")
+        assert abs(digit.image.astype(int) - same.image).mean() < (12 if rough else 3)
+    assert repr(usual).count("\n") == 1 and repr(usual).startswith("2 (")
+
+
+def test_read_takes_a_file_and_says_where_in_its_own_pixels(door, tmp_path, monkeypatch):
+    picture = page("7", at=(150, 90))
+    picture.save(tmp_path / "seven.png")
+    (usual,), _ = door(picture)
+    monkeypatch.setattr(predict, "WORKING_SIZE", 200)
+    assert max(picture.size) > 1.4 * predict.WORKING_SIZE
+    for form in (picture, np.asarray(picture), str(tmp_path / "seven.png")):
+        (digit,), _ = door(form)
+        np.testing.assert_allclose(digit.box, usual.box, atol=4)
+    with pytest.raises(m.UserError, match="there is no picture"):
+        door(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda images: images,
+        lambda images: images / 255,
+        lambda images: images.astype(np.float32),
+        lambda images: images[..., None],
+        lambda images: images[:, None] / np.float32(255),
+        lambda images: list(images),
+        lambda images: 255 - images,  # dark ink
+    ],
+)
+def test_read_takes_images_that_are_prepared(change, door, sample, reader):
+    images = sample.test_images[:5]
+    digits, answers = door(change(images))
+    assert all(np.array_equal(digit.image, image) for digit, image in zip(digits, images))
+    for answer, same in zip(answers, reader.answers(images), strict=True):
+        assert np.array_equal(answer.probabilities, same.probabilities)
+    for one in (change(images)[0], change(images[:1])):
+        (answer,) = door(one).answers
+        np.testing.assert_allclose(answer.probabilities, answers[0].probabilities, atol=1e-5)
+
+
+def test_read_where_there_is_no_digit(door):
+    for nothing in (np.full((100, 80), 255), np.zeros((40, 60, 3)), np.zeros((0, 28, 28))):
+        reading = door(nothing)
+        assert reading == ([], []) and repr(reading) == "no digit"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert digits_of(door(np.zeros((2, 28, 28)))) == "??"
+
+
+@pytest.mark.parametrize(
+    "picture, said",
+    [
+        (np.zeros((2, 3, 4, 5)), "this array is (2, 3, 4, 5)"),
+        (np.zeros((30, 30, 2)), "this array is (30, 30, 2)"),
+        (np.zeros((2, 28, 28, 3)), "this array is (2, 28, 28, 3)"),
+        (np.zeros(784), "this array is (784,)"),
+        (np.zeros((0, 5)), "this array is (0, 5)"),
+        (np.full((1, 28, 28), -0.4), "from -0.4 to -0.4"),
+        (np.full((28, 28), np.nan), "from nan to nan"),
+        (np.full((50, 50, 3), 300), "from 300 to 300"),
+        (["one.png", "two.png"], "one picture at a time"),
+        ([[1, 2], [3]], "one picture at a time"),
+        (None, "one picture at a time"),
+        ({"a": 1}, "one picture at a time"),
+    ],
+)
+def test_read_says_what_it_takes(picture, said, door):
+    with pytest.raises(m.UserError) as raised:
+        door(picture)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_read_loads_the_weights_once_and_again_when_they_change(save, tmp_path, sample):
+    shutil.copytree(save / "small", tmp_path / "small")
+    readers = [predict.reader_of(tmp_path, tag) for tag in (None, "small")]
+    os.utime(tmp_path / "small" / "checkpoint_last.npz", (1, 1))
+    assert readers[0] is readers[1] is not predict.reader_of(tmp_path, None)
+
+
+def test_what_was_read_can_be_drawn(door):
+    for picture in (page("2 7"), np.asarray(page("2 7").convert("L")) / 255):
+        figure = predict.draw([("mine", picture, *door(picture))])
+        assert figure.axes[0].get_title() == "mine: 2 7" and len(figure.axes) == 5
+        plt.close(figure)
+
+
+# ── A network that was edited ─────────────────────────────────────────────────────────────────────
+
+
+def one_more_layer(settings, rng=None):
+    layers = RIGHT_LAYERS(settings, rng)
+    return [*layers[:8], m.conv("conv9", settings.channels[3], settings.channels[3]), *layers[8:]]
+
+
+def two_classes(settings, rng=None):
+    return [*RIGHT_LAYERS(settings, rng)[:-1], m.fully_connected("fc9", 49 * 16, 2)]
+
+
+def raises(settings, rng=None):
+    raise KeyError("widths")
+
+
+RIGHT_LAYERS = m.layers
+
+
+def test_an_edited_network_reads_with_its_own_runs(tmp_path, save, monkeypatch, capsys):
+    shutil.copytree(save / "small", tmp_path / "small")
+    page("2").save(tmp_path / "two.png")
+    picture, where = str(tmp_path / "two.png"), ["--save-dir", str(tmp_path)]
+    monkeypatch.setattr(m, "layers", one_more_layer)
+    assert predict.main([picture, *where]) == 2
+    assert "has no run with weights of this network yet" in error_of(capsys)
+    assert predict.main([picture, *where, "--tag", "small"]) == 2
+    assert "is of another network (it has no conv9.bias; no conv9.weight)" in error_of(capsys)
+    flags = "--tag edited --epochs-max 1 --train-images 64 --channels 2,2,2,2 --device cpu".split()
+    flags += ["--data-dir", str(m.ROOT / "data" / "sample"), "--threads", "1"]
+    assert m.main([*flags, *where]) == 0
+    for tag in ([], ["--tag", "edited"]):
+        assert predict.main([picture, *where, *tag]) == 0
+        assert f"Weights of {tmp_path / 'edited'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, edited, said",
+    [
+        ("layers", raises, "the network in mnist_resnet9.py raises KeyError: 'widths'"),
+        ("layers", two_classes, "is of another network"),
+        ("relu", lambda x: x[:5], "the network in mnist_resnet9.py raises "),
+        ("linear", lambda x, w, b: ((x @ w)[:, :2], None), "gives (2,) scores an image"),
+    ],
+)
+def test_a_broken_network_gets_one_line(name, edited, said, bad, save, monkeypatch, capsys):
+    monkeypatch.setattr(m, name, edited)
+    flags = [str(bad / "good.png"), "--save-dir", str(save), "--tag", "small"]
+    assert predict.main(flags) == 2
+    assert said in error_of(capsys)
