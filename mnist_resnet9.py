@@ -66,7 +66,8 @@ from support.check import check_network
 from support.checkpoints import check_arrays, pack_checkpoint, read_checkpoint, read_weights
 from support.cores import available_cores, cores_to_use  # noqa: F401  (m.available_cores)
 from support.mnist import DataFiles, find_mnist, hashes_of, note_on_pixels
-from support.run_folder import RunFolder
+from support.proof import FastWays
+from support.run_folder import RunFolder, remember
 from support.settings import (
     Parser,
     check_folder_name,
@@ -1138,9 +1139,9 @@ def over_cores(work, shards):
     return [result for part in parts for result in part]
 
 
-def gradients_of_shards(params, images, labels, settings, keys, network, shards):
+def gradients_of_shards(params, images, labels, settings, keys, network, fast, shards):
     """[(loss, gradient of all parameters as one vector)]: what each shard adds to the batch's."""
-    prepared = winograd.prepare(params)  # once for all shards
+    prepared = winograd.prepare(params) if fast else params  # once for all shards
     results = []
     for i, shard in shards:
         rng = device_stream(keys[i]) if keys is not None else None
@@ -1165,11 +1166,20 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=None)
     and augmentation on. All is in the dtype of params."""
     images = xp.asarray(shapes.images_of(images))
     labels = xp.asarray(shapes.labels_of(labels, images))
-    shards = shards_of(len(images), SHARD_IMAGES)
+    network = network or layers
+    ways = fast_ways.of(network, settings, images)
+    shards = shards_of(len(images), SHARD_IMAGES if ways.shards else len(images))
     keys = rng.integers(2**63, size=len(shards)) if rng is not None else None  # a stream per shard
     # A plain dict is sent to the other processes array by array; Parameters would send flat too.
     work = functools.partial(
-        gradients_of_shards, dict(params), images, labels, settings, keys, network or layers
+        gradients_of_shards,
+        dict(params),
+        images,
+        labels,
+        settings,
+        keys,
+        network,
+        ways.winograd,
     )
     loss, total = 0, 0
     for start in range(0, len(shards), SHARDS_AT_ONCE):
@@ -1179,9 +1189,9 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=None)
     return loss, Parameters.of_flat(total, params)
 
 
-def logits_of_shards(params, images, settings, network, shards):
+def logits_of_shards(params, images, settings, network, fast, shards):
     """[logits] of each shard, without dropout."""
-    prepared = winograd.prepare(params, to_learn=False)
+    prepared = winograd.prepare(params, to_learn=False) if fast else params
     dtype = dtype_of(params)
     return [
         forward(network, prepared, to_input(images[shard], dtype), settings)[0]
@@ -1192,8 +1202,13 @@ def logits_of_shards(params, images, settings, network, shards):
 def predict(params, images, settings, network=None):
     """Pixels 0…255 (N, 28, 28) → logits (N, 10), without dropout, in the dtype of params."""
     images = xp.asarray(shapes.images_of(images))
-    work = functools.partial(logits_of_shards, dict(params), images, settings, network or layers)
-    return xp.concatenate(over_cores(work, shards_of(len(images), PREDICT_SHARD_IMAGES)))
+    network = network or layers
+    ways = fast_ways.of(network, settings, images)
+    size = PREDICT_SHARD_IMAGES if ways.shards else len(images)
+    work = functools.partial(
+        logits_of_shards, dict(params), images, settings, network, ways.winograd
+    )
+    return xp.concatenate(over_cores(work, shards_of(len(images), size)))
 
 
 # ── Evaluation and checkpoints ────────────────────────────────────────────────────────────────────
@@ -1408,6 +1423,7 @@ SCRIPTS = (
     *sorted((ROOT / "support").glob("*.py")),
     ROOT / "support" / "gpu.cu",
 )
+remember(SCRIPTS)  # as they are now: whoever edits one later changes nothing in this process
 
 
 class Machinery(NamedTuple):
@@ -1419,13 +1435,15 @@ class Machinery(NamedTuple):
 
 
 def gpu_engine(run, where):
-    """On a GPU the engine of support/gpu.py, where it knows the network."""
+    """On a GPU the engine of support/gpu.py, where it computes what this script says."""
     if xp is np:
         return None, where
-    beta1, smooth = beta1_of(run.settings), bumps(28, 28, xp)
-    engine, why_not = None, "plain operations: another network than ResNet9"
-    if run.network is layers:
-        engine, why_not = gpu.fast_path(run.settings, run.state, *run.train, smooth, beta1)
+
+    def make(run):
+        smooth, beta1 = bumps(28, 28, xp), beta1_of(run.settings)
+        return gpu.fast_path(run.settings, run.state, *run.train, smooth, beta1)
+
+    engine, why_not = fast_ways.engine(run, make)
     return engine, f"{where} ({why_not})" if why_not else where
 
 
@@ -1434,6 +1452,7 @@ def config_of(settings, data, device):
     return {
         "settings": asdict(settings) | {"channels": list(settings.channels)},
         "data": {"name": data.name, "sha256": data.hashes},
+        "code": fast_ways.code(),
         "device": device,
         "versions": {
             "python": platform.python_version(),
@@ -1493,8 +1512,11 @@ def run_in(folder, settings, network, machinery, device, data, parts):
         print(f"{settings.tag} is finished. {book.result()} To go further, {further}.")
         return 0
     folder.write_config()
-    folder.keep_code()
-    most = most_cores(settings) if machinery.use_cores is use_cores else None
+    folder.keep_code(fast_ways.replaced())
+    most = None
+    if machinery.use_cores is use_cores:
+        ways = fast_ways.of(network, settings, parts[0][0], say=folder.note)
+        most = most_cores(settings) if ways.shards else 1
     cores, words = cores_to_use(settings.threads, most)
     where = device if book.on_gpu else f"{device}, {words}"
     training = Run(settings, network, state, *parts, book.total_steps)
@@ -1528,12 +1550,12 @@ def start_run(arguments):
     return run(settings)
 
 
-def main(arguments=(), start=start_run):
+def main(arguments=(), start=None):
     """Runs a command line, start(arguments), as `main(["--tag", "mine"])` in a notebook does.
 
-    Returns the exit status: 0, 1 if something could not be saved, 2 after an error that the user
-    can put right (one line says it), or 128 + the number of a signal. In a cell of a notebook, what
-    is not 0 is an exception: see terminal.end()."""
+    start is start_run() or another like it. Returns the exit status: 0, 1 if something could not be
+    saved, 2 after an error that the user can put right (one line says it), or 128 + the number of a
+    signal. In a cell of a notebook, what is not 0 is an exception: see terminal.end()."""
     # A worker process that imports the user's script is not to do what the script does.
     if is_starting():
         return 0
@@ -1543,7 +1565,7 @@ def main(arguments=(), start=start_run):
     try:
         # Overflow shows in the loss, which is checked.
         with OneBlasThread(), np.errstate(all="ignore"):
-            status = start(terminal.words_of(arguments))
+            status = (start or start_run)(terminal.words_of(arguments))
     except SystemExit as stop:
         if stop.code:
             raise
@@ -1563,6 +1585,9 @@ def main(arguments=(), start=start_run):
         terminal.flush()
     return terminal.end(status, why)
 
+
+# Last of all: from here on it notices which of the functions above are replaced.
+fast_ways = FastWays(globals())
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

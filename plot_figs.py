@@ -969,6 +969,8 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
         if now != drawn:
             drawn = now
             runs = [read_run(folder, m.Settings) for folder in folders]
+            for note in filter(None, (run.note_on_code(m.fast_ways.code()) for run in runs)):
+                print(note, file=sys.stderr)
             finished = all(map(is_finished, runs))
             if overlay and not watch and not any(map(has_begun, runs)):
                 raise UserError(

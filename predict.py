@@ -422,6 +422,7 @@ class Reader:
     def __init__(self, folder):
         run = read_run(folder, m.Settings)
         self.settings = run.settings
+        self.other_code = run.note_on_code(m.fast_ways.code())
         self.other_data = None
         if run.data not in ("MNIST", "MNIST sample"):
             self.other_data = (
@@ -580,6 +581,8 @@ def predict_pictures(paths, save_dir, tag, figure):
     print(f"Weights of {folder}")
     if reader.other_data:
         print(reader.other_data)
+    if reader.other_code:
+        print(reader.other_code)
     shown = []
     for path, picture, scale, note, digits in found:
         if note:
@@ -632,6 +635,8 @@ def draw_by_hand(save_dir, tag):
     reader = Reader(find_weights(save_dir, tag))
     if reader.other_data:
         print(reader.other_data)
+    if reader.other_code:
+        print(reader.other_code)
 
     def answer(picture):
         digits = find_digits(picture, reader.are_digits)

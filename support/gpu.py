@@ -26,6 +26,7 @@ SOURCE = Path(__file__).with_name("gpu.cu")
 PREDICT_IMAGES = 256  # at once
 NUMBERS_OF_A_STEP = 5  # in the plan: see gpu.cu
 OPTIMIZERS = ("sgd", "adam", "muon")  # numbered as in gpu.cu
+POOLS = ("max", "avg")
 BIAS, WEIGHT, MUON_WEIGHT = 0, 1, 2  # likewise
 NULL = np.int64(0)  # as a kernel's argument: no array
 
@@ -198,9 +199,10 @@ class Layer:
         self.rounds = MuonRounds(K, limit)
 
 
-def layers_of(channels, limit):
+def shapes_of(channels):
+    """(side, C, K) of each convolution."""
     c1, c2, c3, c4 = channels
-    shapes = [
+    return [
         (28, 1, c1),
         (28, c1, c2),
         (28, c2, c2),
@@ -210,6 +212,10 @@ def layers_of(channels, limit):
         (14, c4, c4),
         (14, c4, c4),
     ]
+
+
+def layers_of(channels, limit):
+    shapes = shapes_of(channels)
     return [Layer(i, *shape, limit) for i, shape in enumerate(shapes, start=1)]
 
 
@@ -217,10 +223,33 @@ def unsupported(settings):
     """Why the kernels cannot compute this network, or None.
 
     All else fits into the 48 KiB of shared memory that every card has: the smallest tiles do."""
+    if settings.optimizer not in OPTIMIZERS:
+        return f"the kernels do not know the optimizer {settings.optimizer}"
+    if settings.pool not in POOLS:
+        return f"the kernels do not know the pool {settings.pool}"
     if any(c % 4 or c > 128 for c in settings.channels):
         return "channels should be multiples of 4, at most 128"
     if settings.batch_size > 2048:  # inverse() is exact up to there
         return "batch_size should be at most 2048"
+    return None
+
+
+def other_arrays(settings, state):
+    """Why the kernels cannot compute with these parameters and moments, or None.
+
+    They know where each of them begins, and would read beyond the end of others."""
+    shapes = {}
+    for i, (_, C, K) in enumerate(shapes_of(settings.channels), start=1):
+        shapes |= {f"conv{i}.weight": (3, 3, C, K), f"conv{i}.bias": (K,)}
+    shapes |= {"fc9.weight": (49 * settings.channels[3], 10), "fc9.bias": (10,)}
+    rows = 1 if settings.optimizer == "sgd" else 2
+    expected = [*shapes.items(), ("moments", (rows, state.params.flat.size))]
+    found = [(name, a.shape) for name, a in state.params.items()]
+    for name, shape in [*found, ("moments", state.moments.shape)]:
+        if (name, shape) not in expected:
+            return f"the kernels know no {name} {shape}"
+    if found != expected[:-1]:
+        return "the kernels know these parameters, but others too or in another order"
     return None
 
 
@@ -777,7 +806,7 @@ class FastPath:
 
 def fast_path(settings, state, images, labels, bumps, beta1):
     """The fast path of a run of ResNet9 and "", or None and why it takes the plain operations."""
-    reason = unsupported(settings)
+    reason = unsupported(settings) or other_arrays(settings, state)
     if not reason:
         try:
             return FastPath(cuda(), settings, state, images, labels, bumps, beta1), ""

@@ -69,6 +69,20 @@ def read_metrics(path):
         raise UserError(f"{path} cannot be read as the metrics of a run ({error})") from None
 
 
+SOURCES = {}  # path → bytes of the scripts that were imported, as they were then
+
+
+def remember(scripts):
+    """Keeps what the scripts hold now: a run that starts later is computed by that."""
+    for script in scripts:
+        with contextlib.suppress(OSError):
+            SOURCES[script] = script.read_bytes()
+
+
+def source_of(script):
+    return SOURCES[script] if script in SOURCES else script.read_bytes()
+
+
 class RunFolder:
     """save/<tag>/: locked, holding nothing but this run, and written so that a crash loses no file.
 
@@ -81,6 +95,7 @@ class RunFolder:
         self.path, self.config = path, config
         self.scripts = scripts
         self.unlogged = []  # lines that log.txt lacks
+        self.notes = []  # what the log should say of a run that is continued
         self.lock = None
         self.last = path / "checkpoint_last.npz"
         self.previous = path / "checkpoint_previous.npz"
@@ -97,7 +112,7 @@ class RunFolder:
                 if not part.name.endswith(".png.part"):  # plot_figs.py may be writing that one
                     part.unlink()
             if not new:
-                check_same_experiment(path, config, free, defaults)
+                self.notes = check_same_experiment(path, config, free, defaults)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -109,12 +124,15 @@ class RunFolder:
             write_file(self.path / "config.json", json.dumps(self.config, indent=2).encode())
         except OSError as error:
             raise cannot_be_written(self.path, error) from None
+        for note in self.notes:
+            self.note(note)
 
-    def keep_code(self):
+    def keep_code(self, replaced=()):
         """Keeps a copy of the scripts as they run, in code/.
 
         Where they have been edited since an earlier start, that copy stays and a new one goes to
-        code_2/, code_3/ and so on. A line says so."""
+        code_2/, code_3/ and so on. A line says so, and another one which of their functions were
+        replaced since they were imported: the copy does not show that."""
         there = [
             path for path in self.path.glob("code*") if re.fullmatch(r"code(_\d+)?", path.name)
         ]
@@ -125,19 +143,24 @@ class RunFolder:
             edited = [
                 script.name
                 for copy, script in copies.items()
-                if copy.exists() and copy.read_bytes() != script.read_bytes()
+                if copy.exists() and copy.read_bytes() != source_of(script)
             ]
             if edited:
                 folder, before = self.path / f"code_{number + 1}", folder
-                self.log(
-                    f"*** {', '.join(edited)} changed since this run's last start: the scripts as "
+                self.note(
+                    f"{', '.join(edited)} changed since this run's last start: the scripts as "
                     f"they were are in {before.name}/, as they are in {folder.name}/."
                 )
             for script in self.scripts:
                 copy = folder / script.relative_to(ROOT)
                 if not copy.exists():
                     copy.parent.mkdir(parents=True, exist_ok=True)
-                    write_file(copy, script.read_bytes())
+                    write_file(copy, source_of(script))
+            if replaced:
+                self.note(
+                    f"Replaced since the import, so not as in {folder.name}/: "
+                    f"{', '.join(sorted(replaced))}."
+                )
         except OSError as error:
             raise cannot_be_written(self.path, error) from None
 
@@ -193,6 +216,10 @@ class RunFolder:
             return {}
         return {row["epoch"]: row for row in rows}
 
+    def note(self, line):
+        """As log(), of what the user should know."""
+        self.log(f"*** {line}")
+
     def warn(self, line):
         """As log(), to whom the terminal shows what goes wrong."""
         self.log(f"*** {line}", sys.stderr)
@@ -236,7 +263,9 @@ def append_lines(path, lines):
 
 
 def check_same_experiment(folder, config, free, defaults):
-    """UserError if the run in the folder is another one than config describes."""
+    """UserError if the run in the folder is another one than config describes.
+
+    Returns what else is not as it was, a sentence each."""
     try:
         old = json.loads(read_file(folder / "config.json"))
         then = defaults | old["settings"]
@@ -260,3 +289,16 @@ def check_same_experiment(folder, config, free, defaults):
         raise UserError(
             f"{folder} holds another experiment: it has {'; '.join(differ)}. Choose another --tag"
         )
+    notes = []
+    added = [f"{name} = {now[name]!r}" for name in now if name not in old["settings"]]
+    if added:
+        notes.append(
+            f"This run was begun by code that had no setting {', '.join(added)}: "
+            "it goes on with that, and config.json now has it."
+        )
+    if "code" in old and old["code"] != config["code"]:
+        notes.append(
+            "What defines the computation changed since this run's last start: it goes on with "
+            "other code than it was begun with."
+        )
+    return notes

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from support import UserError
+from support import UserError, terminal
 from support.run_folder import METRICS, read_metrics
 from support.settings import project_path, user_path
 from support.storage import read_file
@@ -26,12 +26,24 @@ class SavedRun(NamedTuple):
     data: str  # the name of the data set
     hashes: dict
     metrics: dict  # column of metrics.csv → its values, one an epoch
+    code: str = ""  # what defined its computation; "" where config.json does not say
 
     def title(self):
         """What every figure's title begins with. No other data set passes for MNIST."""
         name = self.data if self.data == "MNIST" else f"{self.data} (not MNIST)"
         count = self.settings.train_images
         return f"{self.folder.name} on {name}" + (f", {count:,} training images" if count else "")
+
+    def note_on_code(self, code):
+        """What to say of it where `code` (fast_ways.code() of the script) computes with it: often
+        nothing."""
+        if self.code in ("", code):
+            return ""
+        return (
+            f"*** {self.folder.name} was trained by other code, which "
+            f"{terminal.shown(self.folder / 'code')} holds: "
+            "what follows is computed by the code as it is now."
+        )
 
     def colour(self):
         return INK if self.data == "MNIST" else ORANGE
@@ -58,11 +70,12 @@ def read_run(folder, kind):
         settings = kind(**given)
         data = " ".join(config["data"]["name"].split())
         hashes = dict(config["data"]["sha256"])
+        code = str(config.get("code", ""))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error!r})") from None
-    return SavedRun(folder, settings, data, hashes, read_history(folder / "metrics.csv"))
+    return SavedRun(folder, settings, data, hashes, read_history(folder / "metrics.csv"), code)
 
 
 def has_checkpoint(folder):

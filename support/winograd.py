@@ -2,7 +2,7 @@
 
 mnist_resnet9.conv2d() shows what a convolution is; what stands here computes the same, faster, on a
 CPU. A reader who skips this file misses nothing but speed: with MIN_CHANNELS set to 10**9 every
-convolution takes the plain way.
+convolution takes the plain way, and so does every kernel that prepare() has not seen.
 
 **In one dimension.** A kernel of three weights slides along a row. Seven neighbouring outputs take
 7·3 = 21 multiplications directly. This way takes 9:
@@ -53,11 +53,19 @@ OUTPUTS = VALUES - 2  # 7 outputs a tile: 28 and 14, the sizes of our images, ar
 MIN_CHANNELS = 4  # with fewer, the transforms cost more than the multiplications that they save
 
 
-def is_faster(w):
-    """Whether this is the faster way for the kernel w.
+def pays(w):
+    """Whether this is the faster way for an array w, if it is a kernel.
 
     On a GPU, where w is not a NumPy array, it is not."""
-    return isinstance(w, np.ndarray) and w.shape[:2] == (3, 3) and w.shape[2] >= MIN_CHANNELS
+    is_array = isinstance(w, np.ndarray) and w.ndim == 4
+    return is_array and w.shape[:2] == (3, 3) and w.shape[2] >= MIN_CHANNELS
+
+
+def is_faster(w):
+    """Whether this is the way to take for w: a Kernel, or one that was computed from a Kernel.
+
+    Whoever has not called prepare() gets the script's own lines."""
+    return isinstance(w, Kernel) and pays(w)
 
 
 # ── Matrices ──────────────────────────────────────────────────────────────────────────────────────
@@ -224,7 +232,7 @@ def prepare(params, to_learn=True):
     which makes it faster."""
     prepared = {}
     for name, p in params.items():
-        prepared[name] = transform(p, to_learn) if p.ndim == 4 and is_faster(p) else p
+        prepared[name] = transform(p, to_learn) if pays(p) else p
     return prepared
 
 
