@@ -1,0 +1,537 @@
+"""Fast ways only for what they were made for: shards and Winograd's convolution on a CPU, and the
+kernels of a GPU, emulated here. Whatever is edited in the script or replaced while it lives, every
+way computes what the script says, or steps aside with a line."""
+
+import importlib.util
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from cuda_on_cpu import COMPILER, CudaOnCpu
+from test_workers import leaky
+
+import mnist_resnet9 as m
+from support import ROOT, fingerprint, gpu, proof, workers
+
+LONG = pytest.mark.long
+SOURCE = (ROOT / "mnist_resnet9.py").read_text(encoding="utf-8")
+SMALL = {"channels": (4, 8, 8, 12), "batch_size": 16, "dropout": 0.5}
+# All that an edit could be about is on.
+ALL_ON = {"augment": 0.5, "elastic": 0.5, "weight_decay": 0.3, "label_smoothing": 0.05, "ema": 0.9}
+
+
+def test_the_fingerprint_is_that_of_the_script():
+    """The fast ways are tested with the script as it is: test_network.py, test_gpu_kernels.py. So
+    when these pass, the new fingerprint may be written."""
+    assert fingerprint.fingerprint_of(SOURCE) == fingerprint.MADE_FOR, (
+        "mnist_resnet9.py has changed: run `python -m support.fingerprint`"
+    )
+
+
+# ── Edits ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Edit:
+    """What a student changes, and what the log says of it. None: nothing, the fast way goes on."""
+
+    def __init__(self, *changes, cpu=None, kernels=None):
+        self.changes, self.cpu, self.kernels = changes, cpu, kernels
+
+
+GRADIENT = r"computes another gradient \(\S+ apart\) than the kernels"
+EDITS = {
+    "leaky relu": Edit(
+        ("    mask = x > 0\n", "    slope = xp.where(x > 0, 1, 0.1).astype(x.dtype)\n"),
+        ("    return x * mask, mask  # cache: where", "    return x * slope, slope  # where"),
+        kernels=GRADIENT,
+    ),
+    "a slope of a thousandth": Edit(
+        ("    mask = x > 0\n", "    mask = xp.where(x > 0, 1, 0.001).astype(x.dtype)\n"),
+        kernels=GRADIENT,
+    ),
+    "one more layer": Edit(
+        (
+            '        pool("pool8", settings),',
+            '        conv("conv9", c4, c4),\n        pool("pool8", settings),',
+        ),
+        kernels=r"the kernels know no conv9.weight",
+    ),
+    "border repeated": Edit(
+        (
+            "    padded = xp.zeros((H + 2 * r, W + 2 * r, N, C), x.dtype)\n"
+            "    padded[r : r + H, r : r + W] = x\n",
+            '    padded = xp.pad(x, ((r, r), (r, r), (0, 0), (0, 0)), "edge")\n',
+        ),
+        cpu=r"conv2d as written here differs from Winograd's \(0.\d+\): the script's own lines",
+        kernels=GRADIENT,
+    ),
+    "correlation turned round": Edit(
+        ("    turned = w[::-1, ::-1]", "    turned = w[::1, ::1]"),
+        cpu=r"conv2d as written here differs from Winograd's",
+        kernels=GRADIENT,
+    ),
+    "a convolution without the fast way": Edit(
+        ("        return winograd.conv2d(x, w, b)\n", "        pass\n")
+    ),
+    "another augmentation": Edit(
+        (
+            "    x = to_input(images, dtype_of(params))\n    logits, caches",
+            "    if rng is not None:\n        images = images[:, ::-1]\n"
+            "    x = to_input(images, dtype_of(params))\n    logits, caches",
+        ),
+        kernels=GRADIENT,
+    ),
+    "another turn": Edit(("math.radians(12)", "math.radians(13)"), kernels=GRADIENT),
+    "another loss": Edit(
+        ("logits - logits.max(axis=1, keepdims=True)\n", "(logits - logits.max()) / 2\n"),
+        ("* (dloss / N)  # 1/N", "* (dloss / N / 2)  # 1/N"),
+        kernels=GRADIENT,
+    ),
+    "a sum in place of the mean": Edit(
+        (".sum(axis=1).mean()", ".sum()"),
+        ("* (dloss / N)  # 1/N", "* dloss  # no 1/N"),
+        cpu=r"the gradient of a batch is not the mean of its images' gradients",
+        kernels=GRADIENT,
+    ),
+    "another weight decay": Edit(
+        ('            if name.endswith("weight"):\n', "            if True:\n"),
+        kernels=r"updates conv1.bias otherwise",
+    ),
+    "another mean of the weights": Edit(
+        ("+= takes * (state.params.flat", "+= takes**2 * (state.params.flat"),
+        kernels=r"updates ema.conv1.weight otherwise",
+    ),
+    "a mean that reaches back less far": Edit(("(1 + step) / (10 + step)", "(1 + step) / 99")),
+    "another mean of the pixels": Edit(("STD = 0.1307,", "STD = 0.1300,"), kernels=GRADIENT),
+    "another input": Edit(("    x = (x - PIXEL_MEAN) / PIXEL_STD\n", ""), kernels=GRADIENT),
+    "batch normalisation": Edit(
+        (
+            "    y, relu_cache = relu(h)\n    return y, (conv_cache, relu_cache)",
+            "    h = h - h.mean(axis=(0, 1, 2))\n"
+            "    y, relu_cache = relu(h)\n    return y, (conv_cache, relu_cache)",
+        ),
+        (
+            "    return conv2d_backward(dh, conv_cache, need_dx)\n",
+            "    dh = dh - dh.mean(axis=(0, 1, 2))\n"
+            "    return conv2d_backward(dh, conv_cache, need_dx)\n",
+        ),
+        cpu=r"the gradient of a batch is not the mean of its images' gradients \(\S+ apart\): "
+        "every batch is computed as one, in this process",
+        kernels=GRADIENT,
+    ),
+    "mixup": Edit(
+        (
+            "    x = to_input(images, dtype_of(params))\n    logits, caches",
+            "    if rng is not None:\n        images = (images + 1.0 * images[::-1]) / 2\n"
+            "    x = to_input(images, dtype_of(params))\n    logits, caches",
+        ),
+        cpu=r"images mix in training",
+        kernels=GRADIENT,
+    ),
+    "clipped gradients": Edit(
+        (
+            "                update(state, gradients, settings, rate)\n",
+            "                gradients.flat /= 1 + abs(gradients.flat).max()\n"
+            "                update(state, gradients, settings, rate)\n",
+        ),
+        kernels=r"updates moments otherwise",
+    ),
+    "two answers averaged": Edit(
+        (
+            "        parts.append(predict(params, images[start : start + PREDICT_IMAGES], "
+            "settings, network))\n",
+            "        part = images[start : start + PREDICT_IMAGES]\n"
+            "        for x in (part, part[:, ::-1]):\n"
+            "            parts.append(predict(params, x, settings, network))\n"
+            "        parts[-2:] = [parts[-2] + parts[-1]]\n",
+        ),
+        kernels=r"the evaluation as written here has another result than the kernels",
+    ),
+    "a new optimizer": Edit(
+        (
+            'Literal["sgd", "adam", "muon"] = "adam"',
+            'Literal["sgd", "adam", "muon", "lion"] = "lion"',
+        ),
+        ('{"sgd": sgd, "adam": adam, "muon": muon}', '{"lion": lion, "adam": adam}'),
+        (
+            "def sgd(state",
+            "def lion(state, gradients, settings, rate):\n"
+            "    state.params.flat -= rate * xp.sign(gradients.flat)\n\n\ndef sgd(state",
+        ),
+        kernels=r"the kernels do not know the optimizer lion",
+    ),
+    "a new pool": Edit(
+        ('Literal["max", "avg"] = "max"', 'Literal["max", "avg", "half"] = "half"'),
+        (
+            '        "avg": (avg_pool2d, avg_pool2d_backward),\n',
+            '        "avg": (avg_pool2d, avg_pool2d_backward),\n'
+            '        "half": (lambda x: (x[::2, ::2], x.shape), half_backward),\n',
+        ),
+        (
+            "def flat(name):",
+            "def half_backward(dy, shape):\n    dx = xp.zeros(shape, dy.dtype)\n"
+            "    dx[::2, ::2] = dy\n    return dx\n\n\ndef flat(name):",
+        ),
+        kernels=r"the kernels do not know the pool half",
+    ),
+    "a new schedule": Edit(
+        ('Literal["constant", "one_cycle"] = "constant"', 'Literal["constant", "less"] = "less"'),
+        ('{"constant": constant, "one_cycle"', '{"less": lambda p, i, n, _: p / (1 + i), "_"'),
+    ),
+}
+
+# These change no number.
+HARMLESS = {
+    "a comment": Edit(("    mask = x > 0\n", "    # Where it is positive.\n    mask = x > 0\n")),
+    "a docstring": Edit(('"""dx = dy where x > 0, and', '"""All of dy where x > 0, and')),
+    "a default": Edit(("learning_rate: float = 1e-4", "learning_rate: float = 2e-4")),
+    "a renamed variable": Edit(
+        ("    mask = x > 0\n", "    positive = x > 0\n"),
+        ("    return x * mask, mask  # cache: where", "    return x * positive, positive  # where"),
+    ),
+    "a printed line": Edit(
+        (
+            "            book.after_step(loss)\n",
+            "            print(loss)\n            book.after_step(loss)\n",
+        )
+    ),
+    "a line in the log": Edit(
+        (
+            "            book.after_step(loss)\n",
+            '            book.folder.log(f"step {number}")\n            book.after_step(loss)\n',
+        )
+    ),
+    "one more column": Edit(
+        (
+            "    if run.settings.validation_images:\n",
+            '    row["norm"] = float(abs(run.state.params.flat).max())\n'
+            "    if run.settings.validation_images:\n",
+        )
+    ),
+}
+SAME_SOURCE = ("a comment", "a docstring", "a default")  # the same fingerprint
+
+
+@pytest.fixture
+def edited(tmp_path, monkeypatch):
+    """A function that imports a copy of the script with an edit."""
+
+    def load(edit):
+        text = SOURCE
+        for old, new in edit.changes:
+            assert text.count(old) == 1, f"not there, or several times: {old!r}"
+            text = text.replace(old, new)
+        (tmp_path / "edited.py").write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "edited", module)
+        spec.loader.exec_module(module)
+        return module
+
+    path = list(sys.path)
+    yield load
+    sys.path[:] = path
+
+
+def far(one, other):
+    return np.linalg.norm(one - other) / np.linalg.norm(other)
+
+
+def by_its_own_lines(module, images, labels, settings):
+    """Gradient and logits as the script has them: a batch at once, no fast way."""
+    params = module.init_params(settings, np.float64)
+    gradients = module.learn_from(params, images, labels, settings, None, module.layers)[1]
+    x = module.to_input(images, np.float64)
+    logits, _ = module.forward(module.layers, params, x, settings)
+    return np.concatenate([gradients[name].ravel() for name in params]), logits
+
+
+def by_all_ways(module, images, labels, settings):
+    params = module.init_params(settings, np.float64)
+    gradients = module.loss_and_gradients(params, images, labels, settings)[1]
+    return gradients.flat, module.predict(params, images, settings)
+
+
+def said_of(name, edit, ways):
+    if edit.cpu is None:
+        assert ways == proof.ALL, name
+    else:
+        assert len(ways.lines) == 1 and re.search(edit.cpu, ways.lines[0]), (name, ways)
+
+
+@pytest.mark.parametrize("name", [*EDITS, *HARMLESS])
+def test_on_a_cpu_an_edit_is_honoured(name, edited, sample, capsys):
+    edit = {**EDITS, **HARMLESS}[name]
+    module = edited(edit)
+    settings = module.Settings(**SMALL, **ALL_ON)
+    images, labels = sample.train_images[:40], sample.train_labels[:40]
+    right = by_its_own_lines(module, images, labels, settings)
+    ways = module.fast_ways.of(module.layers, settings, images)
+    said_of(name, edit, ways)
+    found = [by_all_ways(module, images, labels, settings)]
+    if "fork" in workers.METHOD:
+        module.use_cores(2)
+        found.append(by_all_ways(module, images, labels, settings))
+        module.use_cores(1)
+    for gradient, logits in found:
+        assert far(gradient, right[0]) < 1e-9 and far(logits, right[1]) < 1e-9
+    assert capsys.readouterr().err.count("*** ") == len(ways.lines)  # once
+    same = module.fast_ways.fingerprint == fingerprint.MADE_FOR
+    assert same == (name in SAME_SOURCE)
+
+
+# ── The script as it is, and other networks ───────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def doubted(monkeypatch):
+    """As if the script had another fingerprint: the fast ways have to show what they compute."""
+    monkeypatch.setattr(proof, "MADE_FOR", "")
+    monkeypatch.setattr(m, "fast_ways", proof.FastWays(vars(m)))
+
+
+AS_IT_IS = {
+    "reference": {},
+    "quick": m.RECIPES["quick"],
+    "sprint": m.RECIPES["sprint"],
+    "record": m.RECIPES["record"],
+    "avg": {"pool": "avg"},
+    "nearly all dropped": {"dropout": 0.9999},
+    "extremes": {"augment": 10.0, "elastic": 10.0, "weight_decay": 1000.0, "label_smoothing": 0.99},
+    "narrow": {"channels": (1, 1, 1, 1)},
+    "odd": {"channels": (3, 5, 7, 6)},
+    "sgd": {"optimizer": "sgd", "momentum": 0.9999},
+    **{f"batches of {size}": {"batch_size": size} for size in (1, 63, 64, 1024)},
+}
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=LONG) for seed in range(1, 4))])
+@pytest.mark.parametrize("name", AS_IT_IS)
+def test_the_script_as_it_is_is_never_refused(name, seed, sample, doubted):
+    settings = m.Settings(seed=seed, **AS_IT_IS[name])
+    assert m.fast_ways.of(m.layers, settings, sample.train_images) == proof.ALL
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "evolution").glob("step[0-9]*.py")), ids=str)
+def test_the_steps_of_evolution_are_not_refused(path, sample, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent))
+    step = importlib.import_module(path.stem)
+    assert m.fast_ways.of(step.layers, m.Settings(), sample.train_images) == proof.ALL
+
+
+def test_nothing_is_compared_for_the_script_as_it_is(sample, monkeypatch):
+    monkeypatch.setattr(proof.FastWays, "compare", lambda *_: pytest.fail("it is compared"))
+    settings = m.Settings(channels=(4, 4, 4, 4))
+    by_all_ways(m, sample.train_images[:9], sample.train_labels[:9], settings)
+    monkeypatch.setattr(m, "xp", SimpleNamespace(**vars(np)))  # use_device() does this
+    assert m.fast_ways.replaced() == set()
+
+
+# ── Functions replaced while the program lives ────────────────────────────────────────────────────
+
+
+def repeated(x, k):
+    H, W, N, C = x.shape
+    r = k // 2
+    padded = np.pad(x, ((r, r), (r, r), (0, 0), (0, 0)), "edge")
+    view = np.lib.stride_tricks.sliding_window_view(padded, (k, k), (0, 1))
+    return view.transpose(4, 5, 3, 0, 1, 2).reshape(k * k * C, H * W * N).T
+
+
+def doubled(f):
+    def twice(*arguments, **options):
+        y, *rest = f(*arguments, **options)
+        return (2 * y, *rest)
+
+    return twice
+
+
+def mixing(network, params, x, settings, rng=None):
+    x = x - x.mean(axis=2, keepdims=True)
+    return forward(network, params, x, settings, rng)
+
+
+layers, forward, conv2d, max_pool2d = m.layers, m.forward, m.conv2d, m.max_pool2d
+
+
+def without_pool4(settings, rng=None):
+    return [
+        layer._replace(op=m.avg_pool2d, op_backward=m.avg_pool2d_backward)
+        if layer.name == "pool4"
+        else layer
+        for layer in layers(settings, rng)
+    ]
+
+
+REPLACED = {
+    "relu": (leaky, ()),
+    "conv2d": (doubled(conv2d), ()),
+    "surroundings": (repeated, ("conv2d as written here differs from Winograd's",)),
+    "forward": (mixing, ("not the mean",)),
+    "layers": (without_pool4, ()),
+    "max_pool2d": (doubled(max_pool2d), ()),
+    "cross_entropy_loss": (doubled(m.cross_entropy_loss), ()),
+    "PIXEL_MEAN": (0.5, ()),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_is_replaced_is_computed_with(name, sample, monkeypatch, capsys):
+    """From the next call on, on all cores, and until it is put back."""
+    settings = m.Settings(channels=(4, 4, 4, 4), batch_size=16)
+    images, labels = sample.train_images[:40], sample.train_labels[:40]
+    before = by_all_ways(m, images, labels, settings)
+    value, lines = REPLACED[name]
+    for cores in (1, 2):
+        m.use_cores(cores)
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(m, name, value)
+            assert m.fast_ways.replaced() == {name}
+            found = by_all_ways(m, images, labels, settings)
+            right = by_its_own_lines(m, images, labels, settings)
+        assert all(far(one, other) < 1e-9 for one, other in zip(found, right))
+        assert far(found[0], before[0]) > 1e-3 or name == "cross_entropy_loss"
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if cores == 1 and not any(line in s for s in said)] == []
+        after = by_all_ways(m, images, labels, settings)
+        assert all(far(one, other) < 1e-12 for one, other in zip(after, before))
+    m.use_cores(1)
+    assert m.fast_ways.replaced() == set()
+
+
+def test_a_helper_of_what_replaces_is_looked_at_again(sample, monkeypatch):
+    settings, images = m.Settings(channels=(4, 4, 4, 4)), sample.train_images
+    monkeypatch.setattr(m, "surroundings", lambda x, k: helper(x, k))
+    monkeypatch.setitem(globals(), "helper", SURROUNDINGS)
+    assert m.fast_ways.of(m.layers, settings, images) == proof.ALL
+    monkeypatch.setitem(globals(), "helper", repeated)
+    assert not m.fast_ways.of(m.layers, settings, images).winograd
+
+
+helper, SURROUNDINGS = None, m.surroundings
+
+
+def test_code_changed_in_place_is_noticed(sample):
+    """As IPython's autoreload does."""
+    before = m.surroundings.__code__
+    try:
+        m.surroundings.__code__ = edge.__code__
+        assert m.fast_ways.replaced() == {"surroundings"}
+        assert not m.fast_ways.of(m.layers, m.Settings(), sample.train_images).winograd
+    finally:
+        m.surroundings.__code__ = before
+    assert m.fast_ways.of(m.layers, m.Settings(), sample.train_images) == proof.ALL
+
+
+def edge(x, k):
+    H, W, N, C = x.shape
+    r = k // 2
+    padded = xp.pad(x, ((r, r), (r, r), (0, 0), (0, 0)), "edge")  # noqa: F821  (the script's)
+    view = xp.lib.stride_tricks.sliding_window_view(padded, (k, k), (0, 1))  # noqa: F821
+    return view.transpose(4, 5, 3, 0, 1, 2).reshape(k * k * C, H * W * N).T
+
+
+def test_a_replaced_start_is_what_main_starts(monkeypatch):
+    monkeypatch.setattr(m, "start_run", lambda arguments: len(arguments))
+    assert m.main(["--tag", "mine"]) == 2
+
+
+# ── The kernels of a GPU ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+    return CudaOnCpu()
+
+
+def engine_of(module, sample, cuda, monkeypatch, **given):
+    """What gpu_engine() of a script says on a GPU, and the engine."""
+    monkeypatch.setattr(gpu, "cuda", lambda: cuda)
+    monkeypatch.setattr(gpu, "PREDICT_IMAGES", 24)
+    monkeypatch.setattr(module, "xp", cuda.xp)
+    settings = module.Settings(**{**SMALL, **ALL_ON, **given})
+    state = module.init_state(settings)
+    part = sample.train_images[:40].copy(), sample.train_labels[:40].copy()
+    steps = gpu.ceil_div(40, settings.batch_size) * settings.epochs_max
+    run = module.Run(settings, module.layers, state, part, part, part, steps)
+    before = {name: a.copy() for name, a in state.views().items()}
+    engine, where = module.gpu_engine(run, "GPU")
+    assert all(np.array_equal(a, before[name]) for name, a in state.views().items())
+    assert state.step == 0 and not state.history
+    return engine, where
+
+
+QUICK_ONES = ("leaky relu", "one more layer", "another weight decay", "clipped gradients")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in (*QUICK_ONES, "a line in the log") else LONG)
+        for name in (*EDITS, *HARMLESS)
+    ],
+)
+def test_on_a_gpu_an_edit_is_honoured_or_the_kernels_are_not_used(
+    name, edited, sample, cuda, monkeypatch, capsys
+):
+    edit = {**EDITS, **HARMLESS}[name]
+    engine, where = engine_of(edited(edit), sample, cuda, monkeypatch)
+    if edit.kernels is None:
+        assert engine is not None and where == "GPU"
+    else:
+        assert engine is None and re.search(edit.kernels, where), where
+        assert where.startswith("GPU (plain operations: ") and "\n" not in where
+    assert capsys.readouterr() == ("", "")
+
+
+KERNELS_AS_THEY_ARE = {
+    "reference": {name: 0.0 for name in ALL_ON} | {"dropout": 0.9},
+    "quick": m.RECIPES["quick"],
+    "sgd and avg": {"optimizer": "sgd", "pool": "avg"},
+    "nearly all dropped": {"dropout": 0.9999},
+    "extremes": {"augment": 10.0, "elastic": 10.0, "weight_decay": 1000.0, "learning_rate": 1000.0},
+    "no rate": {"learning_rate": 0.0},
+    "one cycle": {"schedule": "one_cycle", "warm_up": 0.0, "beta2": 0.999999},
+    "momentum": {"optimizer": "sgd", "momentum": 0.9999},
+    **{f"batches of {size}": {"batch_size": size} for size in (1, 39, 64, 1024)},
+}
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=LONG) for seed in range(1, 6))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "nearly all dropped" else LONG)
+        for name in KERNELS_AS_THEY_ARE
+    ],
+)
+def test_the_script_as_it_is_never_loses_the_kernels(
+    name, seed, sample, cuda, doubted, monkeypatch
+):
+    given = {"seed": seed, **KERNELS_AS_THEY_ARE[name]}
+    engine, where = engine_of(m, sample, cuda, monkeypatch, **given)
+    assert engine is not None and where == "GPU"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in REPLACED if name != "layers"])
+def test_the_kernels_are_not_used_for_what_is_replaced(name, sample, cuda, monkeypatch):
+    monkeypatch.setattr(m, name, REPLACED[name][0])
+    engine, where = engine_of(m, sample, cuda, monkeypatch)
+    assert engine is None and "another gradient" in where
+
+
+def test_the_kernels_are_not_used_for_replaced_layers(sample, cuda, monkeypatch):
+    monkeypatch.setattr(m, "layers", without_pool4)
+    engine, where = engine_of(m, sample, cuda, monkeypatch)
+    assert engine is None and "another gradient" in where
+
+
+def test_the_script_as_it_is_shows_nothing_to_a_gpu(sample, cuda, monkeypatch):
+    monkeypatch.setattr(proof, "difference_of_kernels", lambda *_: pytest.fail("it is compared"))
+    assert engine_of(m, sample, cuda, monkeypatch)[1] == "GPU"
