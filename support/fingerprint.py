@@ -14,9 +14,10 @@ from pathlib import Path
 
 from support import ROOT
 
-MADE_FOR = "ec6c5b4a5e35b5c9"
+MADE_FOR = "1dc6fe1afe706c24"
 
 FIRST, BEHIND = "# ── Random numbers ", "# ── Main "  # the headings of sections
+NO_MATTER = ("ctx", "kind", "type_comment")
 DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -29,21 +30,29 @@ def fingerprint_of(source):
     if first and behind:
         between = range(first[0], behind[-1])
         tree.body = [node for node in tree.body if node.lineno in between]
-    return hashlib.sha256(repr(outline(tree)).encode()).hexdigest()[:16]
+    words = []
+    outline(tree, words)
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
-def outline(node):
-    """A part of a syntax tree as lists that are the same in every version of Python."""
-    if isinstance(node, list):
-        return [outline(part) for part in node]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    parts = {name: value for name, value in ast.iter_fields(node) if value not in (None, [])}
-    if isinstance(node, DEFINITIONS) and ast.get_docstring(node, clean=False) is not None:
-        parts["body"] = node.body[1:]
-    if isinstance(node, ast.Constant):
-        parts.pop("kind", None)  # u"…"
-    return [type(node).__name__, *([name, outline(parts[name])] for name in sorted(parts))]
+def outline(node, words):
+    """Adds the words of a syntax tree: the same in every version of Python."""
+    if isinstance(node, ast.AST):
+        words += ["(", type(node).__name__]
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if value is None or value == [] or name in NO_MATTER:
+                continue
+            if name == "body" and isinstance(node, DEFINITIONS) and ast.get_docstring(node, False):
+                value = value[1:]
+            words.append(name)
+            outline(value, words)
+        words.append(")")
+    elif isinstance(node, list):
+        for part in node:
+            outline(part, words)
+    else:
+        words.append(repr(node))
 
 
 def renew():

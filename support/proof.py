@@ -31,10 +31,12 @@ from support.trace import Trace, namespaces_of
 from support.workers import OneBlasThread
 
 ROUNDING = 1e-6  # in float64: much more than rounding, much less than any edit
-BATCH = 8  # so few that most batches have no pixel that relu cuts in one way only
-BATCHES = 3
-KERNELS_ROUNDING = 5e-5  # a gradient in float32, with tensor cores
-KINKS = 5e-3  # and where rounding decides on which side of its kink a relu is
+
+# The kernels compute in float32. In about every second batch of two images rounding decides on
+# which side of its kink some relu is; with more images, in nearly all.
+BATCH, BATCHES = 2, 16
+KERNELS_ROUNDING = 5e-5  # of a gradient, with tensor cores, in a batch without such a pixel
+KINKS = 5e-2  # and in any batch
 
 
 class Ways(NamedTuple):
@@ -341,7 +343,7 @@ class Trial:
         self.script = script
         images, labels = (a[: BATCH * BATCHES] for a in run.train)
         self.count = ceil_div(len(images), BATCH)
-        settings = calm(run.settings, batch_size=BATCH, epochs_max=1, learning_rate=0.01)
+        settings = calm(run.settings, batch_size=BATCH, epochs_max=1, learning_rate=0.001)
         self.run = run._replace(
             settings=settings,
             train=(images, labels),
@@ -425,7 +427,8 @@ class Trial:
             script.loss_and_gradients = compute
         if not (len(done) == len(self.distances) == len(self.steps)):
             raise Differs("train() as written here takes other steps")
-        if not min(self.distances) < KERNELS_ROUNDING:
+        few = sorted(self.distances)[: 1 + len(self.distances) // 8]
+        if not max(few) < KERNELS_ROUNDING:
             self.refuse_gradient()
         return book.measured
 

@@ -3,13 +3,19 @@ kernels of a GPU, emulated here. Whatever is edited in the script or replaced wh
 way computes what the script says, or steps aside with a line."""
 
 import importlib.util
+import json
 import re
+import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cuda_on_cpu import COMPILER, CudaOnCpu
+from PIL import Image
+from programs import start
 from test_workers import leaky
 
 import mnist_resnet9 as m
@@ -535,3 +541,151 @@ def test_the_kernels_are_not_used_for_replaced_layers(sample, cuda, monkeypatch)
 def test_the_script_as_it_is_shows_nothing_to_a_gpu(sample, cuda, monkeypatch):
     monkeypatch.setattr(proof, "difference_of_kernels", lambda *_: pytest.fail("it is compared"))
     assert engine_of(m, sample, cuda, monkeypatch)[1] == "GPU"
+
+
+# ── What the files of a run say ───────────────────────────────────────────────────────────────────
+
+FEW = "--device cpu --threads 1 --train-images 32 --batch-size 16 --channels 4,4,4,4".split()
+PAGE = ("mnist_resnet9.py", "plot_figs.py", "predict.py")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the project, to be edited."""
+    folder = tmp_path / "project"
+    shutil.copytree(ROOT / "support", folder / "support")
+    for script in PAGE:
+        shutil.copy(ROOT / script, folder)
+    shutil.copytree(ROOT / "data" / "sample", folder / "data" / "sample")
+    return folder
+
+
+def edit_file(path, name):
+    text = path.read_text(encoding="utf-8")
+    for old, new in EDITS[name].changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+
+
+def train(folder, *flags):
+    result = start(folder / "mnist_resnet9.py", *FEW, "--data-dir", "data/sample", *flags)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_whoever_meets_weights_of_other_code_says_so(copy):
+    """Continuing a run, drawing it, reading digits with it; and what a run says of an edit."""
+    log = copy / "save" / "resnet9" / "log.txt"
+    said = train(copy, "--epochs-max", "1")
+    assert said.count("***") == 1 and "*** train-images-idx3-ubyte" in said  # it is a sample
+    config = json.loads((log.parent / "config.json").read_text())
+    assert config["code"] == fingerprint.MADE_FOR
+    digit = copy / "digit.png"
+    picture = np.zeros((40, 40), np.uint8)
+    picture[8:32, 18:22] = 255
+    Image.fromarray(picture).save(digit)
+    for script, *flags in (("plot_figs.py",), ("predict.py", digit)):
+        result = start(copy / script, *flags)
+        assert result.returncode == 0 and "other code" not in result.stdout + result.stderr
+
+    edit_file(copy / "mnist_resnet9.py", "border repeated")
+    for script, *flags in (("plot_figs.py",), ("predict.py", digit)):
+        result = start(copy / script, *flags)
+        said = result.stdout + result.stderr
+        assert result.returncode == 0 and said.count("resnet9 was trained by other code") == 1
+    train(copy, "--epochs-max", "2")
+    said = log.read_text(encoding="utf-8")
+    assert said.count("*** What defines the computation changed since") == 1
+    assert said.count("*** conv2d as written here differs from Winograd's (") == 1
+    train(copy, "--epochs-max", "3")
+    said = log.read_text(encoding="utf-8")
+    assert said.count("*** What defines the computation changed since") == 1
+
+    # A run of before has no fingerprint, and is not said to be another.
+    config["code"] = None
+    (log.parent / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v}))
+    assert "other code" not in start(copy / "plot_figs.py").stderr
+    assert "defines the computation" not in train(copy, "--epochs-max", "4")
+
+
+def test_a_setting_that_is_new_to_a_run_is_said(tmp_path, capsys):
+    settings = m.parse_settings([*FEW, "--save-dir", str(tmp_path), "--data-dir", "data/sample"])
+    settings = replace(settings, epochs_max=1)
+    assert m.run(settings, scripts=()) == 0
+    path = tmp_path / "resnet9" / "config.json"
+    config = json.loads(path.read_text())
+    del config["settings"]["elastic"], config["settings"]["ema"]
+    path.write_text(json.dumps(config))
+    for epochs, times in ((2, 1), (3, 1)):
+        assert m.run(replace(settings, epochs_max=epochs), scripts=()) == 0
+        said = (path.parent / "log.txt").read_text()
+        line = (
+            "*** This run was begun by code that had no setting elastic = 0.0, ema = 0.0: it goes"
+        )
+        assert said.count(line) == times
+    capsys.readouterr()
+
+
+def test_the_code_that_is_kept_is_the_code_that_runs(copy):
+    """Not what is edited after the import; and what was replaced since is named."""
+    program = copy / "program.py"
+    program.write_text(
+        "import pathlib\n"
+        "import mnist_resnet9 as m\n"
+        "path = pathlib.Path('mnist_resnet9.py')\n"
+        "path.write_text('raise SystemExit(7)')\n"
+        "pathlib.Path('support/workers.py').write_text('')\n"
+        "relu = m.relu\n"
+        "m.relu = lambda x: relu(x)\n"
+        f"print(m.main({[*FEW, '--epochs-max', '1', '--data-dir', 'data/sample']}))\n"
+    )
+    result = start(program, cwd=copy)
+    assert result.stdout.splitlines()[-1] == "0", result.stderr
+    folder = copy / "save" / "resnet9"
+    for script in ("mnist_resnet9.py", "support/workers.py"):
+        assert (folder / "code" / script).read_bytes() == (ROOT / script).read_bytes()
+    assert "*** Replaced since the import, so not as in code/: relu." in result.stdout
+    code = json.loads((folder / "config.json").read_text())["code"]
+    assert code == f"{fingerprint.MADE_FOR} and another relu"
+
+
+def test_a_script_without_a_file_is_compared(sample):
+    names = {**vars(m)}
+    del names["__file__"]
+    ways = proof.FastWays(names)
+    assert ways.fingerprint == "unknown" and not ways.are_made_for_this()
+
+
+# ── The fingerprint ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_fingerprint_looks_at():
+    def of(old, new):
+        assert SOURCE.count(old) == 1
+        return fingerprint.fingerprint_of(SOURCE.replace(old, new))
+
+    same = fingerprint.MADE_FOR
+    assert of("    mask = x > 0\n", "    mask = (x > 0)  # a comment\n") == same
+    assert of("sys.exit(main(sys.argv[1:]))", "sys.exit(main())") == same  # in no such section
+    assert of("    mask = x > 0\n", "    mask = x >= 0\n") != same
+    assert (
+        of("0.1307", "0.1308") != same and of("    mask = x > 0\n", "    mask = x > 0.0\n") != same
+    )
+    assert of('        "max": (max', '        u"max": (max') == same
+    without = SOURCE.replace("# ── Main ", "# ── End ")
+    assert fingerprint.fingerprint_of(without) != same  # then it is that of the whole file
+
+
+def test_a_new_fingerprint_is_written_by_a_command(copy):
+    edit_file(copy / "mnist_resnet9.py", "leaky relu")
+    for words in ("MADE_FOR is ", "as before"):
+        result = subprocess.run(
+            [sys.executable, "-m", "support.fingerprint"], cwd=copy, capture_output=True, text=True
+        )
+        assert result.returncode == 0 and words in result.stdout
+    program = "from support import fingerprint as f; print(f.MADE_FOR)"
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=copy, capture_output=True, text=True
+    )
+    assert found.stdout.strip() in result.stdout and fingerprint.MADE_FOR not in result.stdout
