@@ -82,10 +82,8 @@ class FastWays:
     def replaced(self):
         """The names of what was replaced in the script since it was imported."""
         now = vars(self.script)
-        replaced = {name for name, value in self.values.items() if now.get(name) is not value}
-        return replaced.union(
-            f.__name__ for f, code in self.codes.items() if f.__code__ is not code
-        )
+        edited = {f.__name__ for f, code in self.codes.items() if f.__code__ is not code}
+        return edited.union(name for name, a in self.values.items() if now.get(name) is not a)
 
     def code(self):
         """What config.json says of the code: its fingerprint, and what was replaced."""
@@ -104,7 +102,7 @@ class FastWays:
         with self.lock:
             if self.comparing:
                 return NONE
-            if self.watched is None or self.watched.has_changed():
+            if self.watched is None or self.watched.has_changed(()):
                 self.found.clear()
             key = network, settings, images.shape[1:]
             if key not in self.found:

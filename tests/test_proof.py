@@ -142,7 +142,7 @@ EDITS = {
             "                gradients.flat /= 1 + abs(gradients.flat).max()\n"
             "                update(state, gradients, settings, rate)\n",
         ),
-        kernels=r"updates moments otherwise",
+        kernels=r"updates (moments|conv2.weight) otherwise",
     ),
     "two answers averaged": Edit(
         (
