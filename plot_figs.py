@@ -548,8 +548,8 @@ def draw_layers(run, params, images, labels, settings=None, network=None):
     stages = step.stages
     width, bands = 6 * COLUMN + 8, math.ceil(len(stages) / 6)
     names = [cut(stage.name, LONGEST_NAME) for stage in stages]
-    # The names under the curves, where they would meet.
-    upright = sum(map(len, names)) > 85
+    # The names under the curves, where two would meet: in all there is room for 80 letters.
+    upright = max(len(a) + len(b) for a, b in zip(names, names[1:])) / 2 + 1 > 80 / len(names)
     room = 3 * max(map(len, names)) - 8 if upright else 0
     fig, ax = canvas(run, subject, width, bands * BAND + 106 + room)
     draw_colours(ax, width, any(stage.y.min() < 0 for stage in stages[1:-1]))

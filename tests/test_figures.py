@@ -508,7 +508,12 @@ def layers_figure(run, path, network, settings, params=None, images=None, labels
     figure = plot_figs.draw_layers(run, params, images, labels, settings, network)
     with style.our_style():
         figure.savefig(path, dpi=DPI)
+        figure.canvas.draw()
     picture(path)
+    # None of the names under the curves is cut off at the border, or meets another.
+    boxes = [t.get_window_extent() for t in figure.axes[0].child_axes[0].get_xticklabels()]
+    assert all(box.y0 >= 0 for box in boxes)
+    assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:]))
     plt.close(figure)
     i = plot_figs.least_sure(params, images, labels, settings, network)
     one = images[i : i + 1], labels[i : i + 1]
@@ -610,16 +615,22 @@ def test_layers_of_a_network_of_many(run, sample, tmp_path):
     for name in ("conv13", "fc14", "relu14", "a_pool_with_…", "+ conv11, relu", "output: least"):
         assert name in written
     assert len(step.stages) == 18 and written.count("forward: output") == 3
-    curves = figure.axes[0].child_axes[0]
-    # None of the names is cut off at the figure's border, or meets another.
-    figure.canvas.draw()
-    boxes = [label.get_window_extent() for label in curves.get_xticklabels()]
-    assert all(box.y0 >= 0 for box in boxes)
-    assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:]))
+
+
+@pytest.mark.parametrize("count, name", [(14, "conv"), long(7, "layer_named_"), long(18, "c")])
+def test_layers_of_any_number_and_name(count, name, run, sample, tmp_path):
+    def network(settings, rng=None):
+        made = [m.conv(f"{name}{i}", 1, 1) for i in range(1, count - 1)]
+        return [*made, m.flat("flat"), m.fully_connected("fc", 784, 10)]
+
+    first = {"images": sample.train_images[:3], "labels": sample.train_labels[:3]}
+    _, step = layers_figure(run, tmp_path / "l.png", network, run.settings, **first)
+    assert len(step.stages) == count
 
 
 def test_a_network_that_computes_nothing_to_draw_gets_a_line(save, capsys, monkeypatch):
     right, relu = m.layers, m.relu
+    (save / "real" / "predictions.npz").unlink()  # whose figures take long
 
     def raises(settings, rng=None):
         raise IndexError("list index out of range")
@@ -641,7 +652,7 @@ def test_a_network_that_computes_nothing_to_draw_gets_a_line(save, capsys, monke
             assert draw(save, "real") == 0
         out, err = capsys.readouterr()
         assert "real: no layers.png, since " in out and why in out and not err, out
-        assert out.count("\n") == len(ALL)
+        assert out.count("\n") == len(ALL) - 1  # a line for both that are missing
 
 
 def test_the_network_of_a_checkpoint_is_found(monkeypatch):
