@@ -332,14 +332,15 @@ def reader_of(save_dir, tag):
     """The Reader with the newest weights of a run; the last few are kept."""
     folder = user_folder(save_dir) if save_dir else project_path(m.Settings.save_dir)
     folder = find_weights(folder, tag)
-    return kept_reader(folder, read_newest(folder, os.path.getmtime))
+    return kept_reader(folder, read_newest(folder, os.path.getmtime), m.fast_ways.code())
 
 
 @functools.lru_cache(maxsize=4)
-def kept_reader(folder, written):
+def kept_reader(folder, written, code):
+    """The Reader for weights that were written then, and for the code as it is now."""
     reader = Reader(folder)
-    if reader.other_data:
-        print(reader.other_data)
+    for note in filter(None, (reader.other_data, reader.other_code)):
+        print(note)
     return reader
 
 

@@ -651,7 +651,8 @@ def test_a_network_that_computes_nothing_to_draw_gets_a_line(save, capsys, monke
             patch.setattr(m, name, broken)
             assert draw(save, "real") == 0
         out, err = capsys.readouterr()
-        assert "real: no layers.png, since " in out and why in out and not err, out
+        assert "real: no layers.png, since " in out and why in out, out
+        assert all(line.startswith("*** ") for line in err.splitlines()), err
         assert out.count("\n") == len(ALL) - 1  # a line for both that are missing
 
 

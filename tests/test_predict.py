@@ -1011,11 +1011,19 @@ def test_read_says_what_it_takes(picture, said, door):
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_read_loads_the_weights_once_and_again_when_they_change(save, tmp_path, sample):
+def test_read_loads_the_weights_once_and_again_when_they_change(save, tmp_path):
     shutil.copytree(save / "small", tmp_path / "small")
     readers = [predict.reader_of(tmp_path, tag) for tag in (None, "small")]
     os.utime(tmp_path / "small" / "checkpoint_last.npz", (1, 1))
-    assert readers[0] is readers[1] is not predict.reader_of(tmp_path, None)
+    again = predict.reader_of(tmp_path, None)
+    assert readers[0] is readers[1] is not again
+
+
+def test_read_computes_with_the_functions_as_they_are_now(save, monkeypatch):
+    usual = predict.reader_of(save, "small")
+    monkeypatch.setattr(m, "relu", lambda x: (x * 2, x > 0))
+    other = predict.reader_of(save, "small")
+    assert other is not usual and other.least != usual.least
 
 
 def test_what_was_read_can_be_drawn(door):
