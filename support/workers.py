@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
 import numpy  # noqa: F401  (threadpoolctl finds only a BLAS that is already loaded)
+import threadpoolctl
 from threadpoolctl import ThreadpoolController, threadpool_limits
 from tqdm import tqdm
 
@@ -73,6 +74,7 @@ class OneBlasThread(contextlib.ContextDecorator):
     def __enter__(self):
         with self.lock:
             if OneBlasThread.blocks == 0:
+                let_any_thread_limit()
                 OneBlasThread.limits = blas().limit(limits=1, user_api="blas")
             OneBlasThread.blocks += 1
 
@@ -80,7 +82,18 @@ class OneBlasThread(contextlib.ContextDecorator):
         with self.lock:
             OneBlasThread.blocks -= 1
             if OneBlasThread.blocks == 0:
+                let_any_thread_limit()
                 OneBlasThread.limits.restore_original_limits()
+                let_any_thread_limit()
+
+
+def let_any_thread_limit():
+    """From threadpoolctl 3.8 on, one thread sets the number, and what others ask for is ignored.
+
+    But a run may be in a thread that another one was not in."""
+    controller = getattr(threadpoolctl, "OpenBLASController", None)
+    if hasattr(controller, "clear_controlling_thread"):
+        controller.clear_controlling_thread(force=True)
 
 
 @functools.lru_cache(maxsize=1)

@@ -562,6 +562,31 @@ def test_blocks_of_one_blas_thread_may_overlap_in_any_order():
         assert blas_threads(0) == before
 
 
+def test_a_thread_limits_blas_even_if_another_one_has_done_so_before():
+    """threadpoolctl 3.8 ignores all but the first thread, and says nothing. BLAS then computes in
+    several threads, in one of which the copy of a process, or the process itself, waits for ever.
+    """
+    limit = ThreadpoolController().limit(limits=2, user_api="blas")
+    before, seen = blas_threads(0), []
+    if 2 not in before:
+        pytest.skip("a BLAS of one thread")
+
+    def look():
+        with workers.OneBlasThread():
+            seen.append(blas_threads(0))
+
+    with workers.OneBlasThread():
+        pass
+    for _ in range(2):
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join(60)
+        assert set(seen[-1]) == {1} and blas_threads(0) == before
+    look()
+    assert set(seen[-1]) == {1} and blas_threads(0) == before
+    limit.restore_original_limits()
+
+
 def test_warnings_are_as_they_were():
     filters, errors = list(warnings.filters), np.geterr()
     seen = []
