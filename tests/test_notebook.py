@@ -158,6 +158,7 @@ before[0].items() <= threads_of_blas().items(), m.xp is np
 """
 
 
+@pytest.mark.long
 def test_threads_in_a_kernel_give_the_numbers_of_a_run_alone(tmp_path):
     notebook = Notebook(THREADS, tmp_path)
     assert notebook.value(1) == "0" and notebook.value(3) == "0"
