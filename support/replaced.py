@@ -87,7 +87,7 @@ class Watched:
             self.places[id(namespace), name] = (namespace, name, value)
         return [value for _, value in found]
 
-    def has_changed(self, functions):
+    def has_changed(self, functions=()):
         """Whether something was replaced, or others than these are to be computed with now."""
         return (
             not self.roots.issuperset(functions)
