@@ -142,7 +142,7 @@ EDITS = {
             "                gradients.flat /= 1 + abs(gradients.flat).max()\n"
             "                update(state, gradients, settings, rate)\n",
         ),
-        kernels=r"updates (moments|conv2.weight) otherwise",
+        kernels=r"updates \S+ otherwise",
     ),
     "two answers averaged": Edit(
         (
@@ -267,7 +267,15 @@ def said_of(name, edit, ways):
         assert len(ways.lines) == 1 and re.search(edit.cpu, ways.lines[0]), (name, ways)
 
 
-@pytest.mark.parametrize("name", [*EDITS, *HARMLESS])
+QUICK_ONES = ("leaky relu", "border repeated", "batch normalisation", "a renamed variable")
+
+
+def quick(names, some):
+    """The names as parameters, all but some of them for the long tests."""
+    return [pytest.param(name, marks=() if name in some else LONG) for name in names]
+
+
+@pytest.mark.parametrize("name", quick([*EDITS, *HARMLESS], QUICK_ONES))
 def test_on_a_cpu_an_edit_is_honoured(name, edited, sample, capsys):
     edit = {**EDITS, **HARMLESS}[name]
     module = edited(edit)
@@ -313,8 +321,8 @@ AS_IT_IS = {
 }
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=LONG) for seed in range(1, 4))])
-@pytest.mark.parametrize("name", AS_IT_IS)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", quick(AS_IT_IS, ["nearly all dropped"]))
 def test_the_script_as_it_is_is_never_refused(name, seed, sample, doubted):
     settings = m.Settings(seed=seed, **AS_IT_IS[name])
     assert m.fast_ways.of(m.layers, settings, sample.train_images) == proof.ALL
@@ -383,7 +391,7 @@ REPLACED = {
 }
 
 
-@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("name", quick(REPLACED, ["surroundings", "forward"]))
 def test_what_is_replaced_is_computed_with(name, sample, monkeypatch, capsys):
     """From the next call on, on all cores, and until it is put back."""
     settings = m.Settings(channels=(4, 4, 4, 4), batch_size=16)
@@ -472,16 +480,7 @@ def engine_of(module, sample, cuda, monkeypatch, **given):
     return engine, where
 
 
-QUICK_ONES = ("leaky relu", "one more layer", "another weight decay", "clipped gradients")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in (*QUICK_ONES, "a line in the log") else LONG)
-        for name in (*EDITS, *HARMLESS)
-    ],
-)
+@pytest.mark.parametrize("name", quick([*EDITS, *HARMLESS], ["one more layer"]))
 def test_on_a_gpu_an_edit_is_honoured_or_the_kernels_are_not_used(
     name, edited, sample, cuda, monkeypatch, capsys
 ):
@@ -508,14 +507,9 @@ KERNELS_AS_THEY_ARE = {
 }
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=LONG) for seed in range(1, 6))])
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "nearly all dropped" else LONG)
-        for name in KERNELS_AS_THEY_ARE
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", KERNELS_AS_THEY_ARE)
 def test_the_script_as_it_is_never_loses_the_kernels(
     name, seed, sample, cuda, doubted, monkeypatch
 ):
@@ -532,6 +526,7 @@ def test_the_kernels_are_not_used_for_what_is_replaced(name, sample, cuda, monke
     assert engine is None and "another gradient" in where
 
 
+@pytest.mark.long
 def test_the_kernels_are_not_used_for_replaced_layers(sample, cuda, monkeypatch):
     monkeypatch.setattr(m, "layers", without_pool4)
     engine, where = engine_of(m, sample, cuda, monkeypatch)
@@ -574,6 +569,7 @@ def train(folder, *flags):
     return result.stdout
 
 
+@pytest.mark.long
 def test_whoever_meets_weights_of_other_code_says_so(copy):
     """Continuing a run, drawing it, reading digits with it; and what a run says of an edit."""
     log = copy / "save" / "resnet9" / "log.txt"
