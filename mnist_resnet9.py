@@ -1477,12 +1477,17 @@ def run(settings, network=None, scripts=SCRIPTS, machinery=None, data=None):
     """Starts or continues the run that settings define. Returns the exit status.
 
     data, a Dataset, takes the place of the one in settings.data_dir."""
+    global xp
+    before = xp
     machinery = machinery or Machinery(use_device, use_cores, gpu_engine)
-    device = machinery.use_device(settings.device)
-    data = data or load_mnist(settings.data_dir)
-    parts = split(data, settings)
-    with closing(open_folder(settings, data, device, scripts)) as folder:
-        return run_in(folder, settings, network or layers, machinery, device, data, parts)
+    try:
+        device = machinery.use_device(settings.device)
+        data = data or load_mnist(settings.data_dir)
+        parts = split(data, settings)
+        with closing(open_folder(settings, data, device, scripts)) as folder:
+            return run_in(folder, settings, network or layers, machinery, device, data, parts)
+    finally:
+        xp = before  # the next cell of a notebook goes on where it was
 
 
 def run_in(folder, settings, network, machinery, device, data, parts):

@@ -132,11 +132,12 @@ class Trace:
         for name, f, f_backward in [pair for names in self.namespaces for pair in pairs_in(names)]:
             new[id(f)] = self.forward(name, f, f_backward, f)
             new[id(f_backward)] = self.backward(f_backward, f)
-        modules = [vars(module) for module in sys.modules.values() if hasattr(module, "__dict__")]
+        # A list, since asking a module that is loaded late for its names loads further ones.
+        modules = [vars(one) for one in list(sys.modules.values()) if hasattr(one, "__dict__")]
         self.held = [
             (names, name, value)
             for names in {id(names): names for names in [*modules, *self.namespaces]}.values()
-            for name, value in names.items()
+            for name, value in list(names.items())
             if id(value) in new
         ]
         for names, name, value in self.held:

@@ -114,6 +114,20 @@ def test_an_interrupt_of_a_step_says_nothing_more(tmp_path, monkeypatch, capsys)
     assert "Stopping" not in shown.err + shown.out
 
 
+def test_a_run_leaves_the_array_module_as_it_was(tmp_path, monkeypatch, capsys):
+    """After a run on a GPU, what a notebook has computed so far still fits."""
+    used, there = [], m.xp
+
+    def use_device(device):
+        m.xp = "that of a GPU"
+        used.append(device)
+        return "GPU"
+
+    monkeypatch.setattr(m, "use_device", use_device)
+    assert m.main(["--data-dir", str(tmp_path / "none")]) == 2 and used == ["auto"]
+    assert m.xp is there
+
+
 THREADS = """
 import threading, time, warnings
 import numpy as np

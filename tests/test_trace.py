@@ -3,6 +3,7 @@
 import functools
 import importlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -264,3 +265,19 @@ def test_a_cache_that_is_overwritten_is_noticed(batch, monkeypatch):
     trace, _, _ = learn(m.layers, batch)
     changed = {call.name for call in flattened(trace.calls) if call.cache_changed}
     assert changed == {"conv2d"}
+
+
+def test_modules_that_load_others_when_they_are_looked_at(monkeypatch):
+    """As some of Matplotlib's and IPython's do in a notebook."""
+
+    class Late(types.ModuleType):
+        def __getattribute__(self, name):
+            if name == "__dict__":
+                monkeypatch.setitem(sys.modules, f"another_{len(sys.modules)}", None)
+            return super().__getattribute__(name)
+
+    monkeypatch.setitem(sys.modules, "late", Late("late"))
+    before = len(sys.modules)
+    with Trace([vars(m)]):
+        assert hasattr(m.relu, "original")
+    assert len(sys.modules) > before and not hasattr(m.relu, "original")
