@@ -293,8 +293,8 @@ class Bench:
             if apart > 1e-9:
                 return f"{short(apart)} apart", [
                     f"In {one.layer}, {one.name} makes of an image what depends on others in the "
-                    f"batch. But a batch is computed {self.script.SHARD_IMAGES} images at a time, "
-                    "and these do not see the rest."
+                    "batch. So a batch has to be computed as one, in one process, and the answer "
+                    "for an image depends on those that are asked for with it."
                 ]
         return "whatever the others are, an image's logits stay", []
 
@@ -306,7 +306,8 @@ class Bench:
         if not error <= LIMIT:
             what = "support/winograd.py computes another convolution than the script's lines."
             return short(error), [what]
-        return f"{short(error)} from the script's own lines" if error else "not used", []
+        unused = "not used: the script's own lines compute"
+        return f"{short(error)} from the script's own lines" if error else unused, []
 
     def flat_gradient(self, dtype):
         script = self.script

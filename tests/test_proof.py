@@ -535,7 +535,8 @@ def test_the_kernels_are_not_used_for_replaced_layers(sample, cuda, monkeypatch)
 
 def test_the_script_as_it_is_shows_nothing_to_a_gpu(sample, cuda, monkeypatch):
     monkeypatch.setattr(proof, "difference_of_kernels", lambda *_: pytest.fail("it is compared"))
-    assert engine_of(m, sample, cuda, monkeypatch)[1] == "GPU"
+    monkeypatch.setattr(gpu, "fast_path", lambda *_: ("the engine", ""))
+    assert engine_of(m, sample, cuda, monkeypatch) == ("the engine", "GPU")
 
 
 # ── What the files of a run say ───────────────────────────────────────────────────────────────────
