@@ -606,6 +606,26 @@ def test_whoever_meets_weights_of_other_code_says_so(copy):
     assert "defines the computation" not in train(copy, "--epochs-max", "4")
 
 
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("batch normalisation", "1 core (of 2: there is work for no more); files"),
+        pytest.param("border repeated", "2 cores", marks=LONG),
+        pytest.param("a new optimizer", "2 cores", marks=LONG),
+    ],
+)
+def test_a_run_says_which_fast_way_it_does_without(name, says, edited, sample, tmp_path, capsys):
+    module = edited(EDITS[name])
+    flags = ["--save-dir", str(tmp_path), "--data-dir", "data/sample", "--epochs-max", "1"]
+    settings = module.parse_settings([*FEW, "--threads", "2", *flags])
+    assert module.run(settings, scripts=()) == 0
+    log = (tmp_path / "resnet9" / "log.txt").read_text(encoding="utf-8")
+    assert says in log and len(re.findall(EDITS[name].cpu or "no such line", log)) == bool(
+        EDITS[name].cpu
+    )
+    assert capsys.readouterr().err.count("***") == 0  # it is said once
+
+
 def test_a_setting_that_is_new_to_a_run_is_said(tmp_path, capsys):
     settings = m.parse_settings([*FEW, "--save-dir", str(tmp_path), "--data-dir", "data/sample"])
     settings = replace(settings, epochs_max=1)
