@@ -699,7 +699,7 @@ def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys, mon
     _, d = m.loss_and_gradients(
         read_weights(save / "real" / "checkpoint_last.npz"), *first, runs[0].settings
     )
-    assert residual.lengths["conv1"] == pytest.approx(np.linalg.norm(d["conv1.weight"]), rel=1e-4)
+    assert residual.lengths["conv1"] == pytest.approx(np.linalg.norm(d["conv1.weight"]), rel=1e-2)
     assert residual.plain["fc9"] == pytest.approx(residual.lengths["fc9"], rel=1e-5)
     assert residual.plain["conv1"] != pytest.approx(residual.lengths["conv1"], rel=1e-3)
     figure = plot_figs.draw_gradients([residual, perceptron])
