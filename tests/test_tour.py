@@ -68,8 +68,8 @@ def test_it_runs(stored, tmp_path):
     shutil.copytree(m.ROOT / "save" / "record", tmp_path / "save" / "record")
     (tmp_path / "docs").mkdir()
     first = code_of(stored)[0]
-    assert first.source.count("IMAGES = 10_000") == 1
-    first.source = first.source.replace("IMAGES = 10_000", "IMAGES = 128")
+    assert first.source.count("IMAGES = 6_000") == 1
+    first.source = first.source.replace("IMAGES = 6_000", "IMAGES = 128")
     pictures = [shown_in(cell)[1] for cell in code_of(stored)]
     nbclient.NotebookClient(stored, timeout=600).execute(cwd=str(tmp_path / "docs"))
     shown = [shown_in(cell) for cell in code_of(stored)]
