@@ -26,7 +26,7 @@ MAX_BYTES = 2**32
 
 
 class Unreadable(UserError):
-    """A checkpoint that the system does not hand over. It may be whole."""
+    """A checkpoint that is no use and yet not damaged, so no other one takes its place."""
 
 
 def checksums(arrays):
@@ -132,7 +132,9 @@ def read_checkpoint(path, expected, settings):
     """
     arrays = read_arrays(path)
     if "moments" not in arrays:
-        raise UserError(f"{path} has the weights alone, which is too little to continue")
+        raise Unreadable(
+            f"{path} has the weights alone, which is too little to continue; choose another --tag"
+        )
     try:
         if arrays.get("version") != VERSION:
             raise ValueError(f"it has not version {VERSION}")

@@ -15,7 +15,7 @@ from programs import metrics_of, start
 
 import mnist_resnet9 as m
 from benchmarks.accuracy import share_run
-from support import checkpoints, run_folder
+from support import bookkeeping, checkpoints, run_folder
 
 SMALL = "--channels 4,16,16,16 --train-images 640 --batch-size 32 --device cpu".split()
 SMALL += ["--data-dir", str(m.ROOT / "data" / "sample")]
@@ -262,7 +262,7 @@ def clock(monkeypatch):
 
         return slowed
 
-    monkeypatch.setattr(m, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(bookkeeping, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(m, "update", slow(update, 1))
     monkeypatch.setattr(m, "evaluate", slow(evaluate, 10))
 
