@@ -768,6 +768,11 @@ def init_params(settings, dtype=np.float32, network=None):
     rng = random_stream(settings.seed, INIT)
     arrays = {}
     for layer in (network or layers)(settings):
+        twice = arrays.keys() & set(layer.params)
+        if twice:
+            raise UserError(
+                f"two layers have a parameter {min(twice)}: give each a name of its own"
+            )
         arrays.update(zip(layer.params, layer.start(rng)))
     return Parameters({name: xp.asarray(a, dtype) for name, a in arrays.items()})
 
@@ -790,6 +795,8 @@ def backward(network, dlogits, caches, settings):
     gradients, dy = {}, dlogits
     # Without rng: what dropout did is in its cache.
     for layer, cache in zip(reversed(network(settings)), reversed(caches)):
+        if dy is None:
+            raise UserError(f"{layer.name} gets no gradient: the layer behind it has need_dx=False")
         # dx of a layer is dy of the one before.
         if layer.params:
             dy, *of_params = layer.op_backward(dy, cache)

@@ -304,3 +304,26 @@ def test_a_gradient_of_another_shape_or_dtype_is_an_error_with_its_name(slip, rn
     images, labels = noise(rng, 3)
     with pytest.raises(m.UserError, match=f"^{SLIPS[slip]}$"):
         m.loss_and_gradients(m.init_params(SMALL), images, labels, SMALL, network=network)
+
+
+def test_two_layers_of_one_name_are_an_error():
+    """One's gradient would be taken for the other's."""
+
+    def network(settings, rng=None):
+        *others, drop, last = m.layers(settings, rng)
+        return [*others, m.residual("conv7", "conv8", settings.channels[3]), drop, last]
+
+    with pytest.raises(m.UserError, match="^two layers have a parameter conv7.bias: give each"):
+        m.init_params(SMALL, network=network)
+
+
+def test_a_layer_before_the_one_that_needs_no_dx_is_an_error(rng):
+    def network(settings, rng=None):
+        return [m.Layer("bend", m.relu, m.relu_backward), *m.layers(settings, rng)]
+
+    images, labels = noise(rng, 3)
+    params = m.init_params(SMALL, network=network)
+    with pytest.raises(
+        m.UserError, match="^bend gets no gradient: the layer behind it has need_dx"
+    ):
+        m.loss_and_gradients(params, images, labels, SMALL, network=network)
