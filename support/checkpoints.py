@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 
@@ -68,6 +69,7 @@ def read_arrays(path):
 
     Unreadable if the system does not hand the file over, another UserError if it is damaged;
     FileNotFoundError if there is none."""
+    path = Path(path)
     try:
         content = read_file(path, MAX_BYTES)
     except FileNotFoundError:

@@ -783,7 +783,7 @@ def test_a_name_that_is_no_text_and_a_link_for_the_figure(tmp_path, save):
     "content, said",
     [
         (b"PK\x03\x04 and then nothing", "checkpoint_last.npz is damaged"),
-        (LFS_POINTER, "checkpoint_last.npz is a git-lfs pointer, not the file itself: run"),
+        (LFS_POINTER, "checkpoint_last.npz is a git-lfs pointer, not the file: run"),
     ],
 )
 def test_a_damaged_checkpoint_gets_one_line(content, said, bad, save, capsys, tmp_path):
@@ -867,6 +867,7 @@ THEIRS = {
 
 def test_the_users_settings_change_no_figure(bad, save, tmp_path, caplog):
     contents = []
+    plt.close("all")
     for settings in ({}, THEIRS):
         arguments = [str(bad / "good.png"), "--figure", tmp_path / "out.png"]
         with plt.rc_context(settings):

@@ -14,6 +14,6 @@ def test_paths_in_flags_begin_at_the_projects_folder():
 
 def test_they_do_so_too_where_pytest_is_started_elsewhere(tmp_path):
     test = f"{__file__}::{test_paths_in_flags_begin_at_the_projects_folder.__name__}"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", test]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout
