@@ -299,7 +299,7 @@ def test_too_little_memory_is_one_line_and_no_checkpoint_is_called_damaged(
     assert {path.name: path.read_bytes() for path in whole.glob("*.npz")} == files
 
 
-@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("epochs", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_run_that_cannot_be_saved_ends_and_can_be_continued(epochs, tmp_path, capsys):
     """It is computed for nothing. Here the folder was renamed while the run went on."""
     folder, moved = tmp_path / "resnet9", tmp_path / "moved"
@@ -386,6 +386,7 @@ def test_ctrl_c_outside_the_training_says_nothing_false(when, whole, monkeypatch
     assert (before == (whole / "checkpoint_last.npz").read_bytes()) == (when == "before")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("failing", ["checkpoint_best.npz", "predictions.npz", "metrics.csv"])
 def test_what_one_epoch_could_not_save_a_later_one_does(failing, tmp_path, monkeypatch, capsys):
     """The disk is full while epoch 1 is saved, whose checkpoint is the best but for the last."""

@@ -346,6 +346,7 @@ def test_a_step_computes_what_the_plain_operations_do(given, cuda, sample, monke
     check_steps(given, cuda, sample, monkeypatch)
 
 
+@pytest.mark.long
 def test_a_step_with_little_shared_memory(cuda, sample, monkeypatch):
     """60 channels in slices of 32 and 28, and Muon's rounds in global memory."""
     given = {"channels": (4, 8, 8, 60), "batch_size": 4, "optimizer": "muon"}
@@ -769,9 +770,10 @@ def same_bits(one, other):
     return len(names) > 15 and all(np.array_equal(one[name], other[name]) for name in names)
 
 
-WHERE = [pytest.param("a launch", marks=LONG), "a loss", pytest.param("an epoch's end", marks=LONG)]
+WHERE = ("a launch", "a loss", "an epoch's end")
 
 
+@LONG
 @pytest.mark.parametrize("where", WHERE)
 def test_what_cuda_reports_ends_a_run_in_a_line_and_it_continues(
     where, few, cuda, tmp_path, monkeypatch, capsys

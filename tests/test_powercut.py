@@ -17,7 +17,13 @@ from faults import Operation
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for file names")
 
 
-@pytest.mark.parametrize("scenario", powercut.SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        pytest.param(scenario, marks=[] if scenario == "continued" else pytest.mark.long)
+        for scenario in powercut.SCENARIOS
+    ],
+)
 def test_every_state_after_a_power_cut_continues(scenario, tmp_path):
     kinds, problems = powercut.run(scenario, tmp_path, 8, random.Random(0))
     assert sum(kinds.values()) == 8 and not problems
@@ -39,13 +45,8 @@ def without_fsync(monkeypatch, unflushed):
     monkeypatch.setattr(powercut, "watching", less)
 
 
-@pytest.mark.parametrize(
-    "unflushed",
-    [
-        pytest.param(Path.is_file, id="files"),
-        pytest.param(Path.is_dir, id="folders", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("unflushed", [Path.is_file, Path.is_dir], ids=["files", "folders"])
 def test_states_that_lose_a_run_are_found_where_nothing_is_flushed(
     unflushed, tmp_path, monkeypatch
 ):
@@ -56,6 +57,7 @@ def test_states_that_lose_a_run_are_found_where_nothing_is_flushed(
     )
 
 
+@pytest.mark.long
 def test_a_state_owes_what_had_been_saved_before_the_latest_cut_that_leads_to_it(
     tmp_path, monkeypatch
 ):

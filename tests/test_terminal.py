@@ -209,6 +209,7 @@ def weights_of(folder):
         return {name: file[name] for name in file.files if file[name].dtype == np.float32}
 
 
+@pytest.mark.long
 def test_runs_and_evaluations_in_threads_give_the_numbers_of_a_run_alone(sample, tmp_path, capsys):
     """All share one set of workers. A second run on the same tag is refused."""
     flags = [*FLAGS, "--epochs-max", "3", "--save-dir"]
@@ -345,7 +346,10 @@ def test_a_notebook_is_not_told_to_start_its_kernel(monkeypatch):
     assert "resnet9.py" not in terminal.this_command()
 
 
-@pytest.mark.parametrize("module", ["cProfile", "profile", "trace"])
+@pytest.mark.parametrize(
+    "module",
+    ["cProfile", *(pytest.param(name, marks=pytest.mark.long) for name in ("profile", "trace"))],
+)
 def test_a_profiler(module, tmp_path):
     """Up to Python 3.13 the script is then not __main__, and no other process finds its names."""
     options = ["--count", "--coverdir"] if module == "trace" else ["-o"]
@@ -522,6 +526,7 @@ warnings.filters == filters, urllib.request._opener
 """
 
 
+@pytest.mark.long
 def test_in_a_kernel(tmp_path):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")

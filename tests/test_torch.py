@@ -336,7 +336,9 @@ def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsy
     assert_same_run(tmp_path / "whole" / "torch_resnet9", tmp_path / "parts" / "torch_resnet9")
 
 
-@pytest.mark.parametrize("pool, tolerance", [("max", 0.1), ("avg", 0.01)])
+@pytest.mark.parametrize(
+    "pool, tolerance", [("max", 0.1), pytest.param("avg", 0.01, marks=pytest.mark.long)]
+)
 def test_a_tiny_training_ends_alike_on_both_sides(pool, tolerance, tmp_path):
     flags = (
         "--save-dir",
