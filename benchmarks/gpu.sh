@@ -94,7 +94,7 @@ lscpu | grep -E 'Model name|per core' || true
 parallel=()
 python -c "import xdist" 2> /dev/null && parallel=(-n 6)
 tests=(tests/test_gpu.py tests/test_gpu_kernels.py)
-quick_tests=(-m "not long" -k "not emulated")
+quick_tests=(-m "not long and not exhaustive" -k "not emulated")
 stage kernels 150 python -m pytest -q -rs "${parallel[@]}" "${tests[@]}" "${quick_tests[@]}"
 stage epochs 90 epochs
 stage continued 90 continued

@@ -493,8 +493,13 @@ def test_steps_of_evolution_are_right(number):
     assert result.returncode == 0 and "WRONG" not in result.stdout, result.stdout + result.stderr
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(seed, marks=pytest.mark.long if seed < 4 else pytest.mark.exhaustive)
+        for seed in range(20)
+    ],
+)
 def test_the_script_as_it_is_is_right_on_any_seed(small, seed):
     recipe = list(m.RECIPES)[seed] if seed < 4 else "quick"  # the others have wider layers
     settings = m.parse_settings(["--recipe", recipe, "--seed", str(seed), "--device", "cpu"])
@@ -504,7 +509,7 @@ def test_the_script_as_it_is_is_right_on_any_seed(small, seed):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("function, old, new", MISTAKES[::6])
+@pytest.mark.parametrize("function, old, new", MISTAKES[::20])
 def test_a_mistake_is_found_in_the_whole_network(function, old, new, edit, small, monkeypatch):
     pair = function.removesuffix("_backward")
     if pair in ("softmax", "cross_entropy"):

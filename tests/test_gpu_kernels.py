@@ -359,8 +359,13 @@ def test_a_step_with_little_shared_memory(cuda, sample, monkeypatch):
 CARDS = {"P100": 48, "T4": 64, "RTX": 99, "A100": 163, "H100": 227}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize(
+    "card",
+    [
+        pytest.param(card, marks=LONG if card == "P100" else pytest.mark.exhaustive)
+        for card in CARDS
+    ],
+)
 @pytest.mark.parametrize("recipe", m.RECIPES)
 def test_a_step_of_each_recipe_on_each_card(recipe, card, cuda, sample, monkeypatch):
     given, limited = m.RECIPES[recipe], with_limit(cuda, CARDS[card] * KIB)

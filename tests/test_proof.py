@@ -321,7 +321,9 @@ AS_IT_IS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2))]
+)
 @pytest.mark.parametrize("name", quick(AS_IT_IS, ["nearly all dropped"]))
 def test_the_script_as_it_is_is_never_refused(name, seed, sample, doubted):
     settings = m.Settings(seed=seed, **AS_IT_IS[name])
@@ -507,7 +509,7 @@ KERNELS_AS_THEY_ARE = {
 }
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", KERNELS_AS_THEY_ARE)
 def test_the_script_as_it_is_never_loses_the_kernels(
