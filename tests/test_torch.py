@@ -416,7 +416,7 @@ def test_altered_weights_are_refused(tmp_path, capsys):
 
 
 BAD = {
-    "--weights missing.npz": "missing.npz cannot be read",
+    "--weights missing.npz": "No such file or directory",
     "--weights README.md": "README.md is damaged",
     "--foo 1": "--weights",
     "--batch-size 0": "batch_size is 0",
