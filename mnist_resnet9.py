@@ -345,9 +345,9 @@ def to_input(images, dtype):
 
 
 def relu(x):
-    """y = max(x, 0), element by element. (Where x is below 0, y is −0.0, which equals 0.)"""
+    """y = max(x, 0), element by element."""
     mask = x > 0
-    return x * mask, mask  # cache: where x > 0; the slope depends on nothing else
+    return xp.maximum(x, 0), mask  # cache: where x > 0; the slope depends on nothing else
 
 
 def relu_backward(dy, mask):

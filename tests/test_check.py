@@ -80,7 +80,7 @@ MISTAKES = rows("""
     relu_backward | dy * mask | dy * (mask + 0.1 * ~mask)
     relu_backward | return dy * mask | dy *= mask; return dy
     relu_backward | dy * mask | dy * mask.astype(xp.float64)
-    relu | mask = x > 0 | mask = (x > 0) * xp.ones(1)
+    relu | xp.maximum(x, 0) | xp.maximum(x, 0) * xp.ones(1)
     softmax_backward | (dprobs - | (dprobs - 0 *
     softmax_backward | (dprobs - | (dprobs * (1 - probs) - 0 *
     softmax_backward | axis=1 | axis=0

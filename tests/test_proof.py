@@ -50,11 +50,15 @@ GRADIENT = r"computes another gradient \(\S+ apart\) than the kernels"
 EDITS = {
     "leaky relu": Edit(
         ("    mask = x > 0\n", "    slope = xp.where(x > 0, 1, 0.1).astype(x.dtype)\n"),
-        ("    return x * mask, mask  # cache: where", "    return x * slope, slope  # where"),
+        (
+            "    return xp.maximum(x, 0), mask  # cache: where",
+            "    return x * slope, slope  # where",
+        ),
         kernels=GRADIENT,
     ),
     "a slope of a thousandth": Edit(
         ("    mask = x > 0\n", "    mask = xp.where(x > 0, 1, 0.001).astype(x.dtype)\n"),
+        ("    return xp.maximum(x, 0), mask  # cache: where", "    return x * mask, mask  # where"),
         kernels=GRADIENT,
     ),
     "one more layer": Edit(
@@ -195,7 +199,10 @@ HARMLESS = {
     "a default": Edit(("learning_rate: float = 1e-4", "learning_rate: float = 2e-4")),
     "a renamed variable": Edit(
         ("    mask = x > 0\n", "    positive = x > 0\n"),
-        ("    return x * mask, mask  # cache: where", "    return x * positive, positive  # where"),
+        (
+            "    return xp.maximum(x, 0), mask  # cache: where",
+            "    return xp.maximum(x, 0), positive  # where",
+        ),
     ),
     "a printed line": Edit(
         (
