@@ -45,8 +45,13 @@ def without_fsync(monkeypatch, unflushed):
     monkeypatch.setattr(powercut, "watching", less)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("unflushed", [Path.is_file, Path.is_dir], ids=["files", "folders"])
+@pytest.mark.parametrize(
+    "unflushed",
+    [
+        pytest.param(Path.is_file, id="files", marks=pytest.mark.long),
+        pytest.param(Path.is_dir, id="folders", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_states_that_lose_a_run_are_found_where_nothing_is_flushed(
     unflushed, tmp_path, monkeypatch
 ):

@@ -29,7 +29,7 @@ sys.path.insert(0, str(m.ROOT / "benchmarks" / "pictures"))
 import pages  # noqa: E402  (it lies in the folder that was just added)
 from predict_accuracy import FONTS, edits, paste  # noqa: E402
 
-long = pytest.mark.long
+long, exhaustive = pytest.mark.long, pytest.mark.exhaustive
 
 FONT_NAMES = (
     "DejaVuSans",
@@ -108,7 +108,7 @@ QUICK = [("DejaVuSans", 16), ("cmr10", 60), ("DejaVuSerif", 300)]
 @pytest.mark.parametrize(
     "font, size",
     [
-        pytest.param(font, size, marks=() if (font, size) in QUICK else long)
+        pytest.param(font, size, marks=() if (font, size) in QUICK else exhaustive)
         for font in FONT_NAMES
         for size in (16, 60, 300)
     ],
@@ -338,18 +338,18 @@ KIND = {kind.make.__name__: number for number, kind in enumerate(pages.KINDS)}
 @pytest.mark.parametrize(
     "kind, least",
     [
-        ("plain", 9),
-        ("bright_on_dark", 9),
         ("tight", 9),
-        ("sheet_on_table", 9),
         ("hard_shadow", 7),
-        ("ruled", 8),
-        ("squared", 8),
         ("pencil", 8),
-        ("ball_pen", 8),
-        ("sloping", 8),
-        ("close_together", 9),
-        ("all_at_once", 8),
+        pytest.param("plain", 9, marks=exhaustive),
+        pytest.param("bright_on_dark", 9, marks=exhaustive),
+        pytest.param("sheet_on_table", 9, marks=exhaustive),
+        pytest.param("ruled", 8, marks=exhaustive),
+        pytest.param("squared", 8, marks=exhaustive),
+        pytest.param("ball_pen", 8, marks=exhaustive),
+        pytest.param("sloping", 8, marks=exhaustive),
+        pytest.param("close_together", 9, marks=exhaustive),
+        pytest.param("all_at_once", 8, marks=exhaustive),
     ],
 )
 def test_digits_are_found_on_pages_as_people_take_them(kind, least, sample, reader, tmp_path):
@@ -573,7 +573,7 @@ def test_without_a_screen_drawing_gets_one_line(environment, said, save):
 # ── MNIST's own images ────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(200, marks=long)])
+@pytest.mark.parametrize("count", [15, pytest.param(200, marks=exhaustive)])
 def test_mnist_on_larger_pages_is_read_as_well_as_mnist_itself(
     count, sample, reader, rng, tmp_path
 ):

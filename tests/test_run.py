@@ -325,7 +325,7 @@ def test_killed_it_continues_from_the_last_epoch(whole, tmp_path, monkeypatch):
     assert sorted(set(epochs_in_log(tmp_path / "resnet9"))) == [0, 1, 2, 3]
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_the_sample_is_learnt_in_seconds(tmp_path):
     flags = "--train-images 0 --channels 4,16,32,64 --epochs-max 3 --dropout 0.5".split()
     flags += "--learning-rate 3e-3 --schedule one_cycle".split()
