@@ -177,7 +177,7 @@ class Bench:
         """A Finding for each pair that the network calls, the innermost first."""
         with plain_ways(), self.traced() as trace, contextlib.suppress(Exception):
             self.learn(self.with_noise(trace.of(self.network)))
-        calls = [call for outer in trace.calls for call in outer.all()]
+        calls = trace.all_calls()
         called = {call.f for call in calls}
         there = [pair for namespace in trace.namespaces for pair in pairs_in(namespace)]
         self.not_called = sorted({name for name, f, _ in there if f not in called})
@@ -284,7 +284,7 @@ class Bench:
                 rng = np.random.default_rng(7)
                 net = trace.of(self.network)(self.calm, rng)
                 self.script.forward(net, self.params, x)
-            traces.append([call for outer in trace.calls for call in outer.all()])
+            traces.append(trace.all_calls())
         apart = 0
         for one, other in zip(*traces):
             # (H, W, N, C), or (N, F)

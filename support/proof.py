@@ -219,7 +219,7 @@ def compare_winograd(bench):
         # What it raises, whoever computes with it will raise too.
         with contextlib.suppress(Exception):
             bench.learn(*bench.batch(2), network=trace.of(bench.network))
-    for call in [call for outer in trace.calls for call in outer.all()]:
+    for call in trace.all_calls():
         try:
             difference = difference_of_winograd(call, bench.random)
         except Exception as error:

@@ -49,20 +49,31 @@ def one_pass(script, network, params, images, labels, settings, shortcuts=True):
 
     script is the module mnist_resnet9. shortcuts says whether the gradient also comes back through
     the shortcuts of residual blocks, or through their layers alone, as in a plain deep network;
-    forwards they are always there. CannotDraw if the network raises an error."""
+    forwards they are always there. CannotDraw if the network raises an error, calls its layers in
+    another order, or computes what is not finite."""
     image_gradient = []
     try:
         with np.errstate(all="ignore"), Trace(namespaces_of(script, network, settings)) as trace:
             watched = watching(trace, network, shortcuts, image_gradient)
             loss, d = script.learn_from(params, images, labels, settings, None, watched)
         layers, calls = network(settings), calls_of_layers(trace)
+        if not image_gradient or len(layers) != len(calls):
+            raise CannotDraw("its layers are not called one after the other, there and back")
+        stages = stages_of(layers, calls, params, image_gradient[0])
+        values = [a for stage in stages for a in (stage.y, stage.dy) if a is not None]
+        if not all(np.isfinite(a).all() for a in values):
+            raise CannotDraw("its outputs or their gradients are not finite numbers")
+        return Pass(loss, stages, {name: d[name] for name in params})
+    except CannotDraw:
+        raise
     # The network may be anything that somebody wrote.
     except Exception as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise CannotDraw(f"its network raises {what}") from error
-    if not image_gradient or len(layers) != len(calls):
-        raise CannotDraw("its layers are not called one after the other, forwards and backwards")
-    stages = [Stage("image", [], calls[0].inputs[0], image_gradient[0])]
+
+
+def stages_of(layers, calls, params, image_gradient):
+    stages = [Stage("image", [], calls[0].inputs[0], image_gradient)]
     for layer, call in zip(layers, calls):
         if call is calls[-1] or not hands_on(layer, call):
             own = [(prefix_of(name), params[name]) for name in layer.params]
@@ -70,10 +81,7 @@ def one_pass(script, network, params, images, labels, settings, shortcuts=True):
             if has_shortcut(call):
                 found[-1].start = len(stages) - 1
             stages += found
-    values = [a for stage in stages for a in (stage.y, stage.dy) if a is not None]
-    if not all(np.isfinite(a).all() for a in values):
-        raise CannotDraw("its outputs or their gradients are not finite numbers")
-    return Pass(loss, stages, {name: d[name] for name in params})
+    return stages
 
 
 def calls_of_layers(trace):
@@ -120,18 +128,17 @@ def dx_of_first(call, dy):
     return None
 
 
-def same(a, b):
+def equal(a, b):
     return a is not None and b is not None and a.shape == b.shape and np.array_equal(a, b)
 
 
 def hands_on(layer, call):
     """Whether a layer gives out the numbers that it gets, and in backward too: flatten does, and
     dropout that is off."""
-    x, dx = call.inputs[0], call.gradients[0]
-    if layer.params or dx is None:
+    if layer.params or not call.gradients or call.gradients[0] is None:
         return False
-    pairs = (call.y, x), (dx, call.dy)
-    return all(same(first_of(a).ravel(), first_of(b).ravel()) for a, b in pairs)
+    pairs = (call.y, call.inputs[0]), (call.gradients[0], call.dy)
+    return all(equal(first_of(a).ravel(), first_of(b).ravel()) for a, b in pairs)
 
 
 def first_of(a):
@@ -145,11 +152,11 @@ def has_shortcut(call):
     if not call.inner or not call.gradients or not call.inner[0].gradients:
         return False
     x, dx, through = call.inputs[0], call.gradients[0], call.inner[0].gradients[0]
-    if dx is None or through is None or not same(call.inner[0].inputs[0], x):
+    if dx is None or through is None or not equal(call.inner[0].inputs[0], x):
         return False
     if not dx.any():  # where all is 0, the gradient tells nothing
         return call.name == "residual_block"
-    ways = [one for one in call.inner if weight_of(one) is not None and same(one.inputs[0], x)]
+    ways = [one for one in call.inner if weight_of(one) is not None and equal(one.inputs[0], x)]
     if len(ways) > 1:  # none of them goes past everything
         return False
     return dx.shape == through.shape and not np.array_equal(dx, through)
@@ -167,8 +174,8 @@ def opened(name, call, params):
     whole = Stage(name, call.inner or [call], call.y, call.dy, bool(params))
     parts = parts_of(call, params)
     ends = [(before[-1], after[0]) for (_, before), (_, after) in zip(parts, parts[1:])]
-    is_chain = all(same(before.y, after.inputs[0]) for before, after in ends)
-    if len(parts) < 2 or not is_chain or not same(call.inputs[0], parts[0][1][0].inputs[0]):
+    is_chain = all(equal(before.y, after.inputs[0]) for before, after in ends)
+    if len(parts) < 2 or not is_chain or not equal(call.inputs[0], parts[0][1][0].inputs[0]):
         return [whole]
     whole.calls = parts[-1][1]
     inner = [Stage(prefix, calls, calls[-1].y, calls[-1].dy, True) for prefix, calls in parts[:-1]]
@@ -184,7 +191,9 @@ def parts_of(call, params):
         prefix = None
         for a in [*inner.inputs[1:], *inner.options.values()]:
             # The first that fits, as two may be equal.
-            found = [i for i, (_, p) in enumerate(left) if isinstance(a, np.ndarray) and same(a, p)]
+            found = [
+                i for i, (_, p) in enumerate(left) if isinstance(a, np.ndarray) and equal(a, p)
+            ]
             if found:
                 prefix, _ = left.pop(found[0])
         if prefix is None or (parts and parts[-1][0] == prefix):

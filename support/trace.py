@@ -11,31 +11,38 @@ and f_backward(dy, cache), which returns dx, or (dx, dw, …). While the trace i
 replaced by functions that call them and write down what they see: in every module that holds them,
 since the steps of evolution/ call each other and the script. A layer's functions are traced as
 well, whatever they are: a function within a function, a lambda, a partial. So there is nothing to
-register.
+register. Other threads compute on as if nothing were there; one that wants to trace too, waits.
 """
 
+import contextlib
 import copy
 import functools
+import inspect
 import operator
 import sys
+import threading
+import types
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import numpy as np
 
+LOCK = threading.RLock()  # held by the thread whose trace is on
+
 
 @dataclass(eq=False)
 class Call:
-    """One call of a pair. What it holds are copies, as a later operation may overwrite an array."""
+    """One call of a pair. Its arrays are copies, except for those of the result: a later operation
+    may overwrite an array."""
 
     name: str  # of the pair: "conv2d"
-    key: Any  # what tells it from other pairs
+    key: Any  # what its backward function is known by
     f: Callable  # its two functions, untraced
     f_backward: Callable
     layer: str  # name of the layer that it belongs to; "" for the loss
-    inputs: tuple
-    options: dict  # inputs that were given by name
+    inputs: tuple  # in the order of f's parameters
+    options: dict  # those that can only be given by name
     rewind: Callable  # () sets the random numbers back to where they were before the call
     inner: list = field(default_factory=list)  # the calls within this one, in order
     error: Any = None  # the exception that it ended with
@@ -55,10 +62,9 @@ def without_partial(f):
     return f.func if isinstance(f, functools.partial) else f
 
 
-def original_of(f):
+def untraced(f):
     """What was there before it was traced."""
-    f = without_partial(f)
-    return getattr(f, "original", f)
+    return vars(f).get("untraced", f) if isinstance(f, types.FunctionType) else f
 
 
 def name_of(f):
@@ -77,14 +83,21 @@ def pairs_in(namespace):
     return [(name, f, back) for name, f, back in named if callable(f) and callable(back)]
 
 
-def copied(x, copies=None):
-    """A copy, or x itself if it cannot be copied: then it is no array.
-
-    Two that are the same object stay so, where they are given the same dictionary `copies`."""
+def copied(x):
+    """A copy, or x itself if it cannot be copied: then it is no array."""
     try:
-        return copy.deepcopy(x, copies)
+        return copy.deepcopy(x)
     except Exception:
         return x
+
+
+def by_position(f, inputs, options):
+    """(inputs, options) of a call, but by name only what f does not take by its position."""
+    try:
+        bound = inspect.signature(f).bind(*inputs, **options)
+    except (TypeError, ValueError):  # f has no signature, or will say itself what is wrong
+        return inputs, options
+    return bound.args, bound.kwargs
 
 
 def arrays_in(x):
@@ -125,30 +138,41 @@ class Trace:
         self.namespaces = namespaces
         self.calls = []
         self.open = []  # calls that have not returned yet, the outermost first
-        self.layer, self.rng, self.on, self.backwards = "", None, False, 0
+        self.thread = None  # whose calls are seen; None while the trace is off
+        self.layer, self.rng, self.backwards = "", None, 0
 
     def __enter__(self):
-        new = self.new = {}  # id of a function → what replaces it
-        for name, f, f_backward in [pair for names in self.namespaces for pair in pairs_in(names)]:
-            new[id(f)] = self.forward(name, f, f_backward, f)
-            new[id(f_backward)] = self.backward(f_backward, f)
-        # A list, since asking a module that is loaded late for its names loads further ones.
-        modules = [vars(one) for one in list(sys.modules.values()) if hasattr(one, "__dict__")]
-        self.held = [
-            (names, name, value)
-            for names in {id(names): names for names in [*modules, *self.namespaces]}.values()
-            for name, value in list(names.items())
-            if id(value) in new
-        ]
-        for names, name, value in self.held:
-            names[name] = new[id(value)]
-        self.on = True
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(LOCK)
+            self.replace_pairs(stack)
+            self.thread = threading.get_ident()
+            self.put_back = stack.pop_all()
         return self
 
     def __exit__(self, *_):
-        self.on = False
-        for names, name, value in self.held:
-            names[name] = value
+        self.thread = None
+        self.put_back.close()
+
+    def replace_pairs(self, stack):
+        new = self.new = {}  # id of a function → what replaces it
+        for name, f, f_backward in [pair for names in self.namespaces for pair in pairs_in(names)]:
+            new[id(f)] = self.forward(name, f, f_backward, f_backward)
+            new[id(f_backward)] = self.backward(f_backward, f_backward)
+        # A list, since asking a module that is loaded late for its names loads further ones.
+        modules = [vars(one) for one in list(sys.modules.values()) if hasattr(one, "__dict__")]
+        for names in {id(names): names for names in [*modules, *self.namespaces]}.values():
+            for name, value in list(names.items()):
+                if id(value) in new:
+                    stack.callback(names.__setitem__, name, value)
+                    names[name] = new[id(value)]
+
+    def is_on(self):
+        """Whether this is the thread whose calls are seen."""
+        return self.thread == threading.get_ident()
+
+    def all_calls(self):
+        """Also those within others: the innermost first."""
+        return [call for outer in self.calls for call in outer.all()]
 
     def of(self, layers):
         """The network of these layers, to be given to the script's functions in its place."""
@@ -162,7 +186,7 @@ class Trace:
     def traced_layer(self, i, layer):
         # A layer that was made before the trace holds the functions themselves.
         op, op_backward = (self.new.get(id(g), g) for g in (layer.op, layer.op_backward))
-        pair = original_of(op), original_of(op_backward)
+        pair = tuple(untraced(without_partial(g)) for g in (op, op_backward))
         if getattr(without_partial(op), "pair", None) != pair:  # in none of the modules
             name = layer.name if name_of(op) == "<lambda>" else name_of(op)
             op, op_backward = self.forward(name, op, pair[1], i), self.backward(op_backward, i)
@@ -181,11 +205,11 @@ class Trace:
 
         @functools.wraps(f)
         def traced(*inputs, **options):
-            if not self.on or self.backwards:  # a backward pass may use f for its own ends
+            # A backward pass may use f for its own ends.
+            if not self.is_on() or self.backwards:
                 return f(*inputs, **options)
-            copies = {}
-            kept = tuple(copied(x, copies) for x in inputs)
-            by_name = {k: copied(x, copies) for k, x in options.items()}
+            kept, by_name = by_position(f, inputs, options)
+            kept, by_name = tuple(map(copied, kept)), {k: copied(x) for k, x in by_name.items()}
             rewind = rewinding(self.rng)
             call = Call(name, key, f, f_backward, self.layer, kept, by_name, rewind)
             calls = self.open[-1].inner if self.open else self.calls
@@ -205,7 +229,7 @@ class Trace:
                     calls[-1] = call.inner[0]
             return result
 
-        traced.original, traced.pair = f, (f, f_backward)
+        traced.untraced, traced.pair = f, (f, f_backward)
         return traced
 
     def backward(self, f_backward, key):
@@ -213,7 +237,7 @@ class Trace:
 
         @functools.wraps(f_backward)
         def traced(dy, cache, *inputs, **options):
-            call = self.waiting(key, cache) if self.on else None
+            call = self.waiting(key, cache) if self.is_on() else None
             if call is None:
                 return f_backward(dy, cache, *inputs, **options)
             call.cache_changed = cache is call.result[1] and mark_of(cache) != call.mark
@@ -226,7 +250,7 @@ class Trace:
             call.gradients = copied(result if isinstance(result, tuple) else (result,))
             return result
 
-        traced.original = f_backward
+        traced.untraced = f_backward
         return traced
 
     def waiting(self, key, cache):
@@ -234,7 +258,7 @@ class Trace:
 
         Where several have the same functions, the one that left this very cache. A cache need not
         tell, though: that of dropout is None where it is off."""
-        calls = [call for outer in self.calls for call in outer.all()]
-        calls = [call for call in calls if call.key == key and call.dy is None and call.result]
+        calls = [call for call in self.all_calls() if call.key == key]
+        calls = [call for call in calls if call.dy is None and call.result]
         same = [call for call in calls if call.result[1] is cache]
         return (same or calls or [None])[-1]

@@ -331,6 +331,51 @@ def test_functions_that_were_replaced_are_the_ones_that_are_seen(monkeypatch):
     assert step.stages[1].y.min() < 0
 
 
+@pytest.mark.parametrize("shortcuts", (True, False))
+def test_a_block_that_calls_by_name_is_drawn_all_the_same(shortcuts, monkeypatch):
+    expected = make_step(shortcuts=shortcuts)[-1]
+
+    def residual_block(x, w1, b1, w2, b2):
+        h, block = m.conv_block(b=b1, w=w1, x=x)
+        h, conv = m.conv2d(h, b=b2, w=w2)
+        y, act = m.relu(x=x + h)
+        return y, (block, conv, act)
+
+    monkeypatch.setattr(m, "residual_block", residual_block)
+    step = make_step(shortcuts=shortcuts)[-1]
+    assert [stage.name for stage in step.stages] == RESNET9 and words(step) == words(expected)
+    for stage, other in zip(step.stages, expected.stages):
+        assert np.array_equal(stage.dy, other.dy) and stage.start == other.start
+
+
+def test_a_layer_whose_pair_has_a_namesake_is_drawn(monkeypatch):
+    """half_pool and avg_pool2d have one backward function."""
+    monkeypatch.setattr(m, "half_pool", lambda x: m.avg_pool2d(x), raising=False)
+    monkeypatch.setattr(m, "half_pool_backward", m.avg_pool2d_backward, raising=False)
+    settings = m.Settings(channels=(4, 5, 6, 7), pool="avg")
+    step = make_step(settings=settings)[-1]
+    assert [stage.name for stage in step.stages] == RESNET9
+    assert all(stage.dy.shape == stage.y.shape for stage in step.stages)
+
+
+def test_what_comes_of_reading_the_calls_is_a_line_too(monkeypatch):
+    """A layer may put out anything, as long as the next one takes it."""
+
+    def pack(x):
+        return {"x": x}, None
+
+    def unpack(packed):
+        return packed["x"], None
+
+    def network(settings, rng=None):
+        back = lambda dy, cache: dy  # noqa: E731
+        first, *others = m.layers(settings, rng)
+        return [first, m.Layer("pack", pack, back), m.Layer("unpack", unpack, back), *others]
+
+    with pytest.raises(CannotDraw, match="raises"):
+        make_step(network)
+
+
 @pytest.mark.parametrize(
     "broken, why",
     [
@@ -346,4 +391,4 @@ def test_a_network_that_cannot_be_drawn_says_why_in_a_line(broken, why):
     with pytest.raises(CannotDraw, match=why) as raised:
         make_step(network_of(layer, features=784))
     assert "\n" not in str(raised.value)
-    assert m.relu.__name__ == "relu" and not hasattr(m.relu, "original")
+    assert m.relu.__name__ == "relu" and not hasattr(m.relu, "untraced")

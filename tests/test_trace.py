@@ -3,6 +3,7 @@
 import functools
 import importlib
 import sys
+import threading
 import types
 
 import numpy as np
@@ -27,10 +28,6 @@ def learn(network, batch, settings=SETTINGS, seed=5, traced=True):
         return None, *m.learn_from(params, *batch, settings, rng, network)
     with Trace(namespaces_of(m, network, settings)) as trace:
         return trace, *m.learn_from(params, *batch, settings, rng, trace.of(network))
-
-
-def flattened(calls):
-    return [call for outer in calls for call in outer.all()]
 
 
 def test_layers_and_loss_are_seen_in_their_order(batch):
@@ -71,7 +68,7 @@ def test_what_is_overwritten_later_is_kept(batch):
     _, conv, relu = block.inner
     assert np.array_equal(relu.inputs[0], conv.y + block.inputs[0])
     assert not np.array_equal(relu.inputs[0], conv.y)
-    assert not any(call.cache_changed for call in flattened(trace.calls))
+    assert not any(call.cache_changed for call in trace.all_calls())
 
 
 @pytest.mark.parametrize("seed", (5, None))  # with dropout, and without
@@ -100,7 +97,7 @@ def test_steps_of_evolution_call_each_others_pairs(batch, monkeypatch):
     for path in sorted((m.ROOT / "evolution").glob("step[0-9]_*.py")):
         step = importlib.import_module(path.stem)
         trace, _, _ = learn(step.layers, batch)
-        calls = flattened(trace.calls)
+        calls = trace.all_calls()
         assert all(call.dy is not None for call in calls)
         counts[path.stem[:5]] = [call.name for call in calls].count("relu")
     assert counts == {"step1": 0, "step2": 1, "step3": 2, "step4": 8, "step5": 8}
@@ -225,7 +222,7 @@ def test_a_forward_function_within_a_backward_pass_is_no_call_of_the_network(bat
 
     monkeypatch.setattr(m, "linear_backward", linear_backward)
     trace, _, _ = learn(m.layers, batch)
-    assert [call.name for call in flattened(trace.calls)].count("relu") == 8
+    assert [call.name for call in trace.all_calls()].count("relu") == 8
     assert trace.calls[-2].name == "linear" and not trace.calls[-2].inner
 
 
@@ -237,7 +234,7 @@ def test_a_call_that_raises_keeps_its_error(batch, monkeypatch):
     with Trace([vars(m)]) as trace, pytest.raises(ValueError):
         params = m.init_params(SETTINGS, np.float64)
         m.learn_from(params, *batch, SETTINGS, None, trace.of(m.layers))
-    assert [(call.name, str(call.error)) for call in flattened(trace.calls)] == [
+    assert [(call.name, str(call.error)) for call in trace.all_calls()] == [
         ("conv2d", "None"),
         ("relu", "no"),
         ("conv_block", "no"),
@@ -263,7 +260,7 @@ def test_a_cache_that_is_overwritten_is_noticed(batch, monkeypatch):
         m, "conv2d_backward", lambda dy, cache, *need: right_backward(dy, cache[1], *need)
     )
     trace, _, _ = learn(m.layers, batch)
-    changed = {call.name for call in flattened(trace.calls) if call.cache_changed}
+    changed = {call.name for call in trace.all_calls() if call.cache_changed}
     assert changed == {"conv2d"}
 
 
@@ -279,5 +276,93 @@ def test_modules_that_load_others_when_they_are_looked_at(monkeypatch):
     monkeypatch.setitem(sys.modules, "late", Late("late"))
     before = len(sys.modules)
     with Trace([vars(m)]):
-        assert hasattr(m.relu, "original")
-    assert len(sys.modules) > before and not hasattr(m.relu, "original")
+        assert hasattr(m.relu, "untraced")
+    assert len(sys.modules) > before and not hasattr(m.relu, "untraced")
+
+
+def test_inputs_stand_in_the_order_of_the_parameters_however_they_were_given(batch, monkeypatch):
+    def conv_block(x, w, b):
+        h, conv_cache = m.conv2d(b=b, x=x, w=w)
+        y, relu_cache = m.relu(x=h)
+        return y, (conv_cache, relu_cache)
+
+    monkeypatch.setattr(m, "conv_block", conv_block)
+    trace, _, gradients = learn(m.layers, batch)
+    conv = trace.all_calls()[0]
+    assert conv.name == "conv2d" and not conv.options
+    assert [a.shape for a in conv.inputs] == [(28, 28, 3, 1), (3, 3, 1, 2), (2,)]
+    assert np.array_equal(conv.gradients[1], gradients["conv1.weight"])
+
+
+def test_pairs_that_share_a_backward_function_keep_their_gradients(batch, monkeypatch):
+    """As leaky relu and relu do: relu_backward multiplies by whatever is in the cache."""
+
+    def leaky(x):
+        slope = np.maximum(x > 0, 0.1)
+        return x * slope, slope
+
+    monkeypatch.setattr(m, "leaky", leaky, raising=False)
+    monkeypatch.setattr(m, "leaky_backward", m.relu_backward, raising=False)
+
+    def network(settings, rng=None):
+        first, *others = m.layers(settings, rng)
+        return [first, m.Layer("leaky", m.leaky, m.leaky_backward), *others]
+
+    trace, _, _ = learn(network, batch)
+    calls = trace.all_calls()
+    assert [call.name for call in calls].count("leaky") == 1
+    assert all(call.dy is not None and call.gradients for call in calls)
+
+
+def test_other_threads_compute_on_and_are_not_seen(batch):
+    """Each thread finds the script as it is, before, in and after a trace of another."""
+    params = m.init_params(SETTINGS)
+    expected = m.loss_and_gradients(params, *batch, SETTINGS)[0]
+    names = [call.name for call in learn(m.layers, batch)[0].all_calls()]
+    losses, errors, stop = set(), [], threading.Event()
+
+    def train():
+        try:
+            while not stop.is_set():
+                losses.add(m.loss_and_gradients(params, *batch, SETTINGS)[0])
+        except Exception as error:
+            errors.append(error)
+
+    def trace_too():
+        for _ in range(10):
+            if [call.name for call in learn(m.layers, batch)[0].all_calls()] != names:
+                errors.append("another thread's calls")
+
+    threads = [threading.Thread(target=work) for work in (train, trace_too, trace_too)]
+    for thread in threads:
+        thread.start()
+    trace_too()
+    for thread in threads[1:]:
+        thread.join(200)
+    stop.set()
+    threads[0].join(200)
+    assert not errors and losses == {expected}
+    assert m.fast_ways.replaced() == set()
+
+
+def test_a_trace_that_cannot_begin_leaves_nothing_behind(monkeypatch):
+    class Closed(types.ModuleType):
+        def __getattribute__(self, name):
+            raise ImportError("not installed")
+
+    before = dict(vars(m))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "closed", Closed("closed"))
+        with pytest.raises(ImportError):
+            Trace([vars(m)]).__enter__()
+    assert vars(m) == before
+    free = []
+
+    def trace_too():
+        with Trace([vars(m)]):
+            free.append(True)
+
+    thread = threading.Thread(target=trace_too, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert free == [True]
