@@ -15,20 +15,18 @@ import contextlib
 import functools
 import io
 import math
-import sys
+import operator
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from support import ceil_div, winograd
 from support.fingerprint import MADE_FOR, fingerprint_of
 from support.replaced import Watched
-from support.trace import Trace, namespaces_of
-from support.workers import OneBlasThread
+from support.workers import OneBlasThread, on_the_terminal
 
 ROUNDING = 1e-6  # in float64: much more than rounding, much less than any edit
 
@@ -66,13 +64,10 @@ class FastWays:
         self.source = b""
         with contextlib.suppress(KeyError, OSError):  # `python - < mnist_resnet9.py` has no file
             self.source = Path(names["__file__"]).read_bytes()
-        imported = Watched([value for value in names.values() if is_of(value, names["__name__"])])
-        places, codes = imported.places.values(), imported.codes.items()
-        # use_device() changes xp.
-        self.values = {name: a for home, name, a in places if home is names and name != "xp"}
-        self.codes = {f: code for f, code in codes if f.__globals__ is names}
+        self.imported = Watched([a for a in names.values() if is_of(a, names["__name__"])])
+        self.imported.keep([seen for seen in self.imported.seen if is_in(names, seen)])
         self.lock, self.comparing = threading.RLock(), False
-        self.found = {}  # (network, settings, shape of an image) → Ways
+        self.found = {}  # (network, settings, shape of an image) → the network and its Ways
         self.watched = None  # the functions that they were found with
         self.said = set()
 
@@ -82,16 +77,14 @@ class FastWays:
 
     def replaced(self):
         """The names of what was replaced in the script since it was imported."""
-        now = vars(self.script)
-        edited = {f.__name__ for f, code in self.codes.items() if f.__code__ is not code}
-        return edited.union(name for name, a in self.values.items() if now.get(name) is not a)
+        return {getattr(owner, "__name__", name) for _, owner, name, _ in self.imported.changed()}
 
     def code(self):
         """What config.json says of the code: its fingerprint, and what was replaced."""
         return " and another ".join([self.fingerprint, *sorted(self.replaced())])
 
     def are_made_for_this(self):
-        return not self.replaced() and self.fingerprint == MADE_FOR
+        return self.fingerprint == MADE_FOR and not self.imported.has_changed()
 
     def of(self, network, settings, images, say=None):
         """The Ways for a network and images of this shape.
@@ -105,21 +98,22 @@ class FastWays:
         with self.lock:
             if self.comparing:
                 return NONE
-            if self.watched is None or self.watched.has_changed(()):
+            if self.watched is None or self.watched.has_changed():
                 self.found.clear()
-            key = network, settings, images.shape[1:]
+            key = key_of(network), settings, images.shape[1:]
             if key not in self.found:
                 if len(self.found) > 20:  # a notebook may make one after the other
                     self.found.clear()
-                self.found[key] = self.compare(*key)
-                networks = [key[0] for key in self.found]
+                networks = [network, *(network for network, _ in self.found.values())]
                 self.watched = Watched([script.gradients_of_shards, *networks])
-            ways = self.found[key]
+                self.found[key] = network, self.compare(network, settings, images.shape[1:])
+                self.watched.settle()
+            _, ways = self.found[key]
         for line in ways.lines:
             if say:
                 say(line)
             elif line not in self.said:
-                tqdm.write(f"*** {line}", file=sys.stderr)
+                on_the_terminal(line)
             self.said.add(line)
         return ways
 
@@ -155,6 +149,24 @@ class FastWays:
 def is_of(value, module):
     """Whether a function or class is defined in the module."""
     return callable(value) and getattr(value, "__module__", None) == module
+
+
+def is_in(names, seen):
+    """Whether it is a name of the script with these globals(), or its function.
+
+    But for xp, which use_device() changes."""
+    if seen.look is operator.getitem:
+        return seen.owner is names and seen.name != "xp"
+    return getattr(seen.owner, "__globals__", None) is names
+
+
+def key_of(network):
+    """What a dictionary can find the network by; a bound method is made anew each time."""
+    try:
+        hash(network)
+    except TypeError:
+        return id(network)
+    return network
 
 
 def distance(one, other):
@@ -200,12 +212,11 @@ class Bench:
         images = self.random.integers(256, size=(count, *self.shape), dtype=np.uint8)
         return images, self.random.integers(2, size=count, dtype=np.uint8)
 
-    def learn(self, images, labels, rng=True, network=None):
+    def learn(self, images, labels, rng=True, params=None):
         """The gradient as one vector, the loss at its end. With rng, as in training."""
         rng = np.random.default_rng(7) if rng else None
-        network = network or self.network
         loss, gradients = self.script.learn_from(
-            self.params, images, labels, self.settings, rng, network
+            params or self.params, images, labels, self.settings, rng, self.network
         )
         return np.concatenate([*(gradients[name].ravel() for name in self.params), [loss]])
 
@@ -213,39 +224,30 @@ class Bench:
 def compare_winograd(bench):
     """Why Winograd's way is not taken, or "" if it is.
 
-    It is compared convolution by convolution, on what the network gives each of them."""
+    The gradient is computed with prepared kernels and without. Each part of it counts; but where a
+    part is nothing but rounding, as that of a bias before a norm, it is small beside the whole."""
     slower = "the script's own lines compute, about 3 times slower"
-    with Trace(namespaces_of(bench.script, bench.network, bench.settings)) as trace:
-        # What it raises, whoever computes with it will raise too.
-        with contextlib.suppress(Exception):
-            bench.learn(*bench.batch(2), network=trace.of(bench.network))
-    for call in trace.all_calls():
-        try:
-            difference = difference_of_winograd(call, bench.random)
-        except Exception as error:
-            why = f"cannot take Winograd's way ({describe(error)})"
-            return f"{call.name} as written here {why}: {slower}"
-        if not difference < ROUNDING:
-            why = f"differs from Winograd's ({difference:.1g})"
-            return f"{call.name} as written here {why}: {slower}"
+    prepared = winograd.prepare(bench.params)
+    if not any(isinstance(w, winograd.Kernel) for w in prepared.values()):
+        return ""
+    batch = bench.batch(2)
+    try:
+        expected = bench.learn(*batch)
+    except Exception:  # whoever computes with it will meet it too
+        return ""
+    try:
+        found = bench.learn(*batch, params=prepared)
+    except Exception as error:
+        return f"the network cannot take Winograd's convolution ({describe(error)}): {slower}"
+    ends = np.cumsum([a.size for a in bench.params.values()])
+    floor = ROUNDING * np.linalg.norm(expected)
+    difference = max(
+        np.linalg.norm(one - other) / max(np.linalg.norm(other), floor, 1e-300)
+        for one, other in zip(np.split(found, ends), np.split(expected, ends))
+    )
+    if not difference < ROUNDING:
+        return f"convolution as written here differs from Winograd's ({difference:.1g}): {slower}"
     return ""
-
-
-def difference_of_winograd(call, random):
-    """How far the call of a pair would be from what it is, had its kernel been prepared.
-
-    On the way back dy is random: in the network's own, sums may cancel to nothing but rounding."""
-    x, *inputs = call.inputs or [None]
-    prepared = [winograd.transform(w) if winograd.pays(w) else w for w in inputs]
-    if not any(isinstance(w, winograd.Kernel) for w in prepared):
-        return 0
-    y, cache = call.f(x, *prepared, **call.options)
-    if not isinstance(cache, winograd.Cache):  # it does not take this way, or calls what does
-        return 0
-    expected, own_cache = call.f(x, *inputs, **call.options)
-    dy = random.standard_normal(expected.shape)
-    gradients = zip(call.f_backward(dy, cache), call.f_backward(dy, own_cache))
-    return max(distance(y, expected), *(distance(*both) for both in gradients))
 
 
 def compare_shards(bench):

@@ -8,11 +8,20 @@ would be computed with it, in silence.
 import contextlib
 import functools
 import importlib
+import operator
 import os
 import sys
+import types
+import zlib
 from types import CodeType, FunctionType, ModuleType
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+
+from support.trace import untraced
 
 MISSING = object()
+LARGE = 1000  # a list or an array with more than this is not looked into
 FunctionWithCache = type(functools.lru_cache(abs))
 LIBRARY = os.path.dirname(os.__file__)  # Python's own
 
@@ -38,80 +47,185 @@ def names_in(code):
     return names
 
 
+def held_by(value):
+    """Where a value keeps what can be replaced in it: a dictionary or a list, or None.
+
+    Of objects, only those of the user's classes count: those of support/ change as they run."""
+    kind = value if isinstance(value, type) else type(value)
+    is_users = is_own_module(sys.modules.get(kind.__module__)) and "support." not in kind.__module__
+    held = None
+    if isinstance(value, (list, dict)):
+        held = value
+    elif is_users or kind is types.SimpleNamespace:
+        held = getattr(value, "__dict__", None)
+    return None if held is None or len(held) > LARGE else held
+
+
+def names_in_held(held):
+    if isinstance(held, list):
+        return range(len(held))
+    # Of what Python adds to a class, only methods count.
+    return [
+        name
+        for name, value in held.items()
+        if isinstance(value, FunctionType) or not str(name).startswith("__")
+    ]
+
+
+def length(held, _):
+    return len(held)
+
+
+def checksum(array, _):
+    return zlib.crc32(array.tobytes())
+
+
+class Seen(NamedTuple):
+    """look(owner, name) gave this value."""
+
+    look: Callable
+    owner: Any
+    name: Any
+    value: Any
+
+    def has_changed(self):
+        try:
+            now = untraced(self.look(self.owner, self.name))
+            return now is not self.value and not now == self.value
+        except Exception:  # it is gone, or an array, of which == makes another one
+            return True
+
+
+def glance_at(group):
+    """(function, what it gives): for Seen of one owner or one name."""
+    look, owner, name, _ = group[0]
+    _, owners, names, values = zip(*group)
+    if look is getattr:
+        glance = functools.partial(map, operator.attrgetter(name), owners)
+    elif look is operator.getitem and len(names) > 1:
+        glance = functools.partial(operator.itemgetter(*names), owner)
+    else:
+        glance = functools.partial(map, look, owners, names)
+    return glance, values
+
+
 class Watched:
-    """What functions compute with: their code, and all that they find by a global name."""
+    """What functions compute with: their code; all that they find by a global name; and what is in
+    that: items, attributes, methods, the numbers of small arrays."""
 
     def __init__(self, functions):
-        self.roots = set(functions)  # functions and classes
-        self.codes = {}  # function → its code
-        self.places = {}  # (id of the namespace, name) → (namespace, name, value)
-        waiting, met = list(functions), set()
+        self.roots = {id(function) for function in functions}
+        self.found = {}  # what to look at → Seen
+        self.met = {}  # id → value: held here, so that no other gets its id
+        waiting = list(functions)
         while waiting:
-            value = waiting.pop()
-            if id(value) in met:
-                continue
-            met.add(id(value))
-            if isinstance(value, FunctionType):
-                waiting += self.read(value)
-            elif isinstance(value, type):
-                if is_own_module(sys.modules.get(value.__module__)):
-                    waiting += [f for f in vars(value).values() if isinstance(f, FunctionType)]
-            elif isinstance(value, (list, tuple)):
-                waiting += value
-            elif isinstance(value, functools.partial):
-                waiting.append(value.func)
-            elif isinstance(value, FunctionWithCache):
-                waiting.append(value.__wrapped__)
+            value = untraced(waiting.pop())
+            if id(value) not in self.met:
+                self.met[id(value)] = value
+                waiting += self.parts_of(value)
+        self.is_settled = False
+        self.keep(self.found.values())
+
+    def parts_of(self, value):
+        """Notes what can be replaced in a value. Returns what may have such parts in its turn."""
+        if isinstance(value, FunctionType):
+            return self.read(value)
+        if isinstance(value, tuple):
+            return value
+        if isinstance(value, functools.partial):
+            return [value.func, value.args, value.keywords]
+        if isinstance(value, types.MethodType):
+            return [value.__func__, value.__self__]
+        if isinstance(value, (staticmethod, classmethod)):
+            return [value.__func__]
+        if isinstance(value, property):
+            return [value.fget]
+        if isinstance(value, FunctionWithCache):
+            return [value.__wrapped__]
+        if isinstance(value, np.ndarray):
+            self.note(checksum, value, [None] if value.size <= LARGE else [])
+            return []
+        kin = value.__bases__ if isinstance(value, type) else [type(value)]
+        held = held_by(value)
+        if held is None:
+            return kin
+        self.note(length, held, [None])
+        return [*kin, *self.note(operator.getitem, held, names_in_held(held))]
 
     def read(self, function):
-        """Notes what the function finds. Returns what may be functions in their turn."""
+        """parts_of() a function: what it finds."""
         code = function.__code__
         if not is_own(code.co_filename):
             return []
-        self.codes[function] = code
-        names = names_in(code)
-        found = self.note(function.__globals__, names)
-        for value in list(found):
-            if isinstance(value, ModuleType) and is_own_module(value):
-                found += self.note(vars(value), names)
-            elif type(value) is dict:  # a table of functions
-                found += self.note(value, list(value))
+        own = ("__code__", "__defaults__", "__kwdefaults__")
+        found = self.note(getattr, function, [name for name in own if getattr(function, name)])
+        namespaces, names = [function.__globals__], names_in(code)
+        for namespace in namespaces:  # it grows
+            values = self.note(operator.getitem, namespace, names.intersection(namespace))
+            for value in values:
+                if isinstance(value, ModuleType) and is_own_module(value):
+                    if not any(vars(value) is other for other in namespaces):
+                        namespaces.append(vars(value))
+            found += values
         for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # empty yet
-                found.append(cell.cell_contents)
-        return found + list(function.__defaults__ or ())
+            found += self.note(getattr, cell, ["cell_contents"])
+        return found
 
-    def note(self, namespace, names):
-        found = [(name, namespace[name]) for name in names if name in namespace]
-        for name, value in found:
-            self.places[id(namespace), name] = (namespace, name, value)
-        return [value for _, value in found]
+    def note(self, look, owner, names):
+        values = []
+        for name in names:
+            with contextlib.suppress(ValueError):  # a cell that is empty yet
+                seen = Seen(look, owner, name, untraced(look(owner, name)))
+                self.found[look, id(owner), name] = seen
+                values.append(seen.value)
+        return values
 
-    def has_changed(self, functions=()):
-        """Whether something was replaced, or others than these are to be computed with now."""
-        return (
-            not self.roots.issuperset(functions)
-            or any(function.__code__ is not code for function, code in self.codes.items())
-            or any(
-                namespace.get(name, MISSING) is not value
-                for namespace, name, value in self.places.values()
-            )
-        )
+    def keep(self, found):
+        """Watches these Seen alone."""
+        self.seen = list(found)
+        groups = {}  # what one call can look at
+        for seen in self.seen:
+            by = id(seen.owner) if seen.look is operator.getitem else seen.name
+            groups.setdefault((seen.look, by), []).append(seen)
+        self.glances = [glance_at(group) for group in groups.values()]
+
+    def changed(self):
+        return [seen for seen in self.seen if seen.has_changed()]
+
+    def has_changed(self):
+        """Whether something was replaced."""
+        try:
+            if all(tuple(glance()) == values for glance, values in self.glances):
+                return False
+        except Exception:  # as in Seen.has_changed()
+            pass
+        return bool(self.changed())  # not if it is only traced
+
+    def settle(self):
+        """To be called when the functions have computed something: numbers that have changed are
+        their own bookkeeping, as a counter, and no longer watched."""
+        if not self.is_settled:
+            self.is_settled = True
+            changed = self.changed()
+            code = (FunctionType, CodeType, type)
+            mine = [id(seen) for seen in changed if not isinstance(seen.value, code)]
+            if mine:
+                self.keep([seen for seen in self.seen if id(seen) not in mine])
 
     def summary(self):
         """{(module, name): what it is}, for another process to compare with what it has."""
         found = {}
-        for namespace, name, value in self.places.values():
-            module = namespace.get("__name__")
-            if module in sys.modules and vars(sys.modules[module]) is namespace:
-                found[module, name] = digest(value)
-        for function in self.codes:
-            if "." not in function.__qualname__:
-                found[function.__module__, function.__name__] = digest(function)
+        for look, owner, name, value in self.seen:
+            if look is operator.getitem and isinstance(owner, dict):
+                module = owner.get("__name__")
+                if module in sys.modules and vars(sys.modules[module]) is owner:
+                    found[module, name] = digest(value)
+            elif name == "__code__" and "." not in owner.__qualname__:
+                found[owner.__module__, owner.__name__] = digest(owner)
         return found
 
 
-def digest(value):
+def digest(value, depth=4):
     """What two processes can compare: the same for the same source."""
     if isinstance(value, FunctionWithCache):
         value = value.__wrapped__
@@ -120,10 +234,14 @@ def digest(value):
     if isinstance(value, CodeType):
         return value.co_code, value.co_names, digest(value.co_consts)
     if isinstance(value, tuple):
-        return tuple(digest(part) for part in value)
+        return tuple(digest(part, depth - 1) for part in value) if depth else "tuple"
     if isinstance(value, (bool, int, float, str, type(None))):
         return repr(value)
-    return type(value).__name__
+    if isinstance(value, np.ndarray) and value.size <= LARGE:
+        return value.dtype.str, value.shape, checksum(value, None)
+    held = held_by(value) if depth else None
+    names = () if held is None else names_in_held(held)
+    return type(value).__name__, *((digest(n), digest(held[n], depth - 1)) for n in names)
 
 
 def different(summary):

@@ -58,7 +58,7 @@ def prepare_process():
         mallopt(-2, 2**26)  # M_TOP_PAD
 
 
-class OneBlasThread(contextlib.ContextDecorator):
+class OneBlasThread:
     """Within this block BLAS, the library of NumPy's matrix products, computes in one thread.
 
     More would fight the other processes for the cores, and round in another order. And if a process
@@ -294,13 +294,14 @@ class Workers:
             if not self.inbox:
                 self.inbox = shared_memory()
             self.packed, functions = pack(function, self.inbox)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        except Exception as error:  # a class of the user's may raise anything when it is packed
             reason = " ".join(re.sub(" at 0x[0-9a-fA-F]+", "", str(error)).split())
             self.say(f"what it computes cannot be sent to another ({reason})", once="sent")
             return False
         try:
             ended = self.watched is None or not self.starter.is_alive()
-            if ended or self.watched.has_changed(functions):
+            known = not ended and self.watched.roots.issuperset(map(id, functions))
+            if not known or self.watched.has_changed():
                 self.functions |= functions
                 self.end(Watched(self.functions))
                 self.start()
@@ -324,9 +325,8 @@ class Workers:
                 for _ in range(self.count):
                     self.workers.append(self.start_one(context))
         except OSError as error:  # a limit on processes, files or memory
-            started = f"{len(self.workers)} of {self.count} worker processes started"
-            reason = error.strerror
-            self.warn(f"Only {started} ({reason}); fewer cores go on.")
+            started = f"{len(self.workers)} of {self.count} worker processes could be started"
+            self.warn(f"{started} ({error.strerror}); the run continues on fewer cores.")
             self.count = len(self.workers)
         if METHOD != "fork":
             self.compare()
@@ -383,6 +383,7 @@ class Workers:
             results = [function(first)]
             self.ready = time.perf_counter()
             self.took = self.ready - start
+            self.watched.settle()
             self.lent_to, self.lent = threading.get_ident(), []
             for worker, part in zip(asked, others):
                 results.append(self.answer(worker, function, part))

@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+import threading
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from test_workers import leaky
 
 import mnist_resnet9 as m
 from support import ROOT, fingerprint, gpu, proof, workers
+from support.trace import Trace
 
 LONG = pytest.mark.long
 SOURCE = (ROOT / "mnist_resnet9.py").read_text(encoding="utf-8")
@@ -74,12 +76,12 @@ EDITS = {
             "    padded[r : r + H, r : r + W] = x\n",
             '    padded = xp.pad(x, ((r, r), (r, r), (0, 0), (0, 0)), "edge")\n',
         ),
-        cpu=r"conv2d as written here differs from Winograd's \(0.\d+\): the script's own lines",
+        cpu=r"convolution as written here differs from Winograd's \(0.\d+\): the script's own",
         kernels=GRADIENT,
     ),
     "correlation turned round": Edit(
         ("    turned = w[::-1, ::-1]", "    turned = w[::1, ::1]"),
-        cpu=r"conv2d as written here differs from Winograd's",
+        cpu=r"convolution as written here differs from Winograd's",
         kernels=GRADIENT,
     ),
     "a convolution without the fast way": Edit(
@@ -391,7 +393,7 @@ def without_pool4(settings, rng=None):
 REPLACED = {
     "relu": (leaky, ()),
     "conv2d": (doubled(conv2d), ()),
-    "surroundings": (repeated, ("conv2d as written here differs from Winograd's",)),
+    "surroundings": (repeated, ("convolution as written here differs from Winograd's",)),
     "forward": (mixing, ("not the mean",)),
     "layers": (without_pool4, ()),
     "max_pool2d": (doubled(max_pool2d), ()),
@@ -435,6 +437,73 @@ def test_a_helper_of_what_replaces_is_looked_at_again(sample, monkeypatch):
 
 
 helper, SURROUNDINGS = None, m.surroundings
+
+
+class Net:
+    """A network that is an object, of which one can say m.loss_and_gradients(…, network=net)."""
+
+    ops = [lambda x: (x * 1, None)]
+
+    def layers(self, settings, rng=None):
+        first, *others = layers(settings, rng)
+        return [first, m.Layer("op", lambda x: self.ops[0](x), lambda dy, cache: dy), *others]
+
+    __call__ = layers
+
+
+@dataclass
+class Unhashable(Net):
+    width: int = 1
+
+    __call__ = Net.layers
+
+
+@pytest.mark.parametrize("kind", (Net, Unhashable))
+@pytest.mark.parametrize("of", (lambda net: net, lambda net: net.layers))
+def test_a_network_that_is_an_object_is_watched(kind, of, sample, monkeypatch):
+    settings, net, images = m.Settings(channels=(4, 4, 4, 4)), kind(), sample.train_images
+    compared, compare = [], m.fast_ways.compare
+    monkeypatch.setattr(m.fast_ways, "compare", lambda *a: compared.append(a) or compare(*a))
+    for _ in range(3):
+        assert m.fast_ways.of(of(net), settings, images) == proof.ALL
+    assert len(compared) == 1
+    monkeypatch.setattr(Net, "ops", [lambda x: (x - x.mean(axis=2, keepdims=True), None)])
+    assert not m.fast_ways.of(of(net), settings, images).shards
+    Net.ops[0] = lambda x: (x * 1, None)
+    assert m.fast_ways.of(of(net), settings, images) == proof.ALL
+
+
+@pytest.mark.parametrize("given", ("by position", "by name", "through another function"))
+def test_an_edited_convolution_is_noticed_however_it_is_called(given, sample, monkeypatch, capsys):
+    right = m.conv2d
+
+    def conv_block(x, w, b):
+        h, cache = m.conv2d(x, w, b) if given == "by position" else m.conv2d(b=b, w=w, x=x)
+        y, mask = m.relu(h)
+        return y, (cache, mask)
+
+    if given == "through another function":
+        monkeypatch.setattr(m, "conv2d", lambda *inputs, **options: right(*inputs, **options))
+    monkeypatch.setattr(m, "conv_block", conv_block)
+    settings = m.Settings(channels=(4, 4, 4, 4))
+    assert m.fast_ways.of(m.layers, settings, sample.train_images) == proof.ALL
+    monkeypatch.setattr(m, "surroundings", repeated)
+    ways = m.fast_ways.of(m.layers, settings, sample.train_images)
+    assert not ways.winograd and ways.shards
+    capsys.readouterr()
+
+
+def test_a_trace_in_another_thread_replaces_nothing(sample):
+    found = []
+    with Trace([vars(m)]):
+        thread = threading.Thread(
+            target=lambda: found.append(
+                (m.fast_ways.replaced(), m.fast_ways.of(m.layers, m.Settings(), sample.test_images))
+            )
+        )
+        thread.start()
+        thread.join(60)
+    assert found == [(set(), proof.ALL)]
 
 
 def test_code_changed_in_place_is_noticed(sample):
@@ -613,7 +682,7 @@ def test_whoever_meets_weights_of_other_code_says_so(copy):
     train(copy, "--epochs-max", "2")
     said = log.read_text(encoding="utf-8")
     assert said.count("*** What defines the computation changed since") == 1
-    assert said.count("*** conv2d as written here differs from Winograd's (") == 1
+    assert said.count("*** convolution as written here differs from Winograd's (") == 1
     train(copy, "--epochs-max", "3")
     said = log.read_text(encoding="utf-8")
     assert said.count("*** What defines the computation changed since") == 1

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 
 import numpy as np
@@ -200,7 +201,7 @@ def test_a_limit_on_processes_leaves_fewer_workers(monkeypatch, capsys):
     pool = workers.Workers(3)
     assert pool.map(abs, [-1, -2, -3, -4]) == [1, 2, 3, 4] and pool.count == 1
     assert (
-        "Only 1 of 3 worker processes started (Resource temporarily unavailable)"
+        "1 of 3 worker processes could be started (Resource temporarily unavailable); the run"
         in capsys.readouterr().err
     )
     pool.close()
@@ -216,7 +217,7 @@ def test_output_that_cannot_be_written_costs_no_worker(monkeypatch, capsys):
         pool.close()
         assert sys.stdout is full
         os.dup2(nowhere.fileno(), full.fileno())  # so that it can be closed
-    assert "worker processes started" not in capsys.readouterr().err
+    assert "could be started" not in capsys.readouterr().err
 
 
 def test_use_cores_starts_and_ends_workers(monkeypatch):
@@ -288,6 +289,10 @@ def by_table(part):
     return [TABLE["leaky"](x) for x in part]
 
 
+def by_space(part):
+    return [SPACE.slope for _ in part]
+
+
 TINY = m.Settings(channels=(4, 4, 4, 4), dropout=0.0)
 
 
@@ -355,6 +360,127 @@ def test_functions_edited_in_place_and_tables_are_noticed(monkeypatch):
         pool.close()
 
 
+class Slopes:
+    slope = 0.25
+
+    def method(self):
+        return 0.25
+
+    @staticmethod
+    def static():
+        return 0.25
+
+    def __call__(self):
+        return self.mine
+
+    mine = 0.25
+
+
+@functools.lru_cache(maxsize=None)
+def slopes():
+    """What a function finds behind a global name, and what may be changed there."""
+    return Slopes()
+
+
+def enclosed():
+    slope = 0.25
+
+    def get():
+        return slope
+
+    def put(value):
+        nonlocal slope
+        slope = value
+
+    return get, put
+
+
+OBJECT, SPACE, LIST, NESTED = Slopes(), types.SimpleNamespace(slope=0.25), [0.25], {"a": [[0.25]]}
+ARRAY, FUNCTIONS, BOUND = np.array([0.25, 1.0]), [lambda: 0.25], OBJECT.method
+GET, PUT = enclosed()
+COUNTS = {"calls": 0, "seen": []}
+
+
+def default(slope=LIST, *, other=SPACE):
+    return slope[0] + other.slope
+
+
+def put_at(where, key, value):
+    where[key] = value
+
+
+FINDS = {
+    "attribute of a class": (lambda: Slopes.slope, lambda v: setattr(Slopes, "slope", v)),
+    "attribute of an object": (lambda: OBJECT.mine, lambda v: setattr(OBJECT, "mine", v)),
+    "a namespace": (lambda: SPACE.slope, lambda v: setattr(SPACE, "slope", v)),
+    "a list": (lambda: LIST[0], lambda v: put_at(LIST, 0, v)),
+    "a list that grows": (lambda: LIST[-1], lambda v: LIST.append(v)),
+    "a list in a list in a table": (
+        lambda: NESTED["a"][0][0],
+        lambda v: put_at(NESTED["a"][0], 0, v),
+    ),
+    "an array": (lambda: ARRAY[0], lambda v: put_at(ARRAY, 0, v)),
+    "a function in a list": (lambda: FUNCTIONS[0](), lambda v: put_at(FUNCTIONS, 0, lambda: v)),
+    "a method": (lambda: OBJECT.method(), lambda v: setattr(Slopes, "method", lambda self: v)),
+    "a bound method": (lambda: BOUND(), lambda v: setattr(Slopes.method, "__code__", TWICE)),
+    "a static method": (
+        lambda: Slopes.static(),
+        lambda v: setattr(Slopes, "static", staticmethod(lambda: v)),
+    ),
+    "a call": (lambda: OBJECT(), lambda v: setattr(Slopes, "__call__", lambda self: v)),
+    "a variable of an outer function": (lambda: GET(), lambda v: PUT(v)),
+    "a default": (lambda: default(), lambda v: setattr(SPACE, "slope", v)),
+}
+TWICE = (lambda self: 0.5).__code__
+
+
+def find(name, part):
+    return [float(FINDS[name][0]()) for _ in part]
+
+
+@pytest.mark.skipif(workers.METHOD != "fork", reason="processes are copied")
+@pytest.mark.parametrize("name", FINDS)
+def test_whatever_a_function_finds_is_the_same_in_every_process(name, monkeypatch):
+    for module_wide, value in (("OBJECT", Slopes()), ("LIST", [0.25]), ("FUNCTIONS", [float])):
+        monkeypatch.setitem(globals(), module_wide, value)
+    FUNCTIONS[0] = lambda: 0.25
+    kept = dict(vars(Slopes)), Slopes.method.__code__, ARRAY.copy()
+    work, pool = functools.partial(find, name), workers.Workers(1)
+    try:
+        before, again = (pool.map(work, [[1], [1]]) for _ in range(2))
+        pids = [worker.process.pid for worker in pool.workers]
+        assert before[0] == before[1] and before == again and len(pids) == 1
+        pool.map(work, [[1], [1]])
+        assert pids == [worker.process.pid for worker in pool.workers]
+        FINDS[name][1](0.5)
+        after = pool.map(work, [[1], [1]])
+        assert after[0] == after[1] != before[0]
+    finally:
+        pool.close()
+        kept[0]["method"].__code__ = kept[1]
+        for attribute in ("slope", "method", "static", "__call__"):
+            setattr(Slopes, attribute, kept[0][attribute])
+        SPACE.slope, ARRAY[:] = 0.25, kept[2]
+        PUT(0.25)
+        NESTED["a"][0][0] = 0.25
+
+
+def count(part):
+    COUNTS["calls"] += 1
+    COUNTS["seen"].append(part)
+    ARRAY[1] += 1
+    return abs(part)
+
+
+def test_a_functions_own_bookkeeping_starts_nothing_anew():
+    pool, pids = workers.Workers(1), set()
+    for _ in range(4):
+        assert pool.map(count, [-1, -2]) == [1, 2]
+        pids |= {worker.process.pid for worker in pool.workers}
+    pool.close()
+    assert len(pids) == 1
+
+
 def test_what_stays_starts_nothing_anew(sample, two_cores):
     state = m.init_state(TINY)
     pids = set()
@@ -373,7 +499,8 @@ workers.METHOD = "spawn"
 import mnist_resnet9 as m
 
 if __name__ == "__main__":
-    from test_workers import leaky, loss_of
+    import test_workers
+    from test_workers import by_space, leaky, loss_of
     sample = m.load_mnist("data/sample")
     for cores in (1, 2):
         m.use_cores(cores)
@@ -382,6 +509,8 @@ if __name__ == "__main__":
         said += [loss_of(sample), loss_of(sample)]
         m.relu = relu
         said += [loss_of(sample), len(m.workers.workers)]
+        test_workers.SPACE.slope = 0.5
+        said += [m.workers.map(by_space, [[1], [1]])[-1][0] for _ in range(2)]
         print(*map(repr, said))
     m.use_cores(1)
 """
@@ -393,17 +522,23 @@ def test_spawned_processes_do_not_know_what_was_replaced(tmp_path):
     result = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     alone, shared = map(str.split, result.stdout.splitlines())
-    assert alone[:-1] == shared[:-1] and alone[0] != alone[1]
-    assert alone[-1] == "0" and shared[-1] == "1"  # it computes again once relu is back
+    assert alone[4] == "0" and shared[4] == "1"  # it computes again once relu is back
+    assert alone[:4] + alone[5:] == shared[:4] + shared[5:] and alone[0] != alone[1]
+    assert alone[5:] == ["0.5", "0.5"]
     line = "*** This process computes alone: other processes find something else under these names:"
-    assert result.stderr == f"{line} relu.\n"
+    assert result.stderr == f"{line} relu.\n{line} SPACE.\n"
 
 
 def test_what_cannot_be_sent_is_computed_here(three, capsys):
     def local(part):
         return -part
 
-    for function in (lambda part: -part, local, functools.partial(fail_at, sys.stdout)):
+    class Closed:
+        def __reduce__(self):
+            raise KeyError("no")
+
+    partials = [functools.partial(fail_at, bad) for bad in (sys.stdout, Closed())]
+    for function in (lambda part: -part, local, *partials):
         expected = [1, 2, 3] if isinstance(function, functools.partial) else [-1, -2, -3]
         assert three.map(function, [1, 2, 3]) == three.map(function, [1, 2, 3]) == expected
     error = capsys.readouterr().err
