@@ -6,6 +6,8 @@ The fingerprint is of what defines the computation, the sections from "Random nu
 "Training": of their syntax, without comments and docstrings. Where it is MADE_FOR, the fast ways
 compute what the script says, as the tests have shown. Where it is not, they have to show it
 themselves: support/proof.py.
+
+A statement below these sections counts if it touches a name that they define: it may replace it.
 """
 
 import ast
@@ -28,11 +30,41 @@ def fingerprint_of(source):
     behind = [i for i, line in enumerate(lines, 1) if line.startswith(BEHIND)]
     tree = ast.parse(source)
     if first and behind:
-        between = range(first[0], behind[-1])
-        tree.body = [node for node in tree.body if node.lineno in between]
+        inside = [node for node in tree.body if first[0] <= node.lineno < behind[-1]]
+        below = [node for node in tree.body if node.lineno > behind[-1]]
+        defined = {name for node in inside for name in defines(node)}
+        tree.body = inside + [node for node in below if not defined.isdisjoint(touches(node))]
     words = []
     outline(tree, words)
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+
+
+def defines(node):
+    """The names that a statement of the module gives a meaning."""
+    if isinstance(node, DEFINITIONS):
+        return {node.name}
+    stored = (ast.Store, ast.Del)
+    return {
+        name.id
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, stored)
+    }
+
+
+def touches(node):
+    """What a statement of the module could replace: the names in it, strings too, for setattr().
+
+    A function computes only when it is called: its own name, its decorators and what it declares
+    global."""
+    parts, found = list(ast.walk(node)), set()
+    if isinstance(node, DEFINITIONS):
+        found.add(node.name)
+        parts = [part for part in parts if isinstance(part, ast.Global)]
+        parts += [part for one in node.decorator_list for part in ast.walk(one)]
+    for part in parts:
+        for _, value in ast.iter_fields(part):
+            found.update(value if isinstance(value, list) else [value])
+    return found
 
 
 def outline(node, words):

@@ -782,6 +782,38 @@ def test_what_a_fingerprint_looks_at():
     assert fingerprint.fingerprint_of(without) != same  # then it is that of the whole file
 
 
+@pytest.mark.parametrize(
+    "lines",
+    (
+        "def relu(x):\n    return x, x > 0",
+        "relu = softmax",
+        "relu, other = softmax, None",
+        "if xp is np:\n    def relu(x):\n        return x, x > 0",
+        "from math import exp as relu",
+        "for relu in (softmax,):\n    pass",
+        "class Parameters(dict):\n    pass",
+        "Parameters.share_out = None",
+        'globals()["relu"] = softmax',
+        'setattr(sys.modules[__name__], "relu", softmax)',
+        "def patch():\n    global relu\n    relu = softmax",
+        "del relu",
+    ),
+)
+def test_what_is_replaced_below_the_sections_counts(lines):
+    last = "\n# Last of all: from here on"
+    assert SOURCE.count(last) == 1
+    assert fingerprint.fingerprint_of(SOURCE.replace(last, f"\n{lines}\n{last}")) != (
+        fingerprint.MADE_FOR
+    )
+
+
+def test_what_is_new_below_the_sections_does_not_count():
+    last = "\n# Last of all: from here on"
+    lines = 'def mine(arguments):\n    relu = 7\n    return relu\n\n\nNAMES = ("a", "b")\n'
+    text = SOURCE.replace(last, f"\n{lines}\n{last}")
+    assert fingerprint.fingerprint_of(text) == fingerprint.MADE_FOR
+
+
 def test_a_new_fingerprint_is_written_by_a_command(copy):
     edit_file(copy / "mnist_resnet9.py", "leaky relu")
     for words in ("MADE_FOR is ", "as before"):
