@@ -3,6 +3,7 @@
 Nothing in this folder imports mnist_resnet9: run as a program, it would be loaded a second time.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,6 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def ceil_div(a, b):
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def with_known(settings, **values):
+    """The settings with these values, but for those that they do not have."""
+    known = {name: value for name, value in values.items() if hasattr(settings, name)}
+    return replace(settings, **known)
 
 
 class UserError(ValueError):

@@ -18,11 +18,11 @@ import contextlib
 import functools
 import textwrap
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from support import UserError, winograd
+from support import UserError, winograd, with_known
 from support.probe import (
     IMAGES,
     LIMIT,
@@ -80,7 +80,8 @@ def check_network(script, network, settings, say=print):
     wrong = [finding.name for finding in findings if finding.problems]
     seconds = f"{time.perf_counter() - start:.1f} s"
     if wrong:
-        say(f"\n{len(wrong)} of {len(findings)} are WRONG ({seconds}). Begin with {wrong[0]}.")
+        count = f"{len(wrong)} of {len(findings)}"
+        say(f"\nWRONG: {count} ({seconds}). Begin with {wrong[0]}.")
     else:
         say(f"\nAll {len(findings)} are ok ({seconds}).")
     return not wrong
@@ -92,8 +93,7 @@ class Bench:
     def __init__(self, script, network, settings):
         self.script, self.network, self.settings = script, network, settings
         # Dropout on, as in training, but so that enough is left; and the images stay as they are.
-        calm = {"dropout": 0.5, "augment": 0.0, "elastic": 0.0}
-        self.calm = replace(settings, **{k: calm[k] for k in calm if hasattr(settings, k)})
+        self.calm = with_known(settings, dropout=0.5, augment=0.0, elastic=0.0)
         self.random = np.random.default_rng(settings.seed)
         self.not_called = []  # names of pairs
 
@@ -175,7 +175,7 @@ class Bench:
 
     def pairs(self):
         """A Finding for each pair that the network calls, the innermost first."""
-        with plain_ways(), self.traced() as trace, contextlib.suppress(Exception):
+        with self.traced() as trace, contextlib.suppress(Exception):
             self.learn(self.with_noise(trace.of(self.network)))
         calls = trace.all_calls()
         called = {call.f for call in calls}
@@ -189,18 +189,16 @@ class Bench:
             inner = [call for outer in group for call in outer.all() if call not in group]
             inside = [found[call.f, call.f_backward] for call in inner]
             wrong = [finding for finding in inside if finding.problems and not finding.because]
-            with plain_ways():
-                found[pair] = compare(group, self.random, wrong)
+            found[pair] = compare(group, self.random, wrong)
         return list(found.values())
 
     # ── The whole ──
 
     def whole_network(self):
         """Every parameter and the image, through all layers and the loss."""
-        with plain_ways():
-            d = self.gradients()
-            arrays = {**self.params, "the image": self.push}
-            errors = {name: self.error_of(d[name], arrays[name]) for name in arrays if name in d}
+        d = self.gradients()
+        arrays = {**self.params, "the image": self.push}
+        errors = {name: self.error_of(d[name], arrays[name]) for name in arrays if name in d}
         wrong = [name for name, error in errors.items() if not error <= LIMIT]
         problems = [
             f"Wrong are the gradients of {', '.join(wrong)}.",
@@ -277,50 +275,53 @@ class Bench:
     def images_apart(self):
         """Whether an image's logits depend on the other images in the batch."""
         batches = self.few, np.concatenate([self.few[:1], self.images[IMAGES : 2 * IMAGES - 1]])
-        traces = []
+        traces, logits = [], []
         for images in batches:
             with self.traced() as trace:
                 x = self.script.to_input(images, np.float64)
                 rng = np.random.default_rng(7)
                 net = trace.of(self.network)(self.calm, rng)
-                self.script.forward(net, self.params, x)
+                y, _ = self.script.forward(net, self.params, x)
             traces.append(trace.all_calls())
-        apart = 0
-        for one, other in zip(*traces):
-            # (H, W, N, C), or (N, F)
-            y, y_other = (np.take(call.y, 0, 2 if call.y.ndim == 4 else 0) for call in (one, other))
-            apart = distance(y, y_other, 0)
-            if apart > 1e-9:
-                return f"{short(apart)} apart", [
-                    f"In {one.layer}, {one.name} makes of an image what depends on others in the "
-                    "batch. So a batch has to be computed as one, in one process, and the answer "
-                    "for an image depends on those that are asked for with it."
-                ]
-        return "whatever the others are, an image's logits stay", []
+            logits.append(y[0])
+        if not distance(*logits, 0) > 1e-9:
+            return "whatever the others are, an image's logits stay", []
+        culprits = (call for call, other in zip(*traces) if first_apart(call.y, other.y) > 1e-9)
+        one = next(culprits, traces[0][-1])
+        return f"{short(distance(*logits, 0))} apart", [
+            f"In {one.layer}, {one.name} makes of an image what depends on others in the "
+            "batch. So a batch has to be computed as one, in one process, and the answer "
+            "for an image depends on those that are asked for with it."
+        ]
 
     def fast_convolution(self):
         """Winograd's way (support/winograd.py) against the script's own lines."""
-        fast = self.flat_gradient(np.float64)
-        with plain_ways():
-            error = distance(fast, self.flat_gradient(np.float64), 0)
+        script, batch = self.script, (self.images, self.labels)
+        flat = []
+        for params in (self.params, winograd.prepare(self.params)):
+            rng = np.random.default_rng(7)
+            gradients = script.learn_from(params, *batch, self.calm, rng, self.network)[1]
+            flat.append(np.concatenate([gradients[name].ravel() for name in self.params]))
+        error = distance(*flat, 0)
+        ways = script.fast_ways.of(self.network, self.calm, self.images, say=lambda line: None)
+        if not (ways.winograd and error):
+            return "not used: the script's own lines compute", []
         if not error <= LIMIT:
             what = "support/winograd.py computes another convolution than the script's lines."
             return short(error), [what]
-        unused = "not used: the script's own lines compute"
-        return f"{short(error)} from the script's own lines" if error else unused, []
-
-    def flat_gradient(self, dtype):
-        script = self.script
-        params = script.init_params(self.calm, dtype, self.network)
-        rng = np.random.default_rng(7)
-        batch = self.images, self.labels
-        return script.loss_and_gradients(params, *batch, self.calm, rng, self.network)[1].flat
+        return f"{short(error)} from the script's own lines", []
 
     def two_cores(self):
-        flat = {}
+        script, flat = self.script, {}
+        params = script.init_params(self.calm, network=self.network)
         for cores in (1, 2):
-            self.script.use_cores(cores)
-            flat[cores] = self.flat_gradient(np.float32).copy()
+            script.use_cores(cores)
+            rng = np.random.default_rng(7)
+            batch = self.images, self.labels
+            _, gradients = script.loss_and_gradients(params, *batch, self.calm, rng, self.network)
+            flat[cores] = gradients.flat.copy()
+        if not script.workers.workers:
+            return "only one process can compute this network", []
         if same(flat[1], flat[2]):
             return "the same bits", []
         apart = short(distance(flat[1], flat[2], 0))
@@ -329,14 +330,9 @@ class Bench:
     def twenty_steps(self):
         """On the same images, with a rate and an optimizer that suit any network."""
         script = self.script
-        plain = {
-            "optimizer": "adam",
-            "beta2": 0.999,
-            "dropout": 0.0,
-            "weight_decay": 0.0,
-            "ema": 0.0,
-        }
-        settings = replace(self.calm, **{k: plain[k] for k in plain if hasattr(self.calm, k)})
+        settings = with_known(
+            self.calm, optimizer="adam", beta2=0.999, dropout=0.0, weight_decay=0.0, ema=0.0
+        )
         state = script.init_state(settings, self.network)
         losses = []
         for _ in range(21):
@@ -367,14 +363,14 @@ def height(call):
     return 1 + max(map(height, call.inner)) if call.inner else 0
 
 
-@contextlib.contextmanager
-def plain_ways():
-    """Within this block the script's own lines compute, not the fast ways of support/."""
-    before, winograd.MIN_CHANNELS = winograd.MIN_CHANNELS, 10**9
-    try:
-        yield
-    finally:
-        winograd.MIN_CHANNELS = before
+def first_apart(y, other):
+    """How far what two batches have for their first image is apart.
+
+    (H, W, N, C), (N, F), or as somebody else lays it out: no other axis is as long as the batch."""
+    if IMAGES not in np.shape(y):
+        return 0
+    axis = np.shape(y).index(IMAGES)
+    return distance(np.take(y, 0, axis), np.take(other, 0, axis), 0)
 
 
 def gets_numbers(call):

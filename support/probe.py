@@ -41,24 +41,21 @@ class Probe:
 
     def __init__(self, call, random):
         self.call, self.random = call, random
-        self.f, self.back = call.name, f"{call.name}_backward"
+        self.name, self.back_name = call.name, f"{call.name}_backward"
         if call.error:
-            raise Failed(f"{self.f} raises {describe(call.error)}.")
+            raise Failed(f"{self.name} raises {describe(call.error)}.")
         names = list(inspect.signature(call.f).parameters)
-        # What moves: the arrays of fractions. An array that was given twice moves with itself.
-        self.places = {}
+        self.places = {}  # of what moves: the arrays of fractions
         for i, x in enumerate(call.inputs):
             if is_fraction(x):
                 self.places[names[i] if i < len(names) else f"input{i + 1}"] = i
-        for name, x in call.options.items():
-            if is_fraction(x) and not any(x is other for other in call.inputs):
-                self.places[name] = name
+        self.places.update((name, name) for name, x in call.options.items() if is_fraction(x))
         self.inputs = self.fresh()
         self.y, self.cache = self.forward(self.inputs)
         if not np.all(np.isfinite(self.y)):
-            raise Failed(f"{self.f}: y is not finite.")
+            raise Failed(f"{self.name}: y is not finite.")
         if np.ndim(self.y) and self.y.dtype != np.float64:
-            raise Failed(f"{self.f}: from inputs of float64 it makes a y of {self.y.dtype}.")
+            raise Failed(f"{self.name}: from inputs of float64 it makes a y of {self.y.dtype}.")
         self.dy = random.standard_normal(self.y.shape) if np.ndim(self.y) else DLOSS
         self.given = copied(self.dy)
         before = copied(self.inputs)
@@ -71,17 +68,12 @@ class Probe:
 
     def fresh(self, dtype=np.float64):
         """The call's inputs once more, as copies."""
-        of = {id(x): i for i, x in enumerate(self.call.inputs) if isinstance(x, np.ndarray)}
 
         def new(x):
             return x.astype(dtype) if is_fraction(x) else copied(x)
 
-        inputs = [new(x) for x in self.call.inputs]
-        options = {
-            name: inputs[of[id(x)]] if id(x) in of else new(x)  # out=x stays x itself
-            for name, x in self.call.options.items()
-        }
-        return inputs, options
+        options = {name: new(x) for name, x in self.call.options.items()}
+        return [new(x) for x in self.call.inputs], options
 
     def at(self, inputs, name):
         place = self.places[name]
@@ -92,23 +84,23 @@ class Probe:
         try:
             result = self.call.f(*inputs[0], **inputs[1])
         except Exception as error:
-            raise Failed(f"{self.f} raises {describe(error)}.") from None
+            raise Failed(f"{self.name} raises {describe(error)}.") from None
         if not isinstance(result, tuple) or len(result) != 2:
-            raise Failed(f"{self.f} does not return two things, y and a cache.")
+            raise Failed(f"{self.name} does not return two things, y and a cache.")
         return result
 
     def backward(self, dy, cache):
-        """[dx, dw, …], one for each array that moves; None for one that is not returned."""
+        """{"x": dx, "w": dw, …}, for each array that moves; None for one that is not returned."""
         try:
             result = self.call.f_backward(dy, cache)
         except Exception as error:
-            raise Failed(f"{self.back} raises {describe(error)}.") from None
+            raise Failed(f"{self.back_name} raises {describe(error)}.") from None
         gradients = list(result) if isinstance(result, tuple) else [result]
         while gradients and gradients[-1] is None:
             gradients.pop()
         if len(gradients) > len(self.places):
             raise Failed(
-                f"{self.back} returns {len(gradients)} gradients, but {self.f} has only "
+                f"{self.back_name} returns {len(gradients)} gradients, but {self.name} has only "
                 f"{len(self.places)} arrays: {', '.join(self.places)}."
             )
         gradients += [None] * (len(self.places) - len(gradients))
@@ -127,28 +119,31 @@ class Probe:
         call, found = self.call, []
         again = np.shape(self.y) == np.shape(call.y) and np.allclose(self.y, call.y, 1e-5, 1e-5)
         if not again:
-            found.append(f"{self.f} gives another y when it is called again with the same inputs.")
+            found.append(
+                f"{self.name} gives another y when it is called again with the same inputs."
+            )
         original = self.fresh()
-        outs = [x for x in self.inputs[1].values() if isinstance(x, np.ndarray)]
         for name in self.places:
             x = self.at(self.inputs, name)
             if name in self.changed_by_backward:
-                found.append(f"{self.back} changes {name} in place, which is not its own.")
-            elif not same(x, self.at(original, name)) and not any(x is out for out in outs):
-                found.append(f"{self.f} changes its input {name} in place: others may need it.")
+                found.append(f"{self.back_name} changes {name} in place, which is not its own.")
+            elif not same(x, self.at(original, name)):
+                found.append(f"{self.name} changes its input {name} in place: others may need it.")
         if self.cache_used_up and not self.changed_by_backward:
-            found.append(f"{self.back} changes the cache in place: it cannot be called twice.")
+            found.append(f"{self.back_name} changes the cache in place: it cannot be called twice.")
         if not same(self.given, self.dy):
-            found.append(f"{self.back} changes dy in place: its caller may need it.")
+            found.append(f"{self.back_name} changes dy in place: its caller may need it.")
         if call.cache_changed:
             found.append(
-                f"The cache of {self.f} was changed before {self.back} got it: it shares an array "
-                "that a later line changes in place."
+                f"The cache of {self.name} was changed before {self.back_name} got it: "
+                "it shares an array that a later line changes in place."
             )
         for name, gradient in self.gradients.items():
             shape, right = np.shape(gradient), self.at(original, name).shape
             if gradient is not None and shape != right:
-                found.append(f"{self.back}: d{name} has the shape {shape}, but {name} has {right}.")
+                found.append(
+                    f"{self.back_name}: d{name} has the shape {shape}, but {name} has {right}."
+                )
         return found or self.problems_of_float32()
 
     def problems_of_float32(self):
@@ -156,10 +151,10 @@ class Probe:
         inputs = self.fresh(np.float32)
         y, cache = self.forward(inputs)
         if np.ndim(y) and y.dtype != np.float32:
-            return [f"{self.f}: from inputs of float32 it makes a y of {y.dtype}."]
+            return [f"{self.name}: from inputs of float32 it makes a y of {y.dtype}."]
         gradients = self.backward(np.float32(self.dy), cache)
         return [
-            f"{self.back}: d{name} is {dtype}, where all that goes in is float32."
+            f"{self.back_name}: d{name} is {dtype}, where all that goes in is float32."
             for name, dtype in ((name, np.asarray(d).dtype) for name, d in gradients.items())
             if dtype != np.float32 and gradients[name] is not None
         ]
@@ -206,11 +201,11 @@ class Probe:
         try:
             return self.explained(name)
         except Exception as error:
-            return f"{self.back}: d{name} is wrong ({describe(error)})."
+            return f"{self.back_name}: d{name} is wrong ({describe(error)})."
 
     def explained(self, name):
         gradient, x = self.gradients[name], self.at(self.inputs, name)
-        subject = f"{self.back}: d{name}"
+        subject = f"{self.back_name}: d{name}"
         if gradient is None:
             return f"{subject} is missing."
         if not np.all(np.isfinite(gradient)):

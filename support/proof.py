@@ -17,13 +17,12 @@ import io
 import math
 import operator
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from support import ceil_div, winograd
+from support import ceil_div, winograd, with_known
 from support.fingerprint import MADE_FOR, fingerprint_of
 from support.replaced import Watched
 from support.workers import OneBlasThread, on_the_terminal
@@ -35,7 +34,7 @@ ROUNDING = 1e-6  # in float64: much more than rounding, much less than any edit
 # closely; batches show, less closely, that their images go together in the same way.
 # (images in a batch, batches, limit):
 TRIALS = ((1, 16, 5e-5), (8, 2, math.inf))
-KINKS = 5e-2  # the limit for any batch
+ANY_BATCH = 5e-2  # the limit for each of them
 
 
 class Ways(NamedTuple):
@@ -120,8 +119,8 @@ class FastWays:
     def compare(self, network, settings, shape):
         """The Ways for a network that is not known."""
         with self.script_alone():
-            bench = Bench(self.script, network, settings, shape)
-            lines = [compare(bench) for compare in (compare_winograd, compare_shards)]
+            candidate = Candidate(self.script, network, settings, shape)
+            lines = [compare(candidate) for compare in (compare_winograd, compare_shards)]
         return Ways(*[not line for line in lines], tuple(filter(None, lines)))
 
     @contextlib.contextmanager
@@ -135,7 +134,9 @@ class FastWays:
             self.comparing = False
 
     def engine(self, run, make):
-        """make(run), an engine of support/gpu.py and ""; or None and why its kernels do not do."""
+        """make(run), an engine of support/gpu.py and "".
+
+        Or None and why its kernels cannot be used."""
         if run.network is not self.script.layers:
             return None, "plain operations: another network than ResNet9"
         if not self.are_made_for_this():
@@ -169,7 +170,7 @@ def key_of(network):
     return network
 
 
-def distance(one, other):
+def gap_between(one, other):
     """How far one is from other, in lengths of the other."""
     if np.shape(one) != np.shape(other):
         return math.inf
@@ -180,9 +181,8 @@ def distance(one, other):
 def calm(settings, **given):
     """The settings, but with nothing so extreme that rounding would decide."""
     most = {"dropout": 0.5, "augment": 0.6, "elastic": 0.5, "weight_decay": 1.0}
-    known = [name for name in most if hasattr(settings, name)]
-    less = {name: min(getattr(settings, name), most[name]) for name in known}
-    return replace(settings, **less, **given)
+    less = {name: min(getattr(settings, name, 0), most[name]) for name in most}
+    return with_known(settings, **less, **given)
 
 
 def describe(error):
@@ -194,7 +194,7 @@ def describe(error):
 # ── On a CPU ──────────────────────────────────────────────────────────────────────────────────────
 
 
-class Bench:
+class Candidate:
     """A network with parameters and random images to try it on, in float64."""
 
     def __init__(self, script, network, settings, shape):
@@ -221,25 +221,25 @@ class Bench:
         return np.concatenate([*(gradients[name].ravel() for name in self.params), [loss]])
 
 
-def compare_winograd(bench):
+def compare_winograd(candidate):
     """Why Winograd's way is not taken, or "" if it is.
 
     The gradient is computed with prepared kernels and without. Each part of it counts; but where a
     part is nothing but rounding, as that of a bias before a norm, it is small beside the whole."""
     slower = "the script's own lines compute, about 3 times slower"
-    prepared = winograd.prepare(bench.params)
+    prepared = winograd.prepare(candidate.params)
     if not any(isinstance(w, winograd.Kernel) for w in prepared.values()):
         return ""
-    batch = bench.batch(2)
+    batch = candidate.batch(2)
     try:
-        expected = bench.learn(*batch)
+        expected = candidate.learn(*batch)
     except Exception:  # whoever computes with it will meet it too
         return ""
     try:
-        found = bench.learn(*batch, params=prepared)
+        found = candidate.learn(*batch, params=prepared)
     except Exception as error:
         return f"the network cannot take Winograd's convolution ({describe(error)}): {slower}"
-    ends = np.cumsum([a.size for a in bench.params.values()])
+    ends = np.cumsum([a.size for a in candidate.params.values()])
     floor = ROUNDING * np.linalg.norm(expected)
     difference = max(
         np.linalg.norm(one - other) / max(np.linalg.norm(other), floor, 1e-300)
@@ -250,32 +250,32 @@ def compare_winograd(bench):
     return ""
 
 
-def compare_shards(bench):
+def compare_shards(candidate):
     """Why a batch is not cut into shards, each computed without the others, or "" if it is.
 
     The gradient of a batch has to be the mean of its halves' gradients; and, with random numbers,
     what one half adds to it must not depend on the other half."""
-    one, other, third, fourth = (bench.batch(1) for _ in range(4))
+    one, other, third, fourth = (candidate.batch(1) for _ in range(4))
     whole = "every batch is computed as one, in this process"
 
     def learn(*halves, rng):
-        return bench.learn(*map(np.concatenate, zip(*halves)), rng)
+        return candidate.learn(*map(np.concatenate, zip(*halves)), rng)
 
     try:
         both = learn(one, other, rng=False)
         mean = (learn(one, rng=False) + learn(other, rng=False)) / 2
-        if not distance(mean, both) < ROUNDING:
+        if not gap_between(mean, both) < ROUNDING:
             return (
                 "the gradient of a batch is not the mean of its images' gradients "
-                f"({distance(mean, both):.1g} apart): {whole}"
+                f"({gap_between(mean, both):.1g} apart): {whole}"
             )
         both, neither = learn(one, other, rng=True), learn(third, fourth, rng=True)
         crossed = learn(one, fourth, rng=True) + learn(third, other, rng=True)
-        if not distance(both + neither, crossed) < ROUNDING:
-            apart = distance(both + neither, crossed)
+        if not gap_between(both + neither, crossed) < ROUNDING:
+            apart = gap_between(both + neither, crossed)
             return f"images mix in training ({apart:.1g} of the gradient): {whole}"
     except Exception as error:
-        return f"it cannot be seen whether images mix ({describe(error)}): {whole}"
+        return f"whether images mix could not be tested ({describe(error)}): {whole}"
     return ""
 
 
@@ -333,7 +333,7 @@ def difference_of_kernels(script, run, make):
         differences = (Trial(script, run, *trial).difference(make) for trial in TRIALS)
         return next(filter(None, differences), "")
     except Differs as reason:
-        return f"{reason} than the kernels"
+        return str(reason)
     except Exception as error:
         return f"the script as written here cannot be compared with the kernels ({describe(error)})"
 
@@ -370,6 +370,8 @@ class Trial:
         return run._replace(state=state)
 
     def difference(self, make):
+        """Why make() gives no engine, or "" if all agrees. Raises Differs, or whatever the script
+        raises, where it does not."""
         fast, plain = self.start(), self.start()
         engine, why_not = make(fast)
         if engine is None:
@@ -382,8 +384,8 @@ class Trial:
                 math.isclose(row[name], wanted[name], rel_tol=1e-3, abs_tol=1e-3) for name in row
             )
             probabilities = (p["probabilities"] for p in (predictions, shown))
-            if not (same and distance(*probabilities) < 1e-3):
-                raise Differs("the evaluation as written here has another result")
+            if not (same and gap_between(*probabilities) < 1e-3):
+                raise Differs("the evaluation as written here has another result than the kernels")
         return ""
 
     def take_steps(self, run, engine):
@@ -407,11 +409,11 @@ class Trial:
             loss, gradients = compute(*arguments, **options)
             step = self.steps[len(self.distances)]
             apart = max(
-                distance(script.to_host(gradients.flat), step.gradient),
+                gap_between(script.to_host(gradients.flat), step.gradient),
                 abs(float(loss) - step.loss) / max(1, abs(step.loss)),
             )
             self.distances.append(apart)
-            if not apart < KINKS:
+            if not apart < ANY_BATCH:
                 self.refuse_gradient()
             gradient = script.xp.asarray(step.gradient)
             return step.loss, script.Parameters.of_flat(gradient, state.params)
@@ -432,14 +434,15 @@ class Trial:
         finally:
             script.loss_and_gradients = compute
         if not (len(done) == len(self.distances) == len(self.steps)):
-            raise Differs("train() as written here takes other steps")
+            raise Differs("train() as written here does not take the same steps as the kernels")
         if not max(sorted(self.distances)[:2]) < self.limit:
             self.refuse_gradient()
         return book.measured
 
     def refuse_gradient(self):
         apart = f"({max(self.distances):.1g} apart)"
-        raise Differs(f"the script as written here computes another gradient {apart}")
+        other = "a different gradient from the kernels'"
+        raise Differs(f"the script as written here computes {other} {apart}")
 
     def compare_update(self, name, found, expected, before):
         """Raises Differs if two arrays of a State differ by more than rounding."""
@@ -449,7 +452,8 @@ class Trial:
         gap = np.linalg.norm(found - expected)
         if not gap <= limit * change + 1e-6 * length:
             relative = gap / max(change, 1e-300)
-            raise Differs(f"the script as written here updates {name} otherwise ({relative:.1g})")
+            how = f"differently from the kernels ({relative:.1g})"
+            raise Differs(f"the script as written here updates {name} {how}")
 
     def arrays(self, state):
         return {name: self.script.to_host(a).copy() for name, a in state.views().items()}

@@ -87,7 +87,7 @@ def labels_of(labels, images):
     if a.shape != (len(images),) or a.dtype.kind not in "iu":
         remedy = ""
         if len(a.shape) == 2 and len(a) == len(images):
-            remedy = ": of rows of 0 and 1, that is argmax(axis=1)"
+            remedy = ": for one-hot rows, pass labels.argmax(axis=1)"
         raise UserError(f"labels are {described(a)}, but should be whole numbers {wanted}{remedy}")
     return a
 
@@ -142,7 +142,7 @@ def check_dropout(x, rate):
 def check_batch(operation, images):
     """Whether images are (N, H, W)."""
     if len(getattr(images, "shape", ())) != 3:
-        refuse(operation, "(N, 28, 28): of one image, that is images[:1]", images=images)
+        refuse(operation, "(N, 28, 28): for a single image, pass images[:1]", images=images)
 
 
 def check_images(operation, x, size=1):
@@ -150,7 +150,7 @@ def check_images(operation, x, size=1):
     if len(getattr(x, "shape", ())) != 4:
         refuse(operation, "(H, W, N, C)", x=x)
     if not isinstance(size, (int, np.integer)) or size < 1:
-        raise UserError(f"{operation}: size is {size}, but should be a whole number from 1 on")
+        raise UserError(f"{operation}: size is {size}, but should be a whole number of at least 1")
 
 
 def check_labels(operation, scores, labels):

@@ -380,6 +380,85 @@ def test_a_norm_of_each_image_is_right_and_one_of_the_batch_mixes_images(small):
     assert "In new, batch_norm makes of an image what depends on others" in " ".join(text.split())
 
 
+def to_rows(x):
+    """Images first: (H, W, N, C) → (N, H, W, C)."""
+    return x.transpose(2, 0, 1, 3), None
+
+
+def to_rows_backward(dy, cache):
+    return dy.transpose(1, 2, 0, 3)
+
+
+def from_rows(x):
+    return x.transpose(1, 2, 0, 3), None
+
+
+def from_rows_backward(dy, cache):
+    return dy.transpose(2, 0, 1, 3)
+
+
+@pytest.mark.parametrize("mixes", (False, True))
+def test_images_may_stand_on_any_axis(mixes, small):
+    def network(settings, rng=None):
+        first, *others = tiny(settings, rng)
+        rows = [
+            m.Layer("rows", to_rows, to_rows_backward),
+            m.Layer("back", from_rows, from_rows_backward),
+        ]
+        norm = m.Layer("norm", batch_norm, batch_norm_backward, ("g", "s"), lambda rng: ONES)
+        return [first, rows[0], rows[1], *([norm] if mixes else []), *others]
+
+    text, ok = full(network)
+    assert ok != mixes and ("WRONG  images apart" in text) == mixes
+    assert not mixes or "In norm, batch_norm makes of" in text
+
+
+ONES = np.ones(1), np.zeros(1)
+
+
+def test_inputs_given_by_name_in_another_order_are_right(small, monkeypatch):
+    def conv_block(x, w, b):
+        h, conv_cache = m.conv2d(x, b=b, w=w)
+        y, relu_cache = m.relu(x=h)
+        return y, (conv_cache, relu_cache)
+
+    monkeypatch.setattr(m, "conv_block", conv_block)
+    found = findings(SMALL)
+    assert not [str(finding) for finding in found if finding.problems]
+    conv = next(finding for finding in found if finding.name == "conv2d")
+    assert [word for word in conv.numbers.split() if word[0] == "d"] == ["dx", "dw", "db"]
+
+
+def keyword_only(x, *, gain):
+    return x * gain, (x, gain)
+
+
+def test_an_array_that_is_only_taken_by_name_is_compared_too(small):
+    def op(x, gain):
+        return keyword_only(x, gain=gain)
+
+    for times in (1, 2):
+
+        def back(dy, cache, times=times):
+            dx, dgain = scaled_backward(dy, cache)
+            return dx, times * dgain
+
+        def network(settings, rng=None, back=back):
+            return with_layer(settings, rng, op, back, ("gain",))
+
+        assert bool([f for f in findings(SMALL, network) if f.problems]) == (times == 2)
+
+
+def test_what_one_process_alone_can_compute_is_not_compared_with_two(small, capsys):
+    text, ok = full(lambda settings, rng=None: tiny(settings, rng))
+    assert ok and "ok     one core and two    only one process can compute this" in text
+    text, ok = full(with_batch_norm)
+    assert not ok and "one core and two    only one process can compute this network" in text
+    text, ok = full(tiny)
+    assert ok and "one core and two    the same bits" in text
+    assert capsys.readouterr().err.count("what it computes cannot be sent to another") == 1
+
+
 JOINS = rows("""
     dy, *of_params | *of_params, dy | It raises
     zip(layer.params, | zip(layer.params[:1], | backward gives no gradient of conv

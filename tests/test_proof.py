@@ -48,7 +48,7 @@ class Edit:
         self.changes, self.cpu, self.kernels = changes, cpu, kernels
 
 
-GRADIENT = r"computes another gradient \(\S+ apart\) than the kernels"
+GRADIENT = r"computes a different gradient from the kernels' \(\S+ apart\)"
 EDITS = {
     "leaky relu": Edit(
         ("    mask = x > 0\n", "    slope = xp.where(x > 0, 1, 0.1).astype(x.dtype)\n"),
@@ -109,11 +109,11 @@ EDITS = {
     ),
     "another weight decay": Edit(
         ('            if name.endswith("weight"):\n', "            if True:\n"),
-        kernels=r"updates conv1.bias otherwise",
+        kernels=r"updates conv1.bias differently",
     ),
     "another mean of the weights": Edit(
         ("+= takes * (state.params.flat", "+= takes**2 * (state.params.flat"),
-        kernels=r"updates ema.conv1.weight otherwise",
+        kernels=r"updates ema.conv1.weight differently",
     ),
     "a mean that reaches back less far": Edit(("(1 + step) / (10 + step)", "(1 + step) / 99")),
     "another mean of the pixels": Edit(("STD = 0.1307,", "STD = 0.1300,"), kernels=GRADIENT),
@@ -148,7 +148,7 @@ EDITS = {
             "                gradients.flat /= 1 + abs(gradients.flat).max()\n"
             "                update(state, gradients, settings, rate)\n",
         ),
-        kernels=r"updates \S+ otherwise",
+        kernels=r"updates \S+ differently",
     ),
     "two answers averaged": Edit(
         (
@@ -611,14 +611,14 @@ def test_the_script_as_it_is_never_loses_the_kernels(
 def test_the_kernels_are_not_used_for_what_is_replaced(name, sample, cuda, monkeypatch):
     monkeypatch.setattr(m, name, REPLACED[name][0])
     engine, where = engine_of(m, sample, cuda, monkeypatch)
-    assert engine is None and "another gradient" in where
+    assert engine is None and "different gradient" in where
 
 
 @pytest.mark.long
 def test_the_kernels_are_not_used_for_replaced_layers(sample, cuda, monkeypatch):
     monkeypatch.setattr(m, "layers", without_pool4)
     engine, where = engine_of(m, sample, cuda, monkeypatch)
-    assert engine is None and "another gradient" in where
+    assert engine is None and "different gradient" in where
 
 
 def test_the_script_as_it_is_shows_nothing_to_a_gpu(sample, cuda, monkeypatch):

@@ -76,7 +76,7 @@ def test_it_runs(stored, tmp_path):
     assert [there for _, there in shown] == pictures
     text = "".join(text for text, _ in shown)
     assert "MNIST sample:" in text and "7 (" in text
-    assert text.count("All 14 are ok") == 1 and "2 of 14 are WRONG" in text
+    assert text.count("All 14 are ok") == 1 and "WRONG: 2 of 14" in text
     assert text.count("Finished. Test accuracy") == 3
     tags = {path.name for path in (tmp_path / "save").iterdir()}
     assert tags == {"record", "tour_128", "tour_with_shortcuts_128", "tour_without_128"}
