@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves i
 import mnist_resnet9 as m
 from support import ROOT, UserError, terminal
 from support.checkpoints import check_arrays, read_weights
-from support.cores import computing_on_the_cpu, on_host
+from support.device import computing_on_the_cpu, on_host
 from support.runs import (
     SavedRun,
     add_save_dir,

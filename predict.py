@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves i
 import mnist_resnet9 as m
 from support import terminal
 from support.checkpoints import OTHERS
-from support.cores import computing_on_the_cpu, on_host
+from support.device import computing_on_the_cpu, on_host
 from support.runs import (
     CHECKPOINTS,
     add_save_dir,

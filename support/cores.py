@@ -1,16 +1,12 @@
-"""How many cores this program may compute on: what the machine has, less what others keep from it;
-and that it computes on these, and not on a GPU.
+"""How many cores this program may compute on: what the machine has, less what others keep from it.
 
 A container or a batch system often shows every core of the machine and grants the time of a few. A
 process for each core that can be seen would then take memory and wait for the others.
 """
 
-import contextlib
 import math
 import os
 from pathlib import Path
-
-import numpy as np
 
 
 def quotas(root="/"):
@@ -88,24 +84,3 @@ def cores_to_use(asked=0, most=None, root="/"):
     if cores < there:
         words += f" (of {there}: {why})"
     return cores, words
-
-
-@contextlib.contextmanager
-def computing_on_the_cpu(script):
-    """Within this block mnist_resnet9 (the module) computes on the CPU, and then where it did
-    before: in a notebook a run on the GPU may come before or after."""
-    xp, script.xp = script.xp, np
-    try:
-        yield
-    finally:
-        script.xp = xp
-
-
-def on_host(array):
-    """A NumPy array of whatever holds numbers: a list, say, or an array of CuPy."""
-    try:
-        return np.asarray(array)
-    except TypeError:  # CuPy copies nothing from the GPU without being told to
-        if not hasattr(array, "get"):
-            raise
-        return array.get()

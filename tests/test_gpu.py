@@ -23,7 +23,7 @@ import mnist_resnet9 as m
 import plot_figs
 import predict
 from support import gpu
-from support.cores import computing_on_the_cpu
+from support.device import computing_on_the_cpu
 
 
 def xp_names():
