@@ -67,7 +67,7 @@ def names_in_held(held):
     # Of what Python adds to a class, only methods count.
     return [
         name
-        for name, value in held.items()
+        for name, value in list(held.items())  # another thread may add some
         if isinstance(value, FunctionType) or not str(name).startswith("__")
     ]
 
@@ -161,7 +161,8 @@ class Watched:
         found = self.note(getattr, function, [name for name in own if getattr(function, name)])
         namespaces, names = [function.__globals__], names_in(code)
         for namespace in namespaces:  # it grows
-            values = self.note(operator.getitem, namespace, names.intersection(namespace))
+            there = [name for name in names if name in namespace]
+            values = self.note(operator.getitem, namespace, there)
             for value in values:
                 if isinstance(value, ModuleType) and is_own_module(value):
                     if not any(vars(value) is other for other in namespaces):
