@@ -17,7 +17,7 @@ import mnist_resnet9 as m
 from benchmarks.accuracy import share_run
 from support import bookkeeping, checkpoints, run_folder
 
-SMALL = "--channels 4,16,16,16 --train-images 640 --batch-size 32 --device cpu".split()
+SMALL = "--channels 4,16,16,16 --train-images 320 --batch-size 16 --device cpu".split()
 SMALL += ["--data-dir", few_digits()]
 # With these, the run that nothing disturbed.
 WHOLE = "--epochs-max 3 --augment 1 --ema 0.9".split()
@@ -79,7 +79,7 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
     right = predictions["predictions"] == predictions["labels"]
     assert right.mean() == pytest.approx(rows[-1][5])
     assert (folder / "log.txt").read_text() == out
-    assert "digits, 640 images" in out and "Ctrl-C is safe" in out
+    assert "digits, 320 images" in out and "Ctrl-C is safe" in out
     assert not list(folder.glob("*.part*"))
 
 
@@ -188,18 +188,18 @@ def test_where_processes_cannot_be_copied_the_bits_are_the_same(whole, tmp_path)
 
 
 def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
-    """A run on 640 images that holds 200 out is a run on the 440 others, and one more column."""
-    fewer = "--epochs-max 2 --tag fewer --train-images 440".split()
+    """A run on 320 images that holds 100 out is a run on the 220 others, and one more column."""
+    fewer = "--epochs-max 2 --tag fewer --train-images 220".split()
     assert train(tmp_path, *fewer).returncode == 0
-    held_out = "--epochs-max 2 --tag held_out --validation-images 200".split()
+    held_out = "--epochs-max 2 --tag held_out --validation-images 100".split()
     result = train(tmp_path, *held_out)
     assert result.returncode == 0
-    assert "440 images, 14 steps" in result.stdout and "valid acc" in result.stdout
+    assert "220 images, 14 steps" in result.stdout and "valid acc" in result.stdout
     assert_same_run(tmp_path / "fewer", tmp_path / "held_out")
     settings = m.Settings(channels=(4, 16, 16, 16))
     params = m.load_weights(tmp_path / "held_out" / "checkpoint_last.npz", settings)
     accuracy = m.evaluate(
-        params, sample.train_images[440:640], sample.train_labels[440:640], settings
+        params, sample.train_images[220:320], sample.train_labels[220:320], settings
     )[1]
     path = tmp_path / "held_out" / "metrics.csv"
     assert path.read_text().startswith(",".join((*run_folder.METRICS, "validation_accuracy\n")))
