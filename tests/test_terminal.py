@@ -92,7 +92,13 @@ def test_every_script_of_a_document_is_there():
     assert {"--recipe", "--tag", "--device"} <= commands["mnist_resnet9.py"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, marks=pytest.mark.long) if script.startswith("benchmarks") else script
+        for script in SCRIPTS
+    ],
+)
 def test_every_script_explains_the_flags_of_its_documents(script):
     if script.startswith("torch_version"):
         pytest.importorskip("torch")
