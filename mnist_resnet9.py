@@ -1338,10 +1338,14 @@ def plan_of(run, epoch):
     themselves that decaying weights keep, the rate and the divisor of adam's two corrections, and
     the share that the mean of the weights takes from the new ones."""
     settings, steps = run.settings, run.total_steps // run.settings.epochs_max
+    rng = random_stream(settings.seed, STEP, epoch)  # that of the first step
     keys, plan = [], []
     for number in range(steps):
         step = (epoch - 1) * steps + number
-        keys.append(random_stream(settings.seed, STEP, epoch, number).integers(2**63))
+        keys.append(rng.integers(2**63))
+        # On to the next step's: a draw has added 1 to the counter, a step adds 2**128 to it. That
+        # takes a third of the time that making each stream anew would, while a GPU waits.
+        rng.bit_generator.advance(2**128 - 1)
         rate = rate_of_step(step, run.total_steps, settings)
         mean_share, square_share = corrections(step, beta1_of(settings), settings.beta2)
         keeps, takes = decay_keeps(rate, settings), 1 - ema_keeps(settings, step)
