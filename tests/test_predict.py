@@ -46,7 +46,7 @@ FONT_NAMES = (
 def save(tmp_path_factory):
     """A save folder with a run in it."""
     save = tmp_path_factory.mktemp("save")
-    flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3
+    flags = """--tag small --data-dir data/sample --epochs-max 2 --learning-rate 4e-3
                --schedule one_cycle --dropout 0.3 --channels 4,8,16,16 --augment 0.5
                --batch-size 32 --device cpu""".split()
     flags[3] = str(m.ROOT / "data" / "sample")
