@@ -150,8 +150,9 @@ def in_rgb(picture, nodata=None):
     ink is bright."""
     if picture.mode[0] in "IF":  # 16 bits or more, where Pillow would cut off all above 255
         picture = Image.fromarray(in_eight_bits(np.asarray(picture, np.float32), nodata))
-    if picture.mode in ("1", "P"):
-        picture = picture.convert("L" if picture.mode == "1" else "RGBA")
+    # Pillow shrinks no indices, and knows no other way out of La, premultiplied grey, than LA.
+    shades = {"1": "L", "P": "RGBA", "La": "LA"}
+    picture = picture.convert(shades.get(picture.mode, picture.mode))
     # A large picture is then done at once.
     picture = picture.reduce(max(1, max(picture.size) // (2 * WORKING_SIZE)))
     rgba = picture.convert("RGBA")
@@ -652,9 +653,9 @@ def draw_by_hand(save_dir, tag):
             "--draw needs a screen, and there is no display here; predict.py PICTURE does without"
         )
     try:
-        pad = open_pad(answer, GREY, BLUE)
+        pad = open_pad(answer)
     except NoWindow as error:
-        raise m.UserError(
+        raise UserError(
             f"--draw cannot open a window ({error}); with a screen, python3-tk or "
             "pip install PyQt6 gives Matplotlib one"
         ) from None

@@ -880,7 +880,7 @@ def test_the_users_settings_change_no_figure(bad, save, tmp_path, caplog):
 def test_the_users_settings_do_not_change_the_window_to_draw_in(monkeypatch, caplog):
     monkeypatch.setattr(drawing, "shows_windows", lambda: True)
     with plt.rc_context(THEIRS):
-        pad = drawing.open_pad(lambda picture: None, "grey", "blue")
+        pad = drawing.open_pad(lambda picture: None)
         pad.figure.canvas.draw()
     assert (
         pad.figure.get_facecolor() == (1, 1, 1, 1) and pad.paper_axes.title.get_color() != "white"
@@ -942,6 +942,25 @@ def test_read_takes_a_picture_in_any_form(form, door):
         rough = form in ("bits", "ones and zeros")
         assert abs(digit.image.astype(int) - same.image).mean() < (12 if rough else 3)
     assert repr(usual).count("\n") == 1 and repr(usual).startswith("2 (")
+
+
+MODES = "1 L P RGB RGBA RGBX RGBa CMYK YCbCr HSV LA PA I F I;16 I;16L I;16B I;16N".split()
+
+
+@pytest.mark.parametrize(
+    "mode", ["La", "LAB", *(pytest.param(mode, marks=pytest.mark.long) for mode in MODES)]
+)
+def test_read_takes_a_picture_of_any_mode(mode, door):
+    """On white paper, as far as Pillow can convert to it; blank in one that it can make alone."""
+    grey = page("2 7").convert("L")
+    ways = {"La": "LA", "PA": "LA", "RGBa": "RGBA", "HSV": "RGB"}
+    through = grey.convert(ways.get(mode, "L"))
+    try:
+        picture = through.convert(mode)
+    except ValueError:
+        assert len(door(Image.new(mode, (40, 40))).digits) == 0
+        return
+    assert digits_of(door(picture)) == "27"
 
 
 def test_read_takes_a_file_and_says_where_in_its_own_pixels(door, tmp_path, monkeypatch):
