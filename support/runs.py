@@ -114,11 +114,10 @@ def read_history(path):
 
 
 def add_save_dir(parser, default):
-    """The flag --save-dir. Without it, the folder is that of the settings."""
+    """The flag --save-dir, for user_folder(). Without it, the folder is that of the settings."""
     parser.add_argument(
         "--save-dir",
-        type=user_folder,
-        default=project_path(default),
+        default=str(project_path(default)),
         metavar="FOLDER",
         help=f"folder that holds the runs (default: {default})",
     )

@@ -365,7 +365,7 @@ def test_a_file_without_an_end_is_not_read_for_ever(name, whole, capsys):
     status = {"metrics.csv": 0, "config.json": 2}[name]
     assert train(whole.parent, epochs=3) == status
     error = capsys.readouterr().err
-    assert name == "metrics.csv" or f"{name}" in error and "is no file" in error
+    assert name == "metrics.csv" or f"{name}" in error and "is not a file" in error
 
 
 @pytest.mark.skipif(workers.METHOD != "fork", reason="processes are stopped by a signal")

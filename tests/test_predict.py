@@ -691,7 +691,7 @@ def test_default_weights(tmp_path, save):
         path = tmp_path / tag / "checkpoint_last.npz"
         path.write_bytes((save / "small" / "checkpoint_last.npz").read_bytes())
         if tag == "evolution_1":
-            storage.save_arrays(path, **{"fc1.weight": np.zeros(3)})
+            storage.write_file(path, storage.pack_arrays(**{"fc1.weight": np.zeros(3)}))
         os.utime(path, (when, when))
         assert predict.find_weights(tmp_path).name == {"old": "old", "record": "record"}.get(
             tag, "new"
@@ -753,7 +753,7 @@ def test_a_bad_picture_gets_one_line_and_exit_status_2(name, said, bad, save, ca
         (("good.png", "--figure", "good.png"), "would overwrite the picture"),
         (("good.png", "--figure", "out.jpg"), "should end in .png"),
         (("good.png", "--figure", "."), "should end in .png"),
-        (("good.png", "--figure", "folder.png"), "is no file"),
+        (("good.png", "--figure", "folder.png"), "is not a file"),
         (("good.png", "--figure", "x" * 300 + ".png"), "cannot be written"),
     ],
 )
@@ -783,7 +783,7 @@ def test_a_name_that_is_no_text_and_a_link_for_the_figure(tmp_path, save):
     "content, said",
     [
         (b"PK\x03\x04 and then nothing", "checkpoint_last.npz is damaged"),
-        (LFS_POINTER, "checkpoint_last.npz is a git-lfs pointer, not the file: run"),
+        (LFS_POINTER, "checkpoint_last.npz cannot be read (is a git-lfs pointer, not the file"),
     ],
 )
 def test_a_damaged_checkpoint_gets_one_line(content, said, bad, save, capsys, tmp_path):

@@ -49,7 +49,7 @@ def rewrite(path, change):
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files if name != "sha256"}
     change(arrays)
-    storage.save_arrays(path, **arrays, sha256=checkpoints.checksums(arrays))
+    storage.write_file(path, storage.pack_arrays(**arrays, sha256=checkpoints.checksums(arrays)))
 
 
 def test_a_checkpoint_has_the_same_bytes_at_any_time(state, tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_one_changed_number_is_found_by_its_checksum(state, tmp_path):
     with np.load(path) as file:
         arrays = dict(file)
     arrays["conv1.bias"][0] += 1
-    storage.save_arrays(path, **arrays)
+    storage.write_file(path, storage.pack_arrays(**arrays))
     with pytest.raises(m.UserError, match="checksums"):
         m.load_checkpoint(path, SETTINGS)
 

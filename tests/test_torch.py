@@ -435,7 +435,7 @@ def test_altered_weights_are_refused(tmp_path, capsys):
     with np.load(tmp_path / "torch_resnet9" / "checkpoint_last.npz") as file:
         content = dict(file)
     content["conv3.bias"] = content["conv3.bias"] + 1
-    storage.save_arrays(tmp_path / "altered.npz", **content)
+    storage.write_file(tmp_path / "altered.npz", storage.pack_arrays(**content))
     capsys.readouterr()
     assert torch_main(*flags, "--tag", "other", "--weights", tmp_path / "altered.npz") == 2
     assert "checksums" in capsys.readouterr().err
@@ -464,7 +464,8 @@ def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monk
 def test_weights_of_another_network_are_refused(tmp_path, capsys):
     # NumPy would stretch one channel to four.
     params = m.init_params(m.Settings(channels=(1, 16, 16, 16)))
-    storage.save_arrays(tmp_path / "other.npz", **params, sha256=checksums(params))
+    content = storage.pack_arrays(**params, sha256=checksums(params))
+    storage.write_file(tmp_path / "other.npz", content)
     assert torch_main("--save-dir", tmp_path / "save", "--weights", tmp_path / "other.npz") == 2
     assert "conv1.weight float32 (3, 3, 1, 1), not float32 (3, 3, 1, 4)" in capsys.readouterr().err
 
