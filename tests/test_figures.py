@@ -828,7 +828,7 @@ def test_an_unknown_tag_lists_those_there_are(save, capsys, tag):
 
 def test_a_folder_without_runs(tmp_path, capsys):
     assert draw(tmp_path, "real") == 2
-    assert "makes its first" in error_of(capsys)
+    assert "it has none yet: mnist_resnet9.py makes one" in error_of(capsys)
     assert draw(tmp_path / "nowhere") == 2
     assert repr(m.Settings.tag) in error_of(capsys)
 

@@ -77,7 +77,7 @@ CHANGES = {
     "shape": (lambda a: a.update({"fc9.bias": a["fc9.bias"][:9]}), r"\(9,\)"),
     "missing": (lambda a: a.pop("ema.conv1.bias"), "it has no ema.conv1.bias"),
     "extra": (lambda a: a.update(more=np.zeros(3)), "it has more, which is not expected"),
-    "version": (lambda a: a.update(version=np.int64(99)), "not version 1"),
+    "version": (lambda a: a.update(version=np.int64(99)), "its version is not 1"),
     "history": (lambda a: a["history"].__setitem__((0, 0), 5), "history"),
     "step": (lambda a: a.update(step=np.int64(-1)), "its step is -1"),
     "settings": (
