@@ -96,8 +96,8 @@ class Settings:
     device: Literal["auto", "cpu", "gpu"] = "auto"  # auto takes the GPU if CuPy can use one
     data_dir: str = "data"  # folder with MNIST (forms: data/README.md); downloaded to it if missing
     save_dir: str = "save"  # folder that holds one folder for each run
-    train_images: int = 0  # use only the first so many training images; 0 = all
-    validation_images: int = 0  # of these, hold out the last so many, to choose settings by
+    train_images: int = 0  # train on only this many images, the first ones; 0 = all
+    validation_images: int = 0  # hold out this many of them, the last ones, to choose settings by
 
     # how it learns
     epochs_max: int = 200  # passes over the training images
@@ -563,8 +563,9 @@ def surroundings(x, k):
 def conv2d(x, w, b):
     """The convolution above: (H, W, N, C) → (H, W, N, K), as one matrix product."""
     shapes.check_conv2d(x, w, b)
-    # On a CPU, all 3×3 convolutions but conv1 leave here: support/winograd.py computes the same, up
-    # to rounding, sooner. With winograd.MIN_CHANNELS = 10**9 the lines below compute them all.
+    # In training and evaluation on a CPU, all 3×3 convolutions but conv1 leave here:
+    # support/winograd.py computes the same, up to rounding, sooner. With
+    # winograd.MIN_CHANNELS = 10**9 the lines below compute them all.
     if winograd.is_faster(w):
         return winograd.conv2d(x, w, b)
     H, W, N, C = x.shape
@@ -620,7 +621,8 @@ def residual_block(x, w1, b1, w2, b2):
     h, block_cache = conv_block(x, w1, b1)
     h, conv_cache = conv2d(h, w2, b2)
     shapes.check_sum(x, h)
-    y, relu_cache = relu(x + h)
+    h += x  # in place: nobody else needs what conv2d has put out
+    y, relu_cache = relu(h)
     return y, (block_cache, conv_cache, relu_cache)
 
 
@@ -630,7 +632,7 @@ def residual_block_backward(dy, cache):
     dsum = relu_backward(dy, relu_cache)  # of x + h: x and h both get it unchanged
     dh, dw2, db2 = conv2d_backward(dsum, conv_cache)
     dx, dw1, db1 = conv_block_backward(dh, block_cache)  # through the two convolutions
-    dx = dx + dsum  # and past them
+    dx += dsum  # and past them
     return dx, dw1, db1, dw2, db2
 
 
@@ -760,7 +762,8 @@ def he(rng, shape, scale=1):
     return rng.standard_normal(shape) * scale * math.sqrt(2 / math.prod(shape[:-1]))
 
 
-# The functions below take the network as an argument: layers(), or another function like it.
+# Where a function below takes a network, that is layers() or another function like it; net is the
+# list that it returns.
 
 
 def init_params(settings, dtype=np.float32, network=None):
@@ -768,12 +771,15 @@ def init_params(settings, dtype=np.float32, network=None):
     rng = random_stream(settings.seed, INIT)
     arrays = {}
     for layer in (network or layers)(settings):
-        twice = arrays.keys() & set(layer.params)
-        if twice:
+        values = layer.start(rng)
+        if len(values) != len(layer.params):
             raise UserError(
-                f"two layers have a parameter {min(twice)}: give each a name of its own"
+                f"{layer.name} has {len(layer.params)} parameters, but start() gives {len(values)}"
             )
-        arrays.update(zip(layer.params, layer.start(rng)))
+        for name, a in zip(layer.params, values):
+            if name in arrays:
+                raise UserError(f"there are two parameters {name}: give each a name of its own")
+            arrays[name] = a
     return Parameters({name: xp.asarray(a, dtype) for name, a in arrays.items()})
 
 
@@ -781,25 +787,32 @@ def dtype_of(params):
     return next(iter(params.values())).dtype
 
 
-def forward(network, params, x, settings, rng=None):
-    """x (28, 28, N, 1) → logits (N, 10), and the cache of every layer. With rng, dropout is on."""
+def forward(net, params, x):
+    """x (28, 28, N, 1) → logits (N, 10), and the cache of every layer of net, a list of them."""
     caches = []
-    for layer in network(settings, rng):
+    for layer in net:
         x, cache = layer.op(x, *[params[name] for name in layer.params])
         caches.append(cache)
     return x, caches  # what the last layer made of it: the logits
 
 
-def backward(network, dlogits, caches, settings):
+def backward(net, dlogits, caches):
     """dlogits (N, 10) → {name: gradient}. The same layers, from the last to the first."""
     gradients, dy = {}, dlogits
-    # Without rng: what dropout did is in its cache.
-    for layer, cache in zip(reversed(network(settings)), reversed(caches)):
+    for layer, cache in zip(reversed(net), reversed(caches)):
         if dy is None:
-            raise UserError(f"{layer.name} gets no gradient: the layer behind it has need_dx=False")
+            raise UserError(
+                f"{layer.name} gets no gradient: the layer after it returns no dx "
+                "(need_dx=False, or a return is missing)"
+            )
         # dx of a layer is dy of the one before.
         if layer.params:
             dy, *of_params = layer.op_backward(dy, cache)
+            if len(of_params) != len(layer.params):
+                raise UserError(
+                    f"{layer.name} has {len(layer.params)} parameters, "
+                    f"but its backward pass gives gradients of {len(of_params)}"
+                )
             gradients.update(zip(layer.params, of_params))
         else:
             dy = layer.op_backward(dy, cache)
@@ -813,7 +826,7 @@ def check_gradients(gradients, params):
     for name in {**params, **gradients}:
         found, wanted = gradients.get(name), params.get(name)
         if wanted is None:
-            raise UserError(f"backward gives a gradient of {name}, which is no parameter")
+            raise UserError(f"backward gives a gradient of {name}, which is not a parameter")
         if found is None:
             raise UserError(f"backward gives no gradient of {name}")
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
@@ -1131,9 +1144,7 @@ def most_cores(settings):
 
 
 def shards_of(N, size):
-    """[(number, slice)] of the shards that a batch of N images is cut into. On a GPU it is one."""
-    if xp is not np:
-        return [(0, slice(0, N))]
+    """[(number, slice)]: the shards, of at most `size` images, that N images are cut into."""
     starts = range(0, N, size)
     return list(enumerate(slice(start, min(start + size, N)) for start in starts))
 
@@ -1161,8 +1172,8 @@ def gradients_of_shards(params, images, labels, settings, keys, network, fast, s
     return results
 
 
-# At most so many shards are computed before their gradients are added. Each gradient is as large as
-# all parameters: thousands of images at once would fill the memory.
+# At most this many shards are computed before their gradients are added. Each gradient is as large
+# as all parameters: thousands of images at once would fill the memory.
 SHARDS_AT_ONCE = 64
 
 
@@ -1199,11 +1210,8 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=None)
 def logits_of_shards(params, images, settings, network, fast, shards):
     """[logits] of each shard, without dropout."""
     prepared = winograd.prepare(params, to_learn=False) if fast else params
-    dtype = dtype_of(params)
-    return [
-        forward(network, prepared, to_input(images[shard], dtype), settings)[0]
-        for _, shard in shards
-    ]
+    net, dtype = network(settings), dtype_of(params)
+    return [forward(net, prepared, to_input(images[shard], dtype))[0] for _, shard in shards]
 
 
 def predict(params, images, settings, network=None):
@@ -1220,9 +1228,9 @@ def predict(params, images, settings, network=None):
 
 # ── Evaluation and checkpoints ────────────────────────────────────────────────────────────────────
 
-# So many training images, the first, are evaluated after an epoch.
+# After each epoch, this many of the training images are evaluated, the first ones.
 TRAIN_EVALUATION_IMAGES = 10_000
-# So many are evaluated at a time: what the layers put out for 10,000 would fill many GB of a GPU.
+# Images evaluated at a time: what the layers put out for 10,000 would fill many GB of a GPU.
 PREDICT_IMAGES = 1024
 
 
@@ -1330,10 +1338,14 @@ def plan_of(run, epoch):
     themselves that decaying weights keep, the rate and the divisor of adam's two corrections, and
     the share that the mean of the weights takes from the new ones."""
     settings, steps = run.settings, run.total_steps // run.settings.epochs_max
+    rng = random_stream(settings.seed, STEP, epoch)  # that of the first step
     keys, plan = [], []
     for number in range(steps):
         step = (epoch - 1) * steps + number
-        keys.append(random_stream(settings.seed, STEP, epoch, number).integers(2**63))
+        keys.append(rng.integers(2**63))
+        # On to the next step's: a draw has added 1 to the counter, a step adds 2**128 to it. That
+        # takes a third of the time that making each stream anew would, while a GPU waits.
+        rng.bit_generator.advance(2**128 - 1)
         rate = rate_of_step(step, run.total_steps, settings)
         mean_share, square_share = corrections(step, beta1_of(settings), settings.beta2)
         keeps, takes = decay_keeps(rate, settings), 1 - ema_keeps(settings, step)
@@ -1375,11 +1387,12 @@ def learn_from(params, images, labels, settings, rng, network):
     Without rng, there is no dropout and the images stay as they are."""
     if rng is not None and (settings.augment or settings.elastic):
         images = augment(images, settings.augment, rng, settings.elastic)
+    net = network(settings, rng)
     x = to_input(images, dtype_of(params))
-    logits, caches = forward(network, params, x, settings, rng)
+    logits, caches = forward(net, params, x)
     loss, cache = cross_entropy_loss(logits, labels, settings.label_smoothing)
     dlogits = cross_entropy_loss_backward(1, cache)  # dloss = 1: the loss's own slope in itself
-    gradients = backward(network, dlogits, caches, settings)
+    gradients = backward(net, dlogits, caches)
     check_gradients(gradients, params)
     return loss, gradients
 
@@ -1585,8 +1598,9 @@ def main(arguments=(), start=None):
     except UserError as error:
         why = terminal.prefix() + " ".join(str(error).split())
     except MemoryError as error:
-        reason = " ".join(str(error).split()) or "no more is there"
-        why = f"Out of memory ({reason}). What was saved stays; a smaller --batch-size takes less."
+        reason = " ".join(str(error).split())
+        why = f"Out of memory{reason and f' ({reason})'}. Everything saved so far is kept; "
+        why += "a smaller --batch-size needs less."
     except BrokenPipeError:  # nobody reads the output any more, as after `| head`
         status = 128 + 13  # SIGPIPE, which ends other programs then
     except OSError as error:

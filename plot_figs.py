@@ -517,7 +517,7 @@ def draw_layers(run, params, images, labels, settings=None, network=None):
     if step.has_shortcuts:
         plain = one_pass(m, network, params, image, label, settings, shortcuts=False)
     x, after = step.stages[0].y, stepped(params, step)
-    logits_after, _ = m.forward(network, after, x, settings)
+    logits_after, _ = m.forward(network(settings), after, x)
     probs, probs_after = (m.softmax(logits)[0][0] for logits in (step.logits, logits_after))
 
     given = f"{probs[label[0]]:.1%}"

@@ -282,8 +282,8 @@ class Bench:
             with self.traced() as trace:
                 x = self.script.to_input(images, np.float64)
                 rng = np.random.default_rng(7)
-                network = trace.of(self.network)
-                self.script.forward(network, self.params, x, self.calm, rng)
+                net = trace.of(self.network)(self.calm, rng)
+                self.script.forward(net, self.params, x)
             traces.append([call for outer in trace.calls for call in outer.all()])
         apart = 0
         for one, other in zip(*traces):

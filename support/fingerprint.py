@@ -14,7 +14,7 @@ from pathlib import Path
 
 from support import ROOT
 
-MADE_FOR = "a3ec0dd485d112c1"
+MADE_FOR = "2ab9465004ae9327"
 
 FIRST, BEHIND = "# ── Random numbers ", "# ── Main "  # the headings of sections
 NO_MATTER = ("ctx", "kind", "type_comment")

@@ -21,11 +21,12 @@ SMALL = m.Settings(channels=(2, 4, 4, 4), data_dir="data/sample", label_smoothin
 
 def textbook_loss(params, images, labels, settings, rng, network):
     """learn_from() with softmax and cross-entropy one by one."""
-    logits, caches = m.forward(network, params, m.to_input(images, np.float64), settings, rng)
+    net = network(settings, rng)
+    logits, caches = m.forward(net, params, m.to_input(images, np.float64))
     probs, probs_cache = m.softmax(logits)
     loss, cache = m.cross_entropy(probs, labels)
     dlogits = m.softmax_backward(m.cross_entropy_backward(1, cache), probs_cache)
-    return loss, m.backward(network, dlogits, caches, settings)
+    return loss, m.backward(net, dlogits, caches)
 
 
 def tiny(settings, rng=None):
@@ -136,9 +137,9 @@ MISTAKES = rows("""
     conv_block_backward | relu_backward(dy, relu_cache) | dy
     conv_block_backward | relu_backward(dy, relu_cache) | relu_backward(dy, ~relu_cache)
     conv_block_backward | (dh, conv_cache, need_dx) | (2 * dh, conv_cache)
-    residual_block_backward | dx = dx + dsum | pass
-    residual_block_backward | dx = dx + dsum | dx += dy
-    residual_block_backward | dx = dx + dsum | dx = dsum
+    residual_block_backward | dx += dsum | pass
+    residual_block_backward | dx += dsum | dx += dy
+    residual_block_backward | dx += dsum | dx = dsum
     residual_block_backward | conv2d_backward(dsum, conv_cache) | conv2d_backward(dy, conv_cache)
     residual_block_backward | (dh, block_cache) | (dsum, block_cache)
     residual_block_backward | return dx, dw1, db1, dw2, db2 | return dx, dw2, db2, dw1, db1
@@ -150,7 +151,6 @@ OVERWRITTEN = rows("""
     conv2d | return y.reshape(H, W, N, K) | y = xp.exp(0.1 * y).reshape(H, W, N, K); return y
     conv2d | (cols, w) | (cols, w, y)
     conv2d_backward | cols, w = cache | cols, w, y = cache; dy = 0.1 * dy * y
-    residual_block | relu(x + h) | relu(xp.add(x, h, out=h))
 """)
 
 
@@ -249,7 +249,7 @@ SAYS = rows("""
     cross_entropy_loss_backward | (dloss / N) | (1 / N) | dy was 1.37: is it left out?
     conv2d_backward | [::-1, ::-1] |  | right once axes 0 and 1 are turned round
     conv2d_backward | xp.ones(H * W * N, dy.dtype) @ dy_rows | dy_rows.mean(axis=0) | of a sum?
-    residual_block_backward | dx = dx + dsum | pass | right once dy, where y is not 0, is added
+    residual_block_backward | dx += dsum | pass | right once dy, where y is not 0, is added
     residual_block_backward | dw1, db1, dw2 | dw2, db1, dw1 | once dw1 and dw2 change places
     dropout_backward | dy * mask | dy * mask.astype(xp.float64) | dx is float64
     dropout | x * mask, mask | x * mask + rng.random(), mask * 2 | dx is exactly 2 times too large
@@ -384,7 +384,7 @@ JOINS = rows("""
     dy, *of_params | *of_params, dy | It raises
     zip(layer.params, | zip(layer.params[:1], | backward gives no gradient of conv
     params, of_params) | params, of_params[::-1]) | conv2.weight is float64 (3, 3, 1, 3), but
-    return gradients | gradients["odd"] = dy; return gradients | odd, which is no parameter
+    return gradients | gradients["odd"] = dy; return gradients | odd, which is not a parameter
     params, of_params) | params, [2 * g for g in of_params]) | Wrong are the gradients of conv2.w
 """)
 

@@ -4,6 +4,7 @@ import builtins
 import errno
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from programs import metrics_of
+from programs import few_digits, metrics_of
 
 import mnist_resnet9 as m
 from support import bookkeeping, checkpoints, run_folder, storage, workers
 from support.bookkeeping import Bookkeeper
 
-FLAGS = ["--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"]
+FLAGS = ["--data-dir", few_digits(), "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"]
 FLAGS += ["--train-images", "64", "--batch-size", "32"]
 
 
@@ -26,10 +27,17 @@ def train(save, epochs=2):
     return m.main([*FLAGS, "--save-dir", str(save), "--epochs-max", str(epochs)])
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    save = tmp_path_factory.mktemp("trained")
+    assert train(save) == 0
+    return save
+
+
 @pytest.fixture
-def whole(tmp_path):
+def whole(trained, tmp_path):
     """A run that nothing disturbed."""
-    assert train(tmp_path / "whole") == 0
+    shutil.copytree(trained, tmp_path / "whole")
     return tmp_path / "whole" / "resnet9"
 
 

@@ -7,14 +7,14 @@ import math
 
 import numpy as np
 import pytest
-from programs import metrics_of, start, write_metrics
+from programs import few_digits, metrics_of, start, write_metrics
 
 import mnist_resnet9 as m
 
 FOLDER = m.ROOT / "evolution"
 SCRIPTS = sorted(FOLDER.glob("step[0-9]_*.py"))
 FEW = "--train-images 1024 --epochs-max 2 --learning-rate 3e-3 --channels 4,8,8,8".split()
-FEW += ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "1"]
+FEW += ["--data-dir", few_digits(), "--device", "cpu", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)

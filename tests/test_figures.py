@@ -311,7 +311,7 @@ def test_a_run_that_holds_out_images_is_drawn(save, capsys):
     picture(save / "held_out" / "test_accuracy_held_out+real.png")
 
 
-@pytest.mark.parametrize("count", [1, 3, long(5), long(12)])
+@pytest.mark.parametrize("count", [1, long(3), long(5), long(12)])
 def test_curves_of_many_runs_stay_readable(save, tmp_path, count):
     runs = []
     for i in range(count):
@@ -678,6 +678,7 @@ def test_the_network_of_a_checkpoint_is_found(monkeypatch):
             assert plot_figs.find_network(params, its_own) is network
 
 
+@pytest.mark.long
 def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys, monkeypatch):
     add_run(save, "other", without=("predictions.npz",))
     folder = add_run(save, "first_step", without=("predictions.npz",))
@@ -943,6 +944,7 @@ THEIRS = {
 }
 
 
+@pytest.mark.long
 def test_the_users_settings_change_no_figure_and_no_figure_changes_them(save, caplog):
     assert draw(save, "real") == 0
     usual = {name: (save / "real" / name).read_bytes() for name in ALL}
@@ -983,7 +985,7 @@ def overlay_in_a_process(save, code="", **environment):
     "lines",
     [
         "text.usetex: True\nfont.family: NoSuchFont\nbackend: TkAgg\ninteractive: True\n",
-        "font.sans-serif: NoSuchFont\nbackend: pdf\nsavefig.format: svg\n",
+        long("font.sans-serif: NoSuchFont\nbackend: pdf\nsavefig.format: svg\n"),
     ],
 )
 def test_a_matplotlibrc_is_not_asked(save, tmp_path, lines):

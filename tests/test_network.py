@@ -145,7 +145,7 @@ def test_predict_is_forward(sample, N):
     params, settings = m.init_params(m.Settings()), m.Settings()
     logits = m.predict(params, sample.test_images[:N], m.Settings())
     x = m.to_input(sample.test_images[:N], np.float32)
-    expected, _ = m.forward(m.layers, params, x, settings)
+    expected, _ = m.forward(m.layers(settings), params, x)
     assert logits.shape == (N, 10) and logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
@@ -266,6 +266,16 @@ def test_shards_are_added_in_order_however_many_are_computed_at_once(rng, monkey
         assert loss == found[0][0] and np.array_equal(gradients.flat, found[0][1].flat)
 
 
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_plan_has_the_key_that_each_step_would_draw(epoch):
+    """Of its own stream; a GPU's step takes it from the plan."""
+    settings = m.Settings(seed=9, epochs_max=3)
+    keys, plan = m.plan_of(m.Run(settings, m.layers, None, (), (), (), total_steps=3 * 40), epoch)
+    streams = [m.random_stream(9, m.STEP, epoch, number) for number in range(40)]
+    assert list(keys) == [stream.integers(2**63, size=1)[0] for stream in streams]
+    assert plan.shape == (40, 5)
+
+
 def transposed(dy, cache):
     dx, dw, db = m.linear_backward(dy, cache)
     return dx, dw.T, db
@@ -280,6 +290,10 @@ def without_db(dy, cache):
     return m.linear_backward(dy, cache)[:2]
 
 
+def with_another(dy, cache):
+    return *m.linear_backward(dy, cache), dy
+
+
 def summed_too_far(dy, cache):
     dx, dw, db = m.linear_backward(dy, cache)
     return dx, dw, db.sum()
@@ -288,7 +302,8 @@ def summed_too_far(dy, cache):
 SLIPS = {
     transposed: r"fc9.weight is float32 \(196, 10\), but its gradient is float32 \(10, 196\)",
     in_double: r"fc9.weight is float32 \(196, 10\), but its gradient is float64 \(196, 10\)",
-    without_db: "backward gives no gradient of fc9.bias",
+    without_db: "fc9 has 2 parameters, but its backward pass gives gradients of 1",
+    with_another: "fc9 has 2 parameters, but its backward pass gives gradients of 3",
     summed_too_far: r"fc9.bias is float32 \(10,\), but its gradient is float32 \(\)",
 }
 
@@ -306,24 +321,44 @@ def test_a_gradient_of_another_shape_or_dtype_is_an_error_with_its_name(slip, rn
         m.loss_and_gradients(m.init_params(SMALL), images, labels, SMALL, network=network)
 
 
-def test_two_layers_of_one_name_are_an_error():
-    """One's gradient would be taken for the other's."""
+@pytest.mark.parametrize("name", ["conv7", "conv_again"])
+def test_two_parameters_of_one_name_are_an_error(name):
+    """One's gradient would be taken for the other's: in two layers, or in one."""
 
     def network(settings, rng=None):
         *others, drop, last = m.layers(settings, rng)
-        return [*others, m.residual("conv7", "conv8", settings.channels[3]), drop, last]
+        second = "conv8" if name == "conv7" else name
+        return [*others, m.residual(name, second, settings.channels[3]), drop, last]
 
-    with pytest.raises(m.UserError, match="^two layers have a parameter conv7.bias: give each"):
+    with pytest.raises(m.UserError, match=f"^there are two parameters {name}.weight: give each"):
         m.init_params(SMALL, network=network)
 
 
-def test_a_layer_before_the_one_that_needs_no_dx_is_an_error(rng):
-    def network(settings, rng=None):
-        return [m.Layer("bend", m.relu, m.relu_backward), *m.layers(settings, rng)]
+def test_a_layer_whose_parameters_have_no_values_is_an_error():
+    layer = m.Layer("scale", m.conv_block, m.conv_block_backward, ("scale.weight", "scale.bias"))
 
+    with pytest.raises(m.UserError, match=r"^scale has 2 parameters, but start\(\) gives 0$"):
+        m.init_params(SMALL, network=lambda settings, rng=None: [layer])
+
+
+def forgets_to_return(dy, mask):
+    m.relu_backward(dy, mask)
+
+
+@pytest.mark.parametrize("back", [m.relu_backward, forgets_to_return])
+def test_a_layer_that_gets_no_gradient_is_an_error(back, rng):
+    """The one after it has need_dx=False, or computes dx and does not return it."""
+
+    def network(settings, rng=None):
+        first, *others = m.layers(settings, rng)
+        if back is forgets_to_return:
+            return [first, m.Layer("twice", m.relu, back), *others]
+        return [m.Layer("bend", m.relu, back), first, *others]
+
+    name = "conv1" if back is forgets_to_return else "bend"
     images, labels = noise(rng, 3)
     params = m.init_params(SMALL, network=network)
     with pytest.raises(
-        m.UserError, match="^bend gets no gradient: the layer behind it has need_dx"
+        m.UserError, match=f"^{name} gets no gradient: the layer after it returns no dx"
     ):
         m.loss_and_gradients(params, images, labels, SMALL, network=network)

@@ -46,7 +46,7 @@ FONT_NAMES = (
 def save(tmp_path_factory):
     """A save folder with a run in it."""
     save = tmp_path_factory.mktemp("save")
-    flags = """--tag small --data-dir data/sample --epochs-max 3 --learning-rate 3e-3
+    flags = """--tag small --data-dir data/sample --epochs-max 2 --learning-rate 4e-3
                --schedule one_cycle --dropout 0.3 --channels 4,8,16,16 --augment 0.5
                --batch-size 32 --device cpu""".split()
     flags[3] = str(m.ROOT / "data" / "sample")
@@ -128,14 +128,14 @@ def test_rendered_digits_are_found_one_by_one(font, size, tmp_path, reader):
     [
         ("black", "white", "RGB"),
         ("white", "black", "RGB"),
-        ("#202060", "#f0e0b0", "RGB"),
-        ("yellow", "navy", "RGB"),
+        pytest.param("#202060", "#f0e0b0", "RGB", marks=long),
+        pytest.param("yellow", "navy", "RGB", marks=long),
         ("#d00000", "#009000", "RGB"),
-        (60, 200, "L"),
+        pytest.param(60, 200, "L", marks=long),
         (0, 1, "1"),
         ("black", (0, 0, 0, 0), "RGBA"),
-        ("white", (0, 0, 0, 0), "RGBA"),
-        ("white", (255, 255, 255, 0), "RGBA"),
+        pytest.param("white", (0, 0, 0, 0), "RGBA", marks=long),
+        pytest.param("white", (255, 255, 255, 0), "RGBA", marks=long),
         (30, (200, 0), "LA"),
         (2, 1, "P"),
         ((0, 0, 0, 255), (0, 0, 0, 0), "CMYK"),
@@ -551,11 +551,14 @@ def test_what_is_drawn_in_the_window_is_answered(save, screen):
     "environment, said",
     [
         ({"DISPLAY": None, "WAYLAND_DISPLAY": None}, "there is no display here"),
-        (
+        pytest.param(
             {"DISPLAY": ":99999", "MPLBACKEND": "Agg"},
             "cannot open a window (Matplotlib's backend here is agg",
+            marks=long,
         ),
-        ({"DISPLAY": ":99999", "MPLBACKEND": "TkAgg"}, "cannot open a window"),
+        pytest.param(
+            {"DISPLAY": ":99999", "MPLBACKEND": "TkAgg"}, "cannot open a window", marks=long
+        ),
     ],
 )
 def test_without_a_screen_drawing_gets_one_line(environment, said, save):
@@ -573,7 +576,7 @@ def test_without_a_screen_drawing_gets_one_line(environment, said, save):
 # ── MNIST's own images ────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(200, marks=exhaustive)])
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=exhaustive)])
 def test_mnist_on_larger_pages_is_read_as_well_as_mnist_itself(
     count, sample, reader, rng, tmp_path
 ):
@@ -931,7 +934,13 @@ def forms_of(grey):
 FORMS = list(forms_of(np.zeros((9, 9), np.uint8)))
 
 
-@pytest.mark.parametrize("form", FORMS)
+# The others take another way through the same lines.
+OFTEN = ("uint8", "floats to 1", "16 bits", "colours", "channels first", "a list")
+
+
+@pytest.mark.parametrize(
+    "form", [form if form in OFTEN else pytest.param(form, marks=long) for form in FORMS]
+)
 def test_read_takes_a_picture_in_any_form(form, door):
     grey = np.asarray(page("2 7").convert("L"))
     usual, reading = door(grey), door(forms_of(grey)[form])

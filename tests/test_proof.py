@@ -257,7 +257,7 @@ def by_its_own_lines(module, images, labels, settings):
     params = module.init_params(settings, np.float64)
     gradients = module.learn_from(params, images, labels, settings, None, module.layers)[1]
     x = module.to_input(images, np.float64)
-    logits, _ = module.forward(module.layers, params, x, settings)
+    logits, _ = module.forward(module.layers(settings), params, x)
     return np.concatenate([gradients[name].ravel() for name in params]), logits
 
 
@@ -371,9 +371,9 @@ def doubled(f):
     return twice
 
 
-def mixing(network, params, x, settings, rng=None):
+def mixing(net, params, x):
     x = x - x.mean(axis=2, keepdims=True)
-    return forward(network, params, x, settings, rng)
+    return forward(net, params, x)
 
 
 layers, forward, conv2d, max_pool2d = m.layers, m.forward, m.conv2d, m.max_pool2d

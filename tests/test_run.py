@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from programs import metrics_of, start
+from programs import few_digits, metrics_of, start
 
 import mnist_resnet9 as m
 from benchmarks.accuracy import share_run
 from support import bookkeeping, checkpoints, run_folder, runs
 
-SMALL = "--channels 4,16,16,16 --train-images 640 --batch-size 32 --device cpu".split()
-SMALL += ["--data-dir", str(m.ROOT / "data" / "sample")]
+SMALL = "--channels 4,16,16,16 --train-images 320 --batch-size 16 --device cpu".split()
+SMALL += ["--data-dir", few_digits()]
 # With these, the run that nothing disturbed.
 WHOLE = "--epochs-max 3 --augment 1 --ema 0.9".split()
 
@@ -65,7 +65,7 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_the_files_that_it_promises(whole):
     folder, out = whole
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["augment"] == 1 and config["data"]["name"] == "MNIST sample"
+    assert config["settings"]["augment"] == 1 and config["data"]["name"] == "digits"
     copy = folder / "code"
     code = {path.relative_to(copy).as_posix() for path in copy.rglob("*.py")}
     support = {f"support/{path.name}" for path in (m.ROOT / "support").glob("*.py")}
@@ -79,7 +79,7 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
     right = predictions["predictions"] == predictions["labels"]
     assert right.mean() == pytest.approx(rows[-1][5])
     assert (folder / "log.txt").read_text() == out
-    assert "MNIST sample" in out and "Ctrl-C is safe" in out
+    assert "digits, 320 images" in out and "Ctrl-C is safe" in out
     assert not list(folder.glob("*.part*"))
 
 
@@ -95,7 +95,8 @@ def test_checkpoint_holds_the_weights_that_were_evaluated(whole, sample):
     folder, _ = whole
     settings = m.Settings(channels=(4, 16, 16, 16), ema=0.9)
     weights = m.load_weights(folder / "checkpoint_last.npz", settings)
-    accuracy = m.evaluate(weights, sample.test_images, sample.test_labels, settings)[1]
+    images, labels = sample.test_images[:100], sample.test_labels[:100]
+    accuracy = m.evaluate(weights, images, labels, settings)[1]
     assert accuracy == pytest.approx(metrics_of(folder)[-1, 5])
 
 
@@ -187,18 +188,18 @@ def test_where_processes_cannot_be_copied_the_bits_are_the_same(whole, tmp_path)
 
 
 def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
-    """A run on 640 images that holds 200 out is a run on the 440 others, and one more column."""
-    fewer = "--epochs-max 2 --tag fewer --train-images 440".split()
+    """A run on 320 images that holds 100 out is a run on the 220 others, and one more column."""
+    fewer = "--epochs-max 2 --tag fewer --train-images 220".split()
     assert train(tmp_path, *fewer).returncode == 0
-    held_out = "--epochs-max 2 --tag held_out --validation-images 200".split()
+    held_out = "--epochs-max 2 --tag held_out --validation-images 100".split()
     result = train(tmp_path, *held_out)
     assert result.returncode == 0
-    assert "440 images, 14 steps" in result.stdout and "valid acc" in result.stdout
+    assert "220 images, 14 steps" in result.stdout and "valid acc" in result.stdout
     assert_same_run(tmp_path / "fewer", tmp_path / "held_out")
     settings = m.Settings(channels=(4, 16, 16, 16))
     params = m.load_weights(tmp_path / "held_out" / "checkpoint_last.npz", settings)
     accuracy = m.evaluate(
-        params, sample.train_images[440:640], sample.train_labels[440:640], settings
+        params, sample.train_images[220:320], sample.train_labels[220:320], settings
     )[1]
     path = tmp_path / "held_out" / "metrics.csv"
     assert path.read_text().startswith(",".join((*run_folder.METRICS, "validation_accuracy\n")))

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from programs import metrics_of, start
+from programs import few_digits, metrics_of, start
 
 import mnist_resnet9 as m
 from support import checkpoints, mnist, storage
@@ -24,7 +24,7 @@ resource = pytest.importorskip("resource")  # POSIX
 
 SETTINGS = m.Settings(channels=(2, 4, 4, 4), ema=0.9)
 FLAGS = (
-    *("--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"),
+    *("--data-dir", few_digits(), "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"),
     *("--ema", "0.9", "--train-images", "64", "--batch-size", "32", "--epochs-max", "2"),
 )
 
@@ -190,15 +190,15 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(tmp_path):
     before = (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes()
     flags = [sys.executable, "mnist_resnet9.py", *FLAGS[:-1], "3", "--save-dir", str(tmp_path)]
     result = subprocess.run(
-        flags, cwd=m.ROOT, capture_output=True, text=True, preexec_fn=limit_12k, timeout=120
+        flags, cwd=m.ROOT, capture_output=True, text=True, preexec_fn=limit_4k, timeout=120
     )
     assert result.returncode == 1 and "predictions.npz was NOT written" in result.stderr
     assert "Traceback" not in result.stderr and "Finished" in result.stdout
     assert (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes() == before
 
 
-def limit_12k():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+def limit_4k():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
 
 
 def test_a_second_program_on_one_folder_is_refused_and_a_dead_one_holds_no_lock(tmp_path):

@@ -10,12 +10,13 @@ import types
 
 import numpy as np
 import pytest
+from programs import few_digits
 
 import mnist_resnet9 as m
 
 SOURCE = (m.ROOT / "mnist_resnet9.py").read_text(encoding="utf-8")
 SMALL = "--device cpu --threads 1 --epochs-max 1 --train-images 64 --batch-size 32".split()
-SMALL += ["--data-dir", str(m.ROOT / "data" / "sample")]
+SMALL += ["--data-dir", few_digits()]
 
 
 @pytest.fixture

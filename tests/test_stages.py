@@ -292,7 +292,7 @@ def test_an_edited_network_has_its_own_stages(name):
 
     def loss(eps):
         x = step.stages[0].y + eps * direction
-        logits, _ = m.forward(network, params, x, SETTINGS)
+        logits, _ = m.forward(network(SETTINGS), params, x)
         return m.cross_entropy_loss(logits, labels, SETTINGS.label_smoothing)[0]
 
     slope = (loss(1e-7) - loss(-1e-7)) / 2e-7

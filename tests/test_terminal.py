@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import start
+from programs import few_digits, start
 
 import mnist_resnet9 as m
 from support import gpu, storage, terminal
 
 SCRIPT = "mnist_resnet9.py"
 FLAGS = "--channels 2,4,4,4 --train-images 64 --batch-size 32 --epochs-max 1".split()
-FLAGS += ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "2"]
+FLAGS += ["--data-dir", few_digits(), "--device", "cpu", "--threads", "2"]
 
 
 def no_traceback(result):
@@ -93,7 +93,13 @@ def test_every_script_of_a_document_is_there():
     assert {"--recipe", "--tag", "--device"} <= commands["mnist_resnet9.py"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, marks=pytest.mark.long) if script.startswith("benchmarks") else script
+        for script in SCRIPTS
+    ],
+)
 def test_every_script_explains_the_flags_of_its_documents(script):
     if script.startswith("torch_version"):
         pytest.importorskip("torch")

@@ -224,16 +224,20 @@ def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, r
 
 OPTIMIZERS = [
     {"optimizer": "sgd"},
+    {"optimizer": "adam", "weight_decay": 0.1, "ema": 0.9},
+    {"optimizer": "muon", "weight_decay": 0.1, "ema": 0.9},
+]
+MORE = [
     {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.1, "ema": 0.99},
     {"optimizer": "adam"},
     {"optimizer": "adam", "beta2": 0.9},
-    {"optimizer": "adam", "weight_decay": 0.1, "ema": 0.9},
     {"optimizer": "muon"},
-    {"optimizer": "muon", "weight_decay": 0.1, "ema": 0.9},
 ]
 
 
-@pytest.mark.parametrize("given", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "given", [*OPTIMIZERS, *[pytest.param(given, marks=pytest.mark.long) for given in MORE]]
+)
 def test_ten_steps_of_the_pytorch_version_stay_with_ours(pair, given):
     runs = pair(channels=(4, 16, 16, 16), dropout=0.5, **given)
     step_both(runs, range(10))
@@ -315,8 +319,8 @@ def torch_main(*flags):
     "flags",
     [
         "--augment 1 --elastic 1 --ema 0.9 --weight-decay 0.1",
-        "--optimizer sgd --schedule one_cycle",
-        "--optimizer muon",
+        pytest.param("--optimizer sgd --schedule one_cycle", marks=pytest.mark.long),
+        pytest.param("--optimizer muon", marks=pytest.mark.long),
     ],
 )
 def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsys):
