@@ -49,7 +49,7 @@ def rewrite(path, change):
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files if name != "sha256"}
     change(arrays)
-    storage.save_arrays(path, **arrays, sha256=checkpoints.checksums(arrays))
+    storage.write_file(path, storage.pack_arrays(**arrays, sha256=checkpoints.checksums(arrays)))
 
 
 def test_a_checkpoint_has_the_same_bytes_at_any_time(state, tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ CHANGES = {
     "shape": (lambda a: a.update({"fc9.bias": a["fc9.bias"][:9]}), r"\(9,\)"),
     "missing": (lambda a: a.pop("ema.conv1.bias"), "it has no ema.conv1.bias"),
     "extra": (lambda a: a.update(more=np.zeros(3)), "it has more, which is not expected"),
-    "version": (lambda a: a.update(version=np.int64(99)), "not version 1"),
+    "version": (lambda a: a.update(version=np.int64(99)), "its version is not 1"),
     "history": (lambda a: a["history"].__setitem__((0, 0), 5), "history"),
     "step": (lambda a: a.update(step=np.int64(-1)), "its step is -1"),
     "settings": (
@@ -121,7 +121,7 @@ def test_one_changed_number_is_found_by_its_checksum(state, tmp_path):
     with np.load(path) as file:
         arrays = dict(file)
     arrays["conv1.bias"][0] += 1
-    storage.save_arrays(path, **arrays)
+    storage.write_file(path, storage.pack_arrays(**arrays))
     with pytest.raises(m.UserError, match="checksums"):
         m.load_checkpoint(path, SETTINGS)
 
