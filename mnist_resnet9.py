@@ -66,7 +66,7 @@ from support import ROOT, UserError, gpu, shapes, terminal, winograd
 from support.bookkeeping import Bookkeeper
 from support.check import check_network
 from support.checkpoints import check_arrays, pack_checkpoint, read_checkpoint, read_weights
-from support.cores import available_cores, cores_to_use  # noqa: F401  (m.available_cores)
+from support.cores import cores_to_use
 from support.mnist import DataFiles, find_mnist, hashes_of, note_on_pixels
 from support.proof import FastWays
 from support.run_folder import RunFolder, remember
@@ -190,7 +190,7 @@ NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
 
 def parse_settings(arguments=(), kind=Settings, checks=False, **preset):
     """The settings of a command line: defaults, then preset, then the recipe, then the flags."""
-    parser = Parser(description="Train ResNet9 on MNIST.", allow_abbrev=False)
+    parser = Parser(description="Train ResNet9 on MNIST.")
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -1492,7 +1492,7 @@ def gpu_engine(run, where):
 def config_of(settings, data, device):
     """What config.json holds."""
     return {
-        "settings": asdict(settings) | {"channels": list(settings.channels)},
+        "settings": asdict(settings),
         "data": {"name": data.name, "sha256": data.hashes},
         "code": fast_ways.code(),
         "device": device,
@@ -1543,15 +1543,15 @@ def run_in(folder, settings, network, machinery, device, data, parts):
             engine.fetch()
         return checkpoint_of(state, settings)
 
-    images = [len(images) for images, _ in parts]  # to train on, held out, to test with
+    to_train_on, held_out, to_test_with = (len(images) for images, _ in parts)
     book = Bookkeeper(
         settings,
         folder,
         state,
         pack,
         rate_of=lambda step, steps: rate_of_step(step, steps, settings),
-        images=images[0],
-        evaluated=min(images[0], TRAIN_EVALUATION_IMAGES) + images[1] + images[2],
+        images=to_train_on,
+        evaluated=min(to_train_on, TRAIN_EVALUATION_IMAGES) + held_out + to_test_with,
         on_gpu=device.startswith("GPU"),
     )
     if book.is_finished():
@@ -1622,7 +1622,7 @@ def main(arguments=(), start=None):
     except MemoryError as error:
         reason = " ".join(str(error).split())
         why = f"Out of memory{reason and f' ({reason})'}. Everything saved so far is kept; "
-        why += "a smaller --batch-size needs less."
+        why += "a run with a smaller --batch-size needs less."
     except BrokenPipeError:  # nobody reads the output any more, as after `| head`
         status = 128 + 13  # SIGPIPE, which ends other programs then
     except OSError as error:

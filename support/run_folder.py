@@ -273,6 +273,8 @@ def check_same_experiment(folder, config, free, defaults):
     """UserError if the run in the folder is another one than config describes.
 
     Returns what else is not as it was, a sentence each."""
+    # As the file has them: with lists where there are tuples here.
+    config, defaults = json.loads(json.dumps([config, defaults]))
     try:
         old = json.loads(read_file(folder / "config.json"))
         then = defaults | old["settings"]

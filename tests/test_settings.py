@@ -39,6 +39,17 @@ def edited(tmp_path, monkeypatch):
     return load
 
 
+def test_a_run_with_a_tuple_of_ones_own_continues(edited, tmp_path, capsys):
+    """config.json has a list in its place."""
+    line = CARD["warm_up"]
+    module = edited({line: f"{line}\n    strides: tuple = (1, 2)  # of conv1"})
+    flags = [*SMALL, "--save-dir", str(tmp_path)]
+    assert module.main(flags) == 0
+    assert module.main([*flags, "--epochs-max", "2"]) == 0
+    assert module.main([*flags, "--epochs-max", "3", "--strides", "1,1"]) == 2
+    assert "another experiment: it has strides [1, 2], not [1, 1]" in capsys.readouterr().err
+
+
 CLASS = SOURCE[SOURCE.index("class Settings:") : SOURCE.index("def __post_init__")]
 CARD = {line.split(":")[0].strip(): line for line in CLASS.splitlines()}
 CARD_NAMES = [f.name for f in dataclasses.fields(m.Settings)]
