@@ -9,25 +9,27 @@ by hand on NumPy, or on CuPy, which is NumPy on an NVIDIA GPU.
     python predict.py my_digit.png           what the network takes your own digit for
 
 A network is a function with many adjustable numbers, its parameters. It turns an image into ten
-scores (logits), one for each digit; the highest one is its answer. The loss is one number that says
-how wrong the scores of a batch, a few images, are. Training does three things, batch after batch:
+scores (logits), one for each digit; the highest one is its answer. A few images at a time make a
+batch; the loss is one number that says how wrong their scores are. Training does three things,
+batch after batch:
 
     forward    compute the scores and the loss of the batch
     backward   compute the gradient: how the loss would change with each parameter
     update     change each parameter a little, against its gradient
 
-These three are a step. The learning rate sets how far the update goes, the optimizer by which rule.
+These three are a step. The learning rate sets how far an update goes; the optimizer is its rule.
 One pass over all training images is an epoch.
 
 The network has nine layers with weights: eight 3×3 convolutions, four of them in two residual
-blocks, and a linear layer. layers(), below, lists what an image passes through, an operation or a
-block to a line.
+blocks, and a linear layer. Each is explained at its function. layers(), below, lists what an
+image passes through, one operation or block per line.
 
 Letters, here and throughout: H, W rows and columns of the image, N images, C channels coming in, K
-channels (or classes) going out, F features of one image, k the side of a kernel. A channel is one
-of several numbers that each pixel has, as the red, green and blue of a photograph. What goes from
-layer to layer is (H, W, N, C), at the end (N, F) and (N, K). Rows and columns come first, so that
-shifts, windows and borders are slices of the first two axes.
+channels (or classes) going out, F features (the numbers of one image in a row), k the side of a
+kernel (the k×k weights of a convolution). A channel is one of several numbers that each pixel has,
+like the red, green and blue of a photograph. What goes from layer to layer is (H, W, N, C), at the
+end (N, F) and (N, K). Rows and columns come first, so that shifts, windows and borders are slices
+of the first two axes.
 
 How to read it. Every operation is a pair of functions: `y, cache = op(x, …)`, and directly below it
 `op_backward(dy, cache)`. dy is the gradient of the loss with respect to y and has y's shape; the
@@ -36,9 +38,9 @@ x, the weights w and the bias b, a number added to each output. The cache holds 
 function will need from the forward one. That is all of backpropagation: forward() calls the first
 of each pair, in the order of the list, and backward() calls the second, in reverse.
 
-A first reading needs Operations, Blocks, The network, One step of learning and Training, and of the
-optimizers update() and adam. It may skip Settings, Array module, Cores and Main, and support/,
-where most of what does not learn is: files, processes, speed.
+A first reading needs Operations, Blocks, The network, One step of learning and Training, and, of
+the optimizers, State, update() and adam_step(). It may skip Settings, Array module, Random numbers,
+Cores and Main, and support/, which holds most of what is not learning: files, processes, speed.
 """
 
 import functools
@@ -64,7 +66,7 @@ from support import ROOT, UserError, gpu, shapes, terminal, winograd
 from support.bookkeeping import Bookkeeper
 from support.check import check_network
 from support.checkpoints import check_arrays, pack_checkpoint, read_checkpoint, read_weights
-from support.cores import available_cores, cores_to_use  # noqa: F401  (m.available_cores)
+from support.cores import cores_to_use
 from support.mnist import DataFiles, find_mnist, hashes_of, note_on_pixels
 from support.proof import FastWays
 from support.run_folder import RunFolder, remember
@@ -188,7 +190,7 @@ NOT_THE_EXPERIMENT = ("device", "data_dir", "save_dir", "epochs_max", "threads")
 
 def parse_settings(arguments=(), kind=Settings, checks=False, **preset):
     """The settings of a command line: defaults, then preset, then the recipe, then the flags."""
-    parser = Parser(description="Train ResNet9 on MNIST.", allow_abbrev=False)
+    parser = Parser(description="Train ResNet9 on MNIST.")
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -255,13 +257,13 @@ ORDER, STEP, INIT = 1, 2, 3  # what random numbers are for: each purpose has a s
 def random_stream(seed, purpose, epoch=0, step=0):
     """A generator of random numbers that depends on its arguments alone.
 
-    Philox makes its numbers by scrambling a key and a counter, and both are given here. So a
-    continued run needs no saved generator, and draws exactly what it would have drawn."""
+    Philox, its algorithm, scrambles a key and a counter. Both are given here, so a continued run
+    needs no saved generator and draws what it would have drawn. The draws count up in the zeros."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, step, epoch]))
 
 
 def device_stream(key):
-    """A generator that depends on the key alone, on the device that xp computes on."""
+    """A generator for dropout and augmentation, on xp's device. It depends on the key alone."""
     if xp is not np:
         return gpu.Stream(gpu.cuda(), key)
     return np.random.Generator(np.random.Philox(key=key))
@@ -282,9 +284,9 @@ class Dataset:
 
     @functools.cached_property
     def hashes(self):
-        """File name → SHA-256 of the arrays: by these a continued run knows its data again.
+        """File name → SHA-256 of the arrays, by which a continued run recognises its data.
 
-        They are those of what is trained on, whatever files it was read from."""
+        These are hashes of what is trained on, whatever files it was read from."""
         return hashes_of(vars(self))
 
     @property
@@ -363,7 +365,9 @@ def relu_backward(dy, mask):
 
 def softmax(x):
     """probs = exp(x) / Σ exp(x), row by row: (N, K) numbers → (N, K) probabilities."""
-    shifted = x - x.max(axis=1, keepdims=True)  # changes no probability, and exp cannot overflow
+    # keepdims makes the maximum (N, 1), not (N,), so each row loses its own. That changes no
+    # probability, and exp cannot overflow.
+    shifted = x - x.max(axis=1, keepdims=True)
     e = xp.exp(shifted)
     probs = e / e.sum(axis=1, keepdims=True)
     return probs, probs
@@ -384,12 +388,15 @@ def cross_entropy(probs, labels):
     goes to 0."""
     shapes.check_labels("cross_entropy", probs, labels)
     N = len(labels)
+    # Two arrays as indices pick one number for each n: probs[n, labels[n]].
     loss = -xp.log(probs[xp.arange(N), labels]).mean()
     return loss, (probs, labels)
 
 
 def cross_entropy_backward(dloss, cache):
-    """dprobs = −dloss / (N · probs) at the label, 0 elsewhere."""
+    """dprobs = −dloss / (N · probs) at the label, 0 elsewhere.
+
+    dloss, the gradient of the loss with respect to itself, is 1 where the loss ends the chain."""
     probs, labels = cache
     N = len(labels)
     at_label = (xp.arange(N), labels)
@@ -430,8 +437,8 @@ def cross_entropy_loss_backward(dloss, cache):
 def dropout(x, rate, rng):
     """Switches each feature off with probability `rate`, so that none is relied on too much.
 
-    The others grow by 1/(1 − rate), which keeps the expected value. rng is a generator of random
-    numbers. Without one, as in evaluation, y = x. Srivastava et al. 2014, in its inverted form."""
+    The others are multiplied by 1/(1 − rate), so that y is x on average. rng is a generator of
+    random numbers; without one, as in evaluation, y = x. Srivastava et al. 2014 ("inverted")."""
     shapes.check_dropout(x, rate)
     if rng is None or rate == 0:
         return x, None
@@ -483,8 +490,9 @@ def flatten_backward(dy, shape):
 def cut_into_windows(x, size):
     """The size×size windows of x: (H, W, N, C) → (H/size, size, W/size, size, N, C).
 
-    The result is a view: an array that shares its memory with x, so nothing is copied. A last row
-    or column that fills no window is left out."""
+    The rows' axis splits in two: which window, and which row of it. So does the columns' axis. The
+    result is a view: an array that shares its memory with x, so nothing is copied. A last row or
+    column that fills no window is left out."""
     H, W, N, C = x.shape
     down, across = H // size, W // size
     return x[: down * size, : across * size].reshape(down, size, across, size, N, C)
@@ -527,7 +535,7 @@ def max_pool2d(x, size=2):
     # Pixels with equal surroundings (background) should tie. But their sums were taken in different
     # orders, which rounds differently, so equal means equal up to rounding.
     rounding = 1e-5 if x.dtype == xp.float32 else 1e-12
-    lowest = y - rounding * (1 + abs(y))
+    lowest = y - rounding * (1 + abs(y))  # a share of y alone would allow nothing where y is 0
     mask = v >= lowest[:, None, :, None]
     return y, (mask, x.shape)
 
@@ -555,16 +563,17 @@ def surroundings(x, k):
     r = k // 2
     padded = xp.zeros((H + 2 * r, W + 2 * r, N, C), x.dtype)
     padded[r : r + H, r : r + W] = x
-    view = xp.lib.stride_tricks.sliding_window_view(padded, (k, k), (0, 1))  # (H, W, N, C, k, k)
-    # Copying column by column takes a CPU a third of the time that row by row takes.
+    # All windows, as a view: (H, W, N, C, k, k). reshape, below, copies it. To build the transpose
+    # and turn it with .T takes a CPU a third of the time.
+    view = xp.lib.stride_tricks.sliding_window_view(padded, (k, k), (0, 1))
     return view.transpose(4, 5, 3, 0, 1, 2).reshape(k * k * C, H * W * N).T
 
 
 def conv2d(x, w, b):
     """The convolution above: (H, W, N, C) → (H, W, N, K), as one matrix product."""
     shapes.check_conv2d(x, w, b)
-    # In training and evaluation on a CPU, all 3×3 convolutions but conv1 leave here:
-    # support/winograd.py computes the same, up to rounding, sooner. With
+    # In training and evaluation on a CPU, all 3×3 convolutions but conv1 return here:
+    # support/winograd.py computes the same, up to rounding, but faster. With
     # winograd.MIN_CHANNELS = 10**9 the lines below compute them all.
     if winograd.is_faster(w):
         return winograd.conv2d(x, w, b)
@@ -580,7 +589,7 @@ def conv2d_backward(dy, cache, need_dx=True):
 
     x[row, col] enters y[row − i + r, col − j + r] with the weights w[i, j]. So a pixel collects dy
     from all around itself, with the kernel turned by 180° and its channels swapped. The first layer
-    of a network does without dx, since images are not learnt."""
+    of a network takes need_dx=False: images are not learnt, so nobody needs their gradient."""
     if isinstance(cache, winograd.Cache):
         return winograd.conv2d_backward(dy, cache, need_dx)
     cols, w = cache
@@ -616,7 +625,7 @@ def conv_block_backward(dy, cache, need_dx=True):
 def residual_block(x, w1, b1, w2, b2):
     """relu(x + conv(relu(conv(x)))): two convolutions learn only what to add to x, the residual.
 
-    The gradient also goes straight past them, through the sum. So it reaches the layers before
+    The gradient also goes straight past them, through the sum, and so reaches the earlier layers
     undiminished. He et al. 2015, arXiv:1512.03385."""
     h, block_cache = conv_block(x, w1, b1)
     h, conv_cache = conv2d(h, w2, b2)
@@ -629,7 +638,7 @@ def residual_block(x, w1, b1, w2, b2):
 def residual_block_backward(dy, cache):
     """dx, dw1, db1, dw2, db2. x took two paths, so the gradients of both paths add."""
     block_cache, conv_cache, relu_cache = cache
-    dsum = relu_backward(dy, relu_cache)  # of x + h: x and h both get it unchanged
+    dsum = relu_backward(dy, relu_cache)  # the gradient of x + h, which x and h each get unchanged
     dh, dw2, db2 = conv2d_backward(dsum, conv_cache)
     dx, dw1, db1 = conv_block_backward(dh, block_cache)  # through the two convolutions
     dx += dsum  # and past them
@@ -651,12 +660,14 @@ class Parameters(dict):
     @classmethod
     def of_flat(cls, flat, arrays):
         """The parts of a flat vector, by the names and in the shapes of these arrays."""
-        params = cls.__new__(cls)
+        params = cls.__new__(cls)  # a new object without __init__, which would copy
         params.share_out(flat, arrays)
         return params
 
     def share_out(self, flat, arrays):
-        self.flat, start = flat, 0
+        """Gives each name its stretch of flat, as a view: whoever changes one changes both."""
+        self.flat = flat
+        start = 0
         for name, a in arrays.items():
             self[name] = flat[start : start + a.size].reshape(a.shape)
             start += a.size
@@ -670,10 +681,10 @@ class Layer(NamedTuple):
 
     name: str
     op: Callable
-    # op_backward(dy, cache) → dx; of a layer with parameters: dx, and the gradient of each.
+    # op_backward(dy, cache) returns dx; with parameters, dx and then the gradient of each.
     op_backward: Callable
-    params: tuple = ()  # their names
-    start: Callable = lambda rng: ()  # (rng) → the values that they start with
+    params: tuple = ()  # the names of its parameters
+    start: Callable = lambda rng: ()  # a function: start(rng) gives their first values; here none
 
 
 def layers(settings, rng=None):
@@ -701,10 +712,11 @@ def conv(name, C, K, k=3, need_dx=True):
     """A k×k convolution and relu: from C channels to K."""
 
     def start(rng):
-        # The biases start a little above 0: where all pixels under a kernel are 0, relu gets the
-        # bias alone, and its slope is then 1.
+        # he(), below, draws the weights. The biases start a little above 0: where all pixels under
+        # a kernel are 0, relu gets the bias alone, and its slope is then 1.
         return he(rng, (k, k, C, K)), np.full(K, 0.01)
 
+    # conv_block_backward with need_dx filled in, so that it takes (dy, cache) as all others do.
     back = functools.partial(conv_block_backward, need_dx=need_dx)
     return Layer(name, conv_block, back, (f"{name}.weight", f"{name}.bias"), start)
 
@@ -718,6 +730,7 @@ def residual(first, second, C):
         w1, w2 = he(rng, (3, 3, C, C)), he(rng, (3, 3, C, C), scale=0.5)
         return w1, np.full(C, 0.01), w2, np.full(C, 0.01)
 
+    # conv3.weight, conv3.bias, conv4.weight, conv4.bias, say. The layer is named after the second.
     params = [f"{name}.{part}" for name in (first, second) for part in ("weight", "bias")]
     return Layer(second, residual_block, residual_block_backward, tuple(params), start)
 
@@ -791,22 +804,24 @@ def forward(net, params, x):
     """x (28, 28, N, 1) → logits (N, 10), and the cache of every layer of net, a list of them."""
     caches = []
     for layer in net:
+        # Its parameters, by name, become arguments. Its y is the x of the next layer.
         x, cache = layer.op(x, *[params[name] for name in layer.params])
         caches.append(cache)
-    return x, caches  # what the last layer made of it: the logits
+    return x, caches  # x is now what the last layer put out: the logits
 
 
 def backward(net, dlogits, caches):
     """dlogits (N, 10) → {name: gradient}. The same layers, from the last to the first."""
     gradients, dy = {}, dlogits
+    # dx of a layer is dy of the one before it.
     for layer, cache in zip(reversed(net), reversed(caches)):
         if dy is None:
             raise UserError(
                 f"{layer.name} gets no gradient: the layer after it returns no dx "
                 "(need_dx=False, or a return is missing)"
             )
-        # dx of a layer is dy of the one before.
         if layer.params:
+            # The first array returned is dx; * collects the rest, one for each parameter.
             dy, *of_params = layer.op_backward(dy, cache)
             if len(of_params) != len(layer.params):
                 raise UserError(
@@ -844,10 +859,11 @@ class State:
     """All that training changes: what a checkpoint holds."""
 
     params: Parameters
-    moments: Any  # (1, parameters), the velocity of sgd; or (2, parameters), adam's means
+    moments: Any  # the optimizer's memory: a row of velocities for sgd; adam, muon: two rows, means
     ema: Any  # running mean of the parameters, or None
     step: int = 0  # steps done
-    history: list = field(default_factory=list)  # a row {column: number} for each epoch
+    # A row {column: number} for each epoch, the first one for epoch 0: before any training.
+    history: list = field(default_factory=list)
 
     def views(self):
         """name → array: all that a checkpoint holds in the parameters' dtype."""
@@ -875,7 +891,9 @@ def init_state(settings, network=None):
 
 
 def update(state, gradients, settings, rate):
-    """The update, in place. gradients are Parameters, rate is this step's learning rate."""
+    """The update. gradients are Parameters, rate is this step's learning rate.
+
+    It changes the arrays in place: w -= … writes into w, where w = w − … would make a new array."""
     optimizers = {"sgd": sgd, "adam": adam, "muon": muon}
     decay_weights(state.params, settings, rate)
     optimizers[settings.optimizer](state, gradients, settings, rate)
@@ -942,9 +960,9 @@ def muon(state, gradients, settings, rate):
         w ← w − rate · 0.2 √(longer side of the matrix) · orthogonal(mean of dw)
 
     A gradient, taken as a matrix, is large in a few directions and small in the rest: see
-    orthogonal(). Adam makes the steps of single numbers alike, this makes those of whole directions
-    alike, so that weak ones are learnt too. The factor makes a step about as long as Adam's: Liu
-    and others 2025, arXiv:2502.16982."""
+    orthogonal(). Adam evens out the steps of single numbers, muon those of whole directions, so
+    that weak directions are learnt too. The factor makes a step about as long as Adam's: Liu and
+    others 2025, arXiv:2502.16982."""
     params, beta1 = state.params, beta1_of(settings)
     means, squares = (Parameters.of_flat(row, params) for row in state.moments)
     for name, w in params.items():
@@ -1035,8 +1053,9 @@ def augment(images, strength, rng, elastic=0):
     shapes.check_batch("augment", images)
     N, H, W = images.shape
     matrices, shifts = random_matrices(N, strength, rng)
+    # Here y and x are the row and the column of every pixel, counted from the centre: (H·W,).
     y, x = xp.meshgrid(xp.arange(H) - (H - 1) / 2, xp.arange(W) - (W - 1) / 2, indexing="ij")
-    y, x = y.ravel().astype(xp.float32), x.ravel().astype(xp.float32)  # (H·W,), from the centre
+    y, x = y.ravel().astype(xp.float32), x.ravel().astype(xp.float32)
     a, b, c, d = matrices[:, :, None]  # (N, 1) each
     row = a * y + b * x + (shifts[0] + (H - 1) / 2)[:, None]  # (N, H·W)
     col = c * y + d * x + (shifts[1] + (W - 1) / 2)[:, None]
@@ -1185,6 +1204,7 @@ def loss_and_gradients(params, images, labels, settings, rng=None, network=None)
     images = xp.asarray(shapes.images_of(images))
     labels = xp.asarray(shapes.labels_of(labels, images))
     network = network or layers
+    # fast_ways, made at the end of this file, says which shortcuts compute the same as this script.
     ways = fast_ways.of(network, settings, images)
     shards = shards_of(len(images), SHARD_IMAGES if ways.shards else len(images))
     keys = rng.integers(2**63, size=len(shards)) if rng is not None else None  # a stream per shard
@@ -1278,7 +1298,7 @@ def load_checkpoint(path, settings, network=None):
     views = state.views()
     arrays, state.step, state.history = read_checkpoint(path, views, experiment_of(settings))
     for name, a in views.items():
-        a[...] = xp.asarray(arrays[name])
+        a[...] = xp.asarray(arrays[name])  # fills the array itself, which the state holds
     return state
 
 
@@ -1338,10 +1358,14 @@ def plan_of(run, epoch):
     themselves that decaying weights keep, the rate and the divisor of adam's two corrections, and
     the share that the mean of the weights takes from the new ones."""
     settings, steps = run.settings, run.total_steps // run.settings.epochs_max
+    rng = random_stream(settings.seed, STEP, epoch)  # that of the first step
     keys, plan = [], []
     for number in range(steps):
         step = (epoch - 1) * steps + number
-        keys.append(random_stream(settings.seed, STEP, epoch, number).integers(2**63))
+        keys.append(rng.integers(2**63))
+        # On to the next step's: a draw has added 1 to the counter, a step adds 2**128 to it. That
+        # takes a third of the time that making each stream anew would, while a GPU waits.
+        rng.bit_generator.advance(2**128 - 1)
         rate = rate_of_step(step, run.total_steps, settings)
         mean_share, square_share = corrections(step, beta1_of(settings), settings.beta2)
         keeps, takes = decay_keeps(rate, settings), 1 - ema_keeps(settings, step)
@@ -1387,7 +1411,7 @@ def learn_from(params, images, labels, settings, rng, network):
     x = to_input(images, dtype_of(params))
     logits, caches = forward(net, params, x)
     loss, cache = cross_entropy_loss(logits, labels, settings.label_smoothing)
-    dlogits = cross_entropy_loss_backward(1, cache)  # dloss = 1: the loss's own slope in itself
+    dlogits = cross_entropy_loss_backward(1, cache)  # 1 is dloss: d loss / d loss
     gradients = backward(net, dlogits, caches)
     check_gradients(gradients, params)
     return loss, gradients
@@ -1408,15 +1432,17 @@ def train(run, book, engine=None):
         book.end_epoch(lambda: evaluate_all(run, engine))
     while book.goes_on():
         epoch = len(state.history)  # history has a row for epoch 0 too
+        # The numbers of the training images, shuffled; each batch takes the next few of them.
         order = xp.asarray(random_stream(settings.seed, ORDER, epoch).permutation(len(images)))
         if engine:
             keys, plan = plan_of(run, epoch)
             engine.begin_epoch(order, keys, plan, done=state.step % len(plan))
-        for number in book.steps(epoch):
+        for number in book.steps(epoch):  # 0, 1, …: those of the epoch that are still to do
             if engine:
-                loss = engine.step(state, number)
+                loss = engine.step(state, number)  # the same as the lines below
             else:
-                batch = order[number * B : (number + 1) * B]  # the numbers of its images
+                # The numbers of its images. The last batch of an epoch may be smaller.
+                batch = order[number * B : (number + 1) * B]
                 rng = random_stream(settings.seed, STEP, epoch, number)
                 # Forward, loss and backward: learn_from(), above, on all cores.
                 loss, gradients = loss_and_gradients(
@@ -1466,7 +1492,7 @@ def gpu_engine(run, where):
 def config_of(settings, data, device):
     """What config.json holds."""
     return {
-        "settings": asdict(settings) | {"channels": list(settings.channels)},
+        "settings": asdict(settings),
         "data": {"name": data.name, "sha256": data.hashes},
         "code": fast_ways.code(),
         "device": device,
@@ -1517,15 +1543,15 @@ def run_in(folder, settings, network, machinery, device, data, parts):
             engine.fetch()
         return checkpoint_of(state, settings)
 
-    images = [len(images) for images, _ in parts]  # to train on, held out, to test with
+    to_train_on, held_out, to_test_with = (len(images) for images, _ in parts)
     book = Bookkeeper(
         settings,
         folder,
         state,
         pack,
         rate_of=lambda step, steps: rate_of_step(step, steps, settings),
-        images=images[0],
-        evaluated=min(images[0], TRAIN_EVALUATION_IMAGES) + images[1] + images[2],
+        images=to_train_on,
+        evaluated=min(to_train_on, TRAIN_EVALUATION_IMAGES) + held_out + to_test_with,
         on_gpu=device.startswith("GPU"),
     )
     if book.is_finished():
@@ -1596,7 +1622,7 @@ def main(arguments=(), start=None):
     except MemoryError as error:
         reason = " ".join(str(error).split())
         why = f"Out of memory{reason and f' ({reason})'}. Everything saved so far is kept; "
-        why += "a smaller --batch-size needs less."
+        why += "a run with a smaller --batch-size needs less."
     except BrokenPipeError:  # nobody reads the output any more, as after `| head`
         status = 128 + 13  # SIGPIPE, which ends other programs then
     except OSError as error:
@@ -1608,7 +1634,8 @@ def main(arguments=(), start=None):
     return terminal.end(status, why)
 
 
-# Last of all: from here on it notices which of the functions above are replaced.
+# Shortcuts stand in for some of the functions above. If you replace one of those, in a notebook,
+# say, fast_ways notices, and the shortcut is not taken.
 fast_ways = FastWays(globals())
 
 if __name__ == "__main__":

@@ -19,15 +19,20 @@ Of several runs the first one's folder also gets
     curves_TAG+TAG….png     their curves, all with the same axes
     gradients_TAG+TAG….png  how large the gradient of each layer's weights is
 
+and with --overlay nothing but
+
+    test_accuracy_TAG+TAG….png  their test accuracies
+
 With --watch nothing is put on the screen. In a notebook, `plot_figs.main(["TAG"])` does the same;
-draw_failures(), draw_confusion(), draw_filters() and draw_layers() also draw what is no run: a
-title, a text, then stands in its place.
+draw_failures(), draw_confusion(), draw_filters() and draw_layers() also work without a run: pass a
+title (a string) instead.
 """
 
 import contextlib
 import functools
 import hashlib
 import importlib
+import io
 import math
 import os
 import sys
@@ -55,7 +60,7 @@ from support.runs import (
 )
 from support.settings import Parser, project_path
 from support.stages import CannotDraw, first_of, one_pass, words_for
-from support.storage import is_lfs_pointer, write_file
+from support.storage import describe, read_file, reason, write_file
 from support.style import (
     BLUE,
     GREY,
@@ -70,12 +75,6 @@ from support.style import (
     to_png,
 )
 
-
-def in_a_line(error):
-    program = "" if terminal.in_notebook() else "plot_figs.py: "
-    return program + " ".join(str(error).split())
-
-
 try:
     plt = load_pyplot()
     from matplotlib.ticker import (
@@ -89,7 +88,7 @@ try:
 except UserError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(terminal.end(2, in_a_line(error)))
+    sys.exit(terminal.end(2, terminal.prefix() + reason(error)))
 
 WATCH_SECONDS = 2.0  # between two looks at a run in progress
 # Nobody looks at more, and a bad run has thousands. In a notebook a wider figure would be shrunk
@@ -102,39 +101,26 @@ LEAST_LOSS = 1e-8  # a loss of 0 has no place on a logarithmic axis
 # ── Reading ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_arrays(path, read):
-    """What read makes of the arrays in an npz file. UserError if the file is damaged.
-
-    FileNotFoundError if there is none."""
-    try:
-        with open(path, "rb") as file:
-            if is_lfs_pointer(file.read(100)):
-                raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return read(arrays)
-    except (FileNotFoundError, UserError):
-        raise
-    # NumPy, zipfile and zlib have a dozen kinds for a damaged file.
-    except Exception as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-
-
 def read_predictions(path, labels):
-    """(predictions (N,), probabilities (N, 10)) for the test images, which have these labels."""
+    """(predictions (N,), probabilities (N, 10)) for the test images, which have these labels.
 
-    def read(arrays):
-        predictions, probabilities = arrays["predictions"], arrays["probabilities"]
-        if not np.array_equal(arrays["labels"], labels):
-            raise ValueError("its labels are not those of the test images")
+    UserError if the file is not what a run has written."""
+    try:
+        with np.load(io.BytesIO(read_file(path)), allow_pickle=False) as arrays:
+            predictions, probabilities = arrays["predictions"], arrays["probabilities"]
+            if not np.array_equal(arrays["labels"], labels):
+                raise ValueError("its labels are not those of the test images")
         if predictions.shape != labels.shape or probabilities.shape != (len(labels), 10):
             raise ValueError("its arrays have other shapes")
         possible = np.isin(predictions, range(10)).all()
         if not (possible and ((0 <= probabilities) & (probabilities <= 1.001)).all()):
             raise ValueError("its values are not those of a run")
         return predictions.astype(int), probabilities
-
-    return read_arrays(path, read)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({reason(error)})") from None
+    # NumPy, zipfile and zlib have a dozen kinds for a damaged file.
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({reason(error)})") from None
 
 
 def find_network(params, settings):
@@ -160,11 +146,6 @@ def find_network(params, settings):
             if not {"max_pool2d", "avg_pool2d"} & names - {f"{settings.pool}_pool2d"}:
                 return network
     raise CannotDraw(why)
-
-
-def describe(error):
-    """An error that is not ours, in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @functools.cache
@@ -361,15 +342,13 @@ def images_of(run):
     return "images" if isinstance(run, str) else "test images"
 
 
-def drawing(draw):
-    """draw() as plot() needs it, and a cell of a notebook, too: in our style and on the CPU."""
+@contextlib.contextmanager
+def drawing():
+    """Within this block figures have our style, and the network computes on the CPU.
 
-    @functools.wraps(draw)
-    def drawn(*arguments, **named):
-        with our_style(), computing_on_the_cpu(m), np.errstate(all="ignore"):
-            return draw(*arguments, **named)
-
-    return drawn
+    @drawing() is for those functions that a cell of a notebook calls, too."""
+    with our_style(), computing_on_the_cpu(m), np.errstate(all="ignore"):
+        yield
 
 
 def canvas(run, subject, width, height):
@@ -393,7 +372,7 @@ def tile(ax, image, x, y, side=28, **style):
     return ax.imshow(image, extent=extent, interpolation="nearest", **style)
 
 
-@drawing
+@drawing()
 def draw_failures(run, images, labels, predictions, probabilities):
     """The misclassified images, those first whose wrong digit got the highest probability.
 
@@ -425,7 +404,7 @@ def draw_failures(run, images, labels, predictions, probabilities):
     return fig
 
 
-@drawing
+@drawing()
 def draw_filters(run, params, image, label):
     """Each filter of conv1, and under it its response to one digit: relu(image * filter + bias).
 
@@ -459,7 +438,7 @@ def draw_filters(run, params, image, label):
     return fig
 
 
-@drawing
+@drawing()
 def draw_confusion(run, labels, predictions):
     """How many images of each digit (rows) were taken for which digit (columns).
 
@@ -488,7 +467,7 @@ def draw_confusion(run, labels, predictions):
 
 # ── One step of learning ──────────────────────────────────────────────────────────────────────────
 
-CANDIDATES = 100  # the digit that is drawn is the least sure one of the first so many
+CANDIDATES = 100  # the digit drawn is the least sure of the first 100
 BATCH = 64  # images whose gradient several runs compare
 AT_ONCE = 8  # of them: all that happens to them is kept
 
@@ -517,7 +496,7 @@ SMALL = {"size": 7, "ha": "center"}
 LONGEST_NAME, LONGEST_WORDS = 13, 22  # letters, with room for them above a layer
 
 
-@drawing
+@drawing()
 def draw_layers(run, params, images, labels, settings=None, network=None):
     """What every layer makes of one digit, and under it the gradient of the loss that comes back.
 
@@ -747,7 +726,7 @@ def draw_bracket(ax, tail, head, foot, edge):
         ax.text((begin + stop) / 2, edge, "shortcut", **style)
 
 
-def draw_lengths(ax, names, step, plain, rotation=0):
+def draw_lengths(ax, names, step, plain, rotation):
     """How long each gradient in the figure is: the root of the sum of its squares."""
     lines = [(step, BLUE, "-", "as it is, through convolutions and shortcuts")]
     if step.has_shortcuts:
@@ -832,15 +811,15 @@ def draw_gradients(measured):
 # ── Main ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def draw_run(run, load_data):
-    """(file name, figure) of all that the run has the files for. A line says what is missing."""
+def draw_run(run, load_data, say):
+    """(file name, figure) of all that the run has the files for. say(line) says what is missing."""
     tag, predictions = run.folder.name, run.folder / "predictions.npz"
     if not has_begun(run):
-        print(f"{tag} has no metrics.csv yet, so no curves.png")
+        say(f"{tag} has no metrics.csv yet, so no curves.png")
     if not predictions.exists():
-        print(f"{tag} has no predictions.npz yet, so no confusion.png and failures.png")
+        say(f"{tag} has no predictions.npz yet, so no confusion.png and failures.png")
     if not has_checkpoint(run.folder):
-        print(f"{tag} has no checkpoint_last.npz yet, so no filters.png and layers.png")
+        say(f"{tag} has no checkpoint_last.npz yet, so no filters.png and layers.png")
     if has_begun(run):
         yield "curves.png", draw_curves([run])
     if predictions.exists():
@@ -864,16 +843,16 @@ def draw_run(run, load_data):
             try:
                 yield name, draw()
             except CannotDraw as error:
-                print(f"{tag}: no {name}, since {error}")
+                say(f"{tag}: no {name}, since {error}")
 
 
 def first_images(run, data, count):
-    """The first so many images that the run learns from, and their labels."""
+    """The first `count` images that the run learns from, and their labels."""
     count = min(count, run.settings.train_images or count)
     return data.train_images[:count], data.train_labels[:count]
 
 
-def compare_gradients(runs, load_data):
+def compare_gradients(runs, load_data, say):
     """The Gradients of those runs that have a checkpoint of a known network."""
     measured = []
     for run in runs:
@@ -884,7 +863,7 @@ def compare_gradients(runs, load_data):
                 network = find_network(params, run.settings)
                 measured.append(measure_gradients(run, network, params, *first))
             except CannotDraw as error:
-                print(f"{run.folder.name}: no gradients, since {error}")
+                say(f"{run.folder.name}: no gradients, since {error}")
     return measured
 
 
@@ -923,7 +902,7 @@ def joint_path(kind, runs):
     return runs[0].folder / f"{name}.png"
 
 
-def draw_together(runs, overlay, load_data):
+def draw_together(runs, overlay, load_data, say):
     """(path, figure) of all that there is to draw of these runs so far."""
     begun = [run for run in runs if has_begun(run)]
     if overlay:
@@ -933,10 +912,10 @@ def draw_together(runs, overlay, load_data):
     if len(begun) > 1:
         yield joint_path("curves", begun), draw_curves(begun)
     for run in runs:
-        for name, figure in draw_run(run, load_data):
+        for name, figure in draw_run(run, load_data, say):
             yield run.folder / name, figure
     if len(begun) > 1:
-        measured = compare_gradients(begun, load_data)
+        measured = compare_gradients(begun, load_data, say)
         if len(measured) > 1:
             path = joint_path("gradients", [one.run for one in measured])
             yield path, draw_gradients(measured)
@@ -960,7 +939,14 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
     load_backend()
     on_screen = shows_figures() and not watch
     load_data = functools.partial(data_of, data_dir=data_dir, load=functools.cache(m.load_mnist))
-    drawn, finished = None, False
+    drawn, finished, said = None, False, set()
+
+    def say(line, stream=None):
+        """Says it once, however often the runs are drawn."""
+        if line not in said:
+            print(line, file=stream, flush=True)
+        said.add(line)
+
     while True:
         now = last_changes(folders)
         # A finished run may still be writing its last files.
@@ -970,14 +956,14 @@ def plot(tags, save_dir, data_dir=None, overlay=False, watch=False):
             drawn = now
             runs = [read_run(folder, m.Settings) for folder in folders]
             for note in filter(None, (run.note_on_code(m.fast_ways.code()) for run in runs)):
-                print(note, file=sys.stderr)
+                say(note, sys.stderr)
             finished = all(map(is_finished, runs))
             if overlay and not watch and not any(map(has_begun, runs)):
                 raise UserError(
                     f"no epoch of {', '.join(tags)} is finished yet: there is nothing to draw"
                 )
-            with our_style(), computing_on_the_cpu(m), np.errstate(all="ignore"):
-                for path, figure in draw_together(runs, overlay, load_data):
+            with drawing():
+                for path, figure in draw_together(runs, overlay, load_data, say):
                     write(path, figure)
                     if not on_screen:
                         plt.close(figure)
@@ -1000,40 +986,31 @@ def write(path, figure):
         print(path, flush=True)
 
 
-def main(arguments=()):
-    """Runs a command line. Returns the exit status: 0, or 2 after an error, which is one line.
-
-    In a cell of a notebook, what is not 0 is an exception: see terminal.end()."""
-    terminal.prepare()
-    status, why = 0, ""
-    parser = Parser(
-        prog="plot_figs.py",
-        description="Draw the figures of runs into save/<tag>/.",
-        allow_abbrev=False,
-    )
+def start(arguments):
+    description = "Draw the figures of runs into save/<tag>/."
+    parser = Parser(prog="plot_figs.py", description=description)
     said = f"runs; several are also drawn side by side (default: {m.Settings.tag})"
     parser.add_argument("tags", nargs="*", default=[m.Settings.tag], metavar="TAG", help=said)
     said = "draw only the runs' test accuracies, in one panel"
     parser.add_argument("--overlay", action="store_true", help=said)
     said = "draw again after each epoch, until the runs are finished"
     parser.add_argument("--watch", action="store_true", help=said)
-
     add_save_dir(parser, m.Settings.save_dir)
     said = "folder with the data (default: the one that the run was made with)"
-    parser.add_argument("--data-dir", type=user_folder, metavar="FOLDER", help=said)
+    parser.add_argument("--data-dir", metavar="FOLDER", help=said)
+    given = parser.parse_args(arguments)
+    save_dir = user_folder(given.save_dir)
+    data_dir = None if given.data_dir is None else user_folder(given.data_dir)
     try:
-        plot(**vars(parser.parse_args(terminal.words_of(arguments))))
-    except SystemExit as stop:
-        if stop.code or not terminal.in_notebook():
-            raise
-        # After --help, which ends no notebook.
-    except (UserError, OSError) as error:
-        status, why = 2, in_a_line(error)
+        plot(given.tags, save_dir, data_dir, given.overlay, given.watch)
     except KeyboardInterrupt:  # the way to end --watch
-        status = 130
-    finally:
-        terminal.flush()
-    return terminal.end(status, why)
+        return 130
+    return 0
+
+
+def main(arguments=()):
+    """Runs a command line, as main() of mnist_resnet9.py does; that says what it returns."""
+    return m.main(arguments, start)
 
 
 if __name__ == "__main__":

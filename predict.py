@@ -10,8 +10,8 @@
 Photographs and drawings of any size and colours will do: dark on light, light on dark, transparent.
 Each digit is made into an image as MNIST's were: fitted into 20×20 pixels by its longer side, and
 moved so that its centre of mass is the centre of 28×28. What the network saw is shown beside its
-answer: if that is no digit, the answer is none either. Digits are found by support/pictures.py: on
-a sheet that lies on a table, in a shadow, on ruled or squared paper, too.
+answer: if that is not a digit, the answer means nothing. Digits are also found on a sheet that lies
+on a table, in a shadow, and on ruled or squared paper (support/pictures.py).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
 
 import mnist_resnet9 as m
-from support import terminal
+from support import ROOT, UserError, terminal
 from support.checkpoints import OTHERS
 from support.device import computing_on_the_cpu, on_host
 from support.runs import (
@@ -41,15 +41,14 @@ from support.runs import (
     read_run,
     user_folder,
 )
-from support.settings import project_path
-from support.storage import is_lfs_pointer, write_file
+from support.settings import Parser, project_path
+from support.storage import describe, refuse_pointer, write_file
 from support.style import (
     BLUE,
     GREY,
     INK,
     ORANGE,
     has_screen,
-    in_notebook,
     load_pyplot,
     our_style,
     to_png,
@@ -66,6 +65,8 @@ ONE_PICTURE = ("MPO", "PSD")  # their further pages are previews and layers
 GDAL_NODATA = 42113  # the field of a TIFF file with the value of pixels without data
 BEYOND_LIGHT = 1e9  # no sensor counts so far: 3.4e38 and the like stand for "no data"
 WORKING_SIZE = 1000  # pixels of the longer side in which digits are looked for
+BAR = 24  # characters of a probability of 1 in the terminal
+COLUMNS = 3  # digits beside each other in a figure
 
 
 # ── Finding the digits ────────────────────────────────────────────────────────────────────────────
@@ -90,15 +91,15 @@ def read_picture(path):
             note = on_further_pages(path, file)
     except Image.DecompressionBombError as error:
         limit = f"{MAX_PIXELS // 10**6} million pixels"
-        raise m.UserError(f"{path} is too large ({error}); make it {limit} at most") from None
+        raise UserError(f"{path} is too large ({error}); make it {limit} at most") from None
     except FileNotFoundError:
-        raise m.UserError(f"there is no picture {path}") from None
-    except m.UserError:
+        raise UserError(f"there is no picture {path}") from None
+    except UserError:
         raise
     # Pillow raises a dozen kinds for a file that is damaged or no picture.
     except Exception as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise m.UserError(
+        raise UserError(
             f"{path} cannot be read as a picture ({reason}); PNG or JPEG would do"
         ) from None
     return *of_working_size(picture, size, nodata), note
@@ -129,17 +130,14 @@ def open_picture(path):
     except UnidentifiedImageError:
         with open(path, "rb") as file:
             head = file.read(100)
-        if is_lfs_pointer(head):
-            raise m.UserError(
-                f"{path} is a git-lfs pointer, not the picture: run `git lfs pull`"
-            ) from None
+        refuse_pointer(path, head)
         if head[4:8] != b"ftyp" or head[8:12] not in HEIC_BRANDS:
             raise
     try:
         import pillow_heif
     except ImportError:
         how = "save it as JPEG, or install its decoder: pip install pillow-heif"
-        raise m.UserError(
+        raise UserError(
             f"{path} is a HEIC picture, which Pillow cannot read by itself; {how}"
         ) from None
     return pillow_heif.open_heif(path).to_pillow()
@@ -150,8 +148,9 @@ def in_rgb(picture, nodata=None):
     ink is bright."""
     if picture.mode[0] in "IF":  # 16 bits or more, where Pillow would cut off all above 255
         picture = Image.fromarray(in_eight_bits(np.asarray(picture, np.float32), nodata))
-    if picture.mode in ("1", "P"):
-        picture = picture.convert("L" if picture.mode == "1" else "RGBA")
+    # Pillow shrinks no indices, and knows no other way out of La, premultiplied grey, than LA.
+    shades = {"1": "L", "P": "RGBA", "La": "LA"}
+    picture = picture.convert(shades.get(picture.mode, picture.mode))
     # A large picture is then done at once.
     picture = picture.reduce(max(1, max(picture.size) // (2 * WORKING_SIZE)))
     rgba = picture.convert("RGBA")
@@ -224,7 +223,7 @@ def as_picture(pixels):
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     if not (pixels.size and (pixels.ndim == 2 or pixels.shape[2:] in ((3,), (4,)))):
-        raise m.UserError(
+        raise UserError(
             "a picture should be (H, W), (H, W, 3) or (H, W, 4), or images (N, 28, 28); "
             f"this array is {shape}"
         )
@@ -242,7 +241,7 @@ def in_range(pixels):
 def in_levels(pixels):
     """Pixels 0…255 or 0…1 as uint8, 0…255. UserError for others."""
     if not in_range(pixels):
-        raise m.UserError(
+        raise UserError(
             "pixels should be numbers from 0 to 255, or from 0 to 1; "
             f"these go from {pixels.min():.4g} to {pixels.max():.4g}"
         )
@@ -258,7 +257,7 @@ def as_array(picture):
     except (TypeError, ValueError):  # lists of different lengths, say
         pixels = np.array(None)
     if pixels.dtype.kind not in "buif":
-        raise m.UserError(
+        raise UserError(
             "read() takes one picture at a time: an array of numbers, a picture of Pillow's or "
             f"the name of a file, not {type(picture).__name__}"
         )
@@ -339,8 +338,7 @@ def reader_of(save_dir, tag):
 def kept_reader(folder, written, code):
     """The Reader for weights that were written then, and for the code as it is now."""
     reader = Reader(folder)
-    for note in filter(None, (reader.other_data, reader.other_code)):
-        print(note)
+    reader.say_notes()
     return reader
 
 
@@ -353,7 +351,7 @@ def find_weights(save_dir, tag=None):
     if tag:
         folder = find_runs(save_dir, [tag])[0]
         if not has_checkpoint(folder):
-            raise m.UserError(f"{folder} has no checkpoint_last.npz yet")
+            raise UserError(f"{folder} has no checkpoint_last.npz yet")
         return folder
     # The files of one run with weights may have other names in the next moment.
     folders = {path.parent for name in CHECKPOINTS for path in save_dir.glob(f"*/{name}")}
@@ -365,10 +363,10 @@ def find_weights(save_dir, tag=None):
     ]
     if not ours:
         of_it = "of this network " if folders else ""
-        command = ["python", terminal.shown(m.ROOT / "mnist_resnet9.py"), *FEW_EPOCHS]
+        command = ["python", terminal.shown(ROOT / "mnist_resnet9.py"), *FEW_EPOCHS]
         if save_dir != project_path(m.Settings.save_dir):
             command += ["--save-dir", terminal.shown(save_dir)]
-        raise m.UserError(
+        raise UserError(
             f"{save_dir} has no run with weights {of_it}yet; this trains one in minutes: "
             f"{shlex.join(command)}"
         )
@@ -377,19 +375,18 @@ def find_weights(save_dir, tag=None):
 
 
 @contextlib.contextmanager
-def errors_in_a_line():
+def errors_of_the_network():
     """The network may be edited, and what it then raises is for the user to mend."""
     try:
         yield
-    except (m.UserError, OSError, MemoryError):
+    except (UserError, OSError, MemoryError):
         raise
     except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise m.UserError(f"the network in mnist_resnet9.py raises {why}") from error
+        raise UserError(f"the network in mnist_resnet9.py raises {describe(error)}") from error
 
 
 def names_of_parameters():
-    with errors_in_a_line():
+    with errors_of_the_network():
         return {name for layer in m.layers(m.Settings()) for name in layer.params}
 
 
@@ -423,25 +420,31 @@ class Reader:
     def __init__(self, folder):
         run = read_run(folder, m.Settings)
         self.settings = run.settings
-        self.other_code = run.note_on_code(m.fast_ways.code())
-        self.other_data = None
+        # What the user should know of the run.
+        self.notes = []
         if run.data not in ("MNIST", "MNIST sample"):
-            self.other_data = (
+            self.notes.append(
                 f"*** {folder.name} was trained on {run.data}, not on MNIST: "
                 "its answers 0 to 9 are the classes of that data, which need not be digits."
             )
-        with computing_on_the_cpu(m), errors_in_a_line():
+        if other_code := run.note_on_code(m.fast_ways.code()):
+            self.notes.append(other_code)
+        with computing_on_the_cpu(m), errors_of_the_network():
             self.params = read_newest(folder, lambda path: m.load_weights(path, self.settings))
         sample = m.load_mnist("data/sample")
         self.known = unit_rows(sample.train_images)  # (4000, 784)
         self.least = np.quantile(self.digitness(sample.test_images), self.FOREIGN)
 
+    def say_notes(self):
+        for note in self.notes:
+            print(note)
+
     def logits(self, images):
         images = np.asarray(images)
-        with computing_on_the_cpu(m), errors_in_a_line():
+        with computing_on_the_cpu(m), errors_of_the_network():
             logits = m.predict(self.params, images, self.settings)
         if logits.shape != (len(images), 10):
-            raise m.UserError(
+            raise UserError(
                 f"the network in mnist_resnet9.py gives {logits.shape[1:]} scores an image, "
                 "and digits need 10"
             )
@@ -494,7 +497,7 @@ def energy(logits):
 # ── Showing ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def in_terminal(image, answer, width=24):
+def in_terminal(image, answer):
     """The image in characters (two rows of pixels a line), and beside it the probabilities as
     bars."""
     try:
@@ -509,24 +512,20 @@ def in_terminal(image, answer, width=24):
     right = []
     for digit, p in enumerate(answer.probabilities):
         sign = "  <" if digit == best else ""
-        right.append(f"{digit}  {full * round(width * p):{width}} {p:6.1%}{sign}")
+        right.append(f"{digit}  {full * round(BAR * p):{BAR}} {p:6.1%}{sign}")
     return "\n".join(f"  |{a}|   {b}".rstrip() for a, b in zip(left, ["", "", *right, "", ""]))
 
 
-def draw(pictures, columns=3):
+@our_style()
+def draw(pictures):
     """A figure: each picture with its digits framed, and for each digit what the network saw and
     its probabilities.
 
     pictures: [(name, picture, digits, answers)], as `[("mine", picture, *read(picture))]`."""
-    with our_style():
-        return drawn(pictures, columns)
-
-
-def drawn(pictures, columns):
     plt = load_pyplot()
-    lines = [math.ceil(len(digits) / columns) for _, _, digits, _ in pictures]
+    lines = [math.ceil(len(digits) / COLUMNS) for _, _, digits, _ in pictures]
     heights = [height for n in lines for height in (2.0, *[1.4] * n)]  # inches
-    fig = plt.figure(figsize=(4 * columns, 0.2 + sum(heights)), layout="constrained")
+    fig = plt.figure(figsize=(4 * COLUMNS, 0.2 + sum(heights)), layout="constrained")
     grid = iter(fig.add_gridspec(len(heights), 1, height_ratios=heights))
     for (path, picture, digits, answers), n in zip(pictures, lines):
         ax = fig.add_subplot(next(grid))
@@ -541,7 +540,7 @@ def drawn(pictures, columns):
                 plt.Rectangle((left, top), right - left, bottom - top, fill=False, ec=ORANGE, lw=1)
             )
             ax.text(left, top, str(i), color=ORANGE, size=7, ha="right", va="bottom")
-        cells = [cell for _ in range(n) for cell in next(grid).subgridspec(1, columns)]
+        cells = [cell for _ in range(n) for cell in next(grid).subgridspec(1, COLUMNS)]
         for i, (digit, answer, cell) in enumerate(zip(digits, answers, cells), start=1):
             draw_digit(fig, cell.subgridspec(1, 2, width_ratios=(1, 2)), i, digit, answer)
     return fig
@@ -575,15 +574,12 @@ def predict_pictures(paths, save_dir, tag, figure):
     for path, picture, scale, note in pictures:
         digits = find_digits(picture, reader.are_digits)
         if not digits:
-            raise m.UserError(
+            raise UserError(
                 f"{path} shows nothing that could be a digit: it is blank, or all specks"
             )
         found.append((path, picture, scale, note, digits))
     print(f"Weights of {folder}")
-    if reader.other_data:
-        print(reader.other_data)
-    if reader.other_code:
-        print(reader.other_code)
+    reader.say_notes()
     shown = []
     for path, picture, scale, note, digits in found:
         if note:
@@ -606,24 +602,24 @@ def predict_pictures(paths, save_dir, tag, figure):
 def check_figure(path, pictures):
     """UserError if writing a figure there would take a picture's place, or something else's."""
     if path.suffix.lower() != ".png":
-        raise m.UserError(f"--figure {path} should end in .png")
+        raise UserError(f"--figure {path} should end in .png")
     if os.path.exists(path) and not path.is_file():
-        raise m.UserError(f"--figure {path} is no file; choose another name")
+        raise UserError(f"--figure {path} is not a file; choose another name")
     if os.path.exists(path) and any(os.path.exists(p) and p.samefile(path) for p in pictures):
-        raise m.UserError(f"--figure {path} would overwrite the picture; choose another name")
+        raise UserError(f"--figure {path} would overwrite the picture; choose another name")
 
 
 def write_figure(path, shown):
+    figure = draw(shown)
     with our_style():
-        figure = draw(shown)
         # Matplotlib makes no picture of more than 2¹⁶ pixels a side.
         png = to_png(figure, dpi=min(150, 2**15 / figure.get_figheight()))
-    if not in_notebook():  # which shows it below the cell
+    if not terminal.in_notebook():  # which shows it below the cell
         load_pyplot().close(figure)
     try:
         write_file(Path(os.path.realpath(path)), png)  # where a link leads to
     except OSError as error:
-        raise m.UserError(
+        raise UserError(
             f"{path} cannot be written ({error.strerror}); choose another --figure"
         ) from None
 
@@ -634,10 +630,7 @@ def draw_by_hand(save_dir, tag):
     from support.pictures import find_digits
 
     reader = Reader(find_weights(save_dir, tag))
-    if reader.other_data:
-        print(reader.other_data)
-    if reader.other_code:
-        print(reader.other_code)
+    reader.say_notes()
 
     def answer(picture):
         digits = find_digits(picture, reader.are_digits)
@@ -648,13 +641,13 @@ def draw_by_hand(save_dir, tag):
         return digit.image, said.probabilities, said.text().replace("; ", "\n")
 
     if not has_screen():
-        raise m.UserError(
+        raise UserError(
             "--draw needs a screen, and there is no display here; predict.py PICTURE does without"
         )
     try:
-        pad = open_pad(answer, GREY, BLUE)
+        pad = open_pad(answer)
     except NoWindow as error:
-        raise m.UserError(
+        raise UserError(
             f"--draw cannot open a window ({error}); with a screen, python3-tk or "
             "pip install PyQt6 gives Matplotlib one"
         ) from None
@@ -662,31 +655,30 @@ def draw_by_hand(save_dir, tag):
 
 
 def start(arguments):
-    parser = m.Parser(
-        prog="predict.py", description="Recognise the digits in pictures.", allow_abbrev=False
-    )
+    parser = Parser(prog="predict.py", description="Recognise the digits in pictures.")
     said = "PNG, JPEG or whatever Pillow reads"
     parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE", help=said)
     said = "open a window to draw digits in with the mouse"
     parser.add_argument("--draw", action="store_true", help=said)
     said = f"the run whose weights serve (default: {REFERENCE}, else the newest)"
     parser.add_argument("--tag", help=said)
-    said = "write the answers there as a figure, too"
+    said = "also write the answers to this file as a figure"
     parser.add_argument("--figure", type=Path, metavar="PNG", help=said)
     add_save_dir(parser, m.Settings.save_dir)
     given = parser.parse_args(arguments)
+    save_dir = user_folder(given.save_dir)
     if given.draw:
         if given.pictures or given.figure:
-            raise m.UserError(
+            raise UserError(
                 "--draw takes no PICTURE and no --figure: you draw the picture in its window"
             )
-        draw_by_hand(given.save_dir, given.tag)
+        draw_by_hand(save_dir, given.tag)
         return 0
     if given.figure:
         check_figure(given.figure, given.pictures)
     if not given.pictures:
         parser.error("the following arguments are required: PICTURE (or --draw)")
-    predict_pictures(given.pictures, given.save_dir, given.tag, given.figure)
+    predict_pictures(given.pictures, save_dir, given.tag, given.figure)
     return 0
 
 

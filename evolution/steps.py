@@ -49,18 +49,28 @@ def run_step(number, adds, layers, arguments=None, **fixed):
     return m.main(sys.argv[1:] if arguments is None else arguments, start)
 
 
-def data_of(folder):
-    """The hashes of the data that a run was made with; None if its config.json does not say."""
+def conditions_of(folder, number):
+    """What a run shares with one to compare it with: the hashes of its data, and its settings but
+    for those that differ between step `number` and the one before. None if its config.json does not
+    say."""
     try:
-        return json.loads(read_file(folder / "config.json"))["data"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        config = json.loads(read_file(folder / "config.json"))
+        settings, hashes = config["settings"], config["data"]["sha256"]
+        left_out = {"tag", "pool", *m.NOT_THE_EXPERIMENT}
+        if settings["schedule"] != "constant":
+            left_out.remove("epochs_max")  # the learning rate depends on it
+        if number == 4:
+            left_out.add("channels")  # step 3 has its own, whatever is asked for
+        return hashes, {name: settings[name] for name in settings if name not in left_out}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def what_it_bought(number, folder, before):
     """A line that compares the test accuracies of two runs at the last epoch that both have."""
     rows = read_metrics(folder / "metrics.csv")
-    comparable = data_of(folder) is not None and data_of(folder) == data_of(before)
+    conditions = conditions_of(folder, number)
+    comparable = conditions is not None and conditions == conditions_of(before, number)
     if not comparable or not (before / "metrics.csv").exists():
         now = rows[-1]["test_accuracy"]
         return f"Step {number}: test accuracy {now:.2%} after epoch {len(rows) - 1}."

@@ -1,7 +1,8 @@
 """What a run does beside learning: its files, its log, its clock, and the wish to stop.
 
 train() in mnist_resnet9.py calls goes_on, steps, after_step, epoch_is_whole, end_epoch and finish;
-the others serve these. A first reading may skip this file.
+run_in() there calls is_finished, result, say_start and ask_to_stop. A first reading may skip this
+file.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import math
 import sys
 import time
 
+import numpy as np
 from tqdm import tqdm
 
 from support import UserError, terminal
@@ -17,7 +19,8 @@ from support.run_folder import duration, log_header, log_line, pack_metrics
 from support.settings import project_path
 from support.storage import pack_arrays, write_file
 
-# After so many epochs in a row that could not be saved the run ends: it is computed for nothing.
+# The run ends after this many epochs in a row that could not be saved: going on would be wasted
+# work.
 UNSAVED_EPOCHS = 3
 
 
@@ -44,7 +47,11 @@ class Bookkeeper:
         self.flushed = True  # whether what was saved survives a power cut
         others = folder.read_others()
         self.metrics = [others.get(row["epoch"], {}) | row for row in state.history]
-        self.start_clock()
+        self.place = self.bar = None  # where the progress bar is to stand, and the bar
+        self.done = 0  # steps of this epoch that an earlier start has taken
+        self.start_time = None  # when this start began the epoch
+        # When it took its first step, and which that was.
+        self.first_time = self.first_step = None
 
     def is_finished(self):
         return len(self.state.history) > self.settings.epochs_max
@@ -55,7 +62,8 @@ class Bookkeeper:
         self.place = place_in_cell()  # above the log, which would be cut in two below it
         for note in data.notes:
             folder.log(f"*** {note}")
-        steps = f"{self.images:,} images, {self.epoch_steps} steps an epoch"
+        steps = "1 step" if self.epoch_steps == 1 else f"{self.epoch_steps} steps"
+        steps = f"{self.images:,} images, {steps} an epoch"
         folder.log(f"{settings.tag}: {data.name}, {steps}")
         size = self.state.params.flat.size
         folder.log(f"{size:,} parameters; {where}; files in {terminal.shown(folder.path)}")
@@ -73,9 +81,6 @@ class Bookkeeper:
                 sys.stderr.flush()
         self.stop = number
 
-    def start_clock(self):
-        self.first_step, self.first_time = self.state.step, time.perf_counter()
-
     def goes_on(self):
         """Whether there is another epoch to begin."""
         lost = self.unsaved >= UNSAVED_EPOCHS
@@ -86,6 +91,8 @@ class Bookkeeper:
 
         They come with a progress bar."""
         self.start_time = time.perf_counter()
+        if self.first_time is None:
+            self.first_time, self.first_step = self.start_time, self.state.step
         # 0, or where this epoch was interrupted.
         self.done = self.state.step - (epoch - 1) * self.epoch_steps
         with progress_bar(
@@ -164,15 +171,14 @@ class Bookkeeper:
 
         self.unwritten[folder.path / "metrics.csv"] = pack_metrics(self.metrics)
         self.unwritten[folder.path / "predictions.npz"] = pack_arrays(**predictions)
+        checkpoint = self.pack(state)
         if self.best()["epoch"] == epoch:
-            self.unwritten[folder.best] = self.pack(state)
-        self.unsaved = 0 if self.save() else self.unsaved + 1
+            self.unwritten[folder.best] = checkpoint
+        self.unsaved = 0 if self.save(checkpoint) else self.unsaved + 1
         self.evaluating = ""
-        if epoch == 0:
-            self.start_clock()
 
-    def save(self):
-        """Writes the files of the epoch, and then a checkpoint. Returns whether it could.
+    def save(self, checkpoint):
+        """Writes the files of the epoch, and then the checkpoint. Returns whether it could.
 
         An epoch is saved whole: where one of its files cannot be written, its checkpoint is not
         either, and whoever continues takes that epoch again."""
@@ -181,7 +187,7 @@ class Bookkeeper:
             for path in list(self.unwritten):
                 self.write(path, self.unwritten[path])
                 del self.unwritten[path]
-            self.write(folder.last, self.pack(self.state), folder.previous)
+            self.write(folder.last, checkpoint, folder.previous)
             return True
         except OSError as error:
             folder.warn(
@@ -218,7 +224,7 @@ class Bookkeeper:
 
     def say_stopped(self):
         """Saves what there is after a stop signal."""
-        saved = self.save()
+        saved = self.save(self.pack(self.state))
         what = "everything is saved" if saved else "what came after the last checkpoint is LOST"
         again = terminal.this_command()
         self.folder.log(f"Stopped after step {self.state.step:,}; {what}. To continue: {again}")
@@ -236,7 +242,8 @@ class Bookkeeper:
     def best(self):
         """The row of the best epoch: by the images held out, where there are some."""
         by = "validation_accuracy" if self.settings.validation_images else "test_accuracy"
-        return max(self.state.history, key=lambda row: row.get(by, -1))
+        # Rows of a run that was begun by other code may have NaN there, which is less than nothing.
+        return max(self.state.history, key=lambda row: np.nan_to_num(row.get(by, -1), nan=-1))
 
     def result(self):
         last, best = self.state.history[-1], self.best()

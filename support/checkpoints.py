@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from support import UserError
-from support.storage import is_lfs_pointer, pack_arrays, read_file, reason
+from support.storage import pack_arrays, read_file, reason
 
 # The columns that every run's history has: a row an epoch, {column: value}.
 HISTORY = (
@@ -21,13 +21,15 @@ HISTORY = (
     "test_accuracy",
 )
 VERSION = 1
-# What a checkpoint holds beside the parameters and their running mean.
-OTHERS = {"moments", "step", "version", "history", "columns", "settings", "sha256"}
+# What a checkpoint holds beside what the training changes; and beside the parameters and their
+# running mean alone.
+ABOUT = {"step", "version", "history", "columns", "settings", "sha256"}
+OTHERS = ABOUT | {"moments"}
 MAX_BYTES = 2**32
 
 
 class Unreadable(UserError):
-    """A checkpoint that is no use and yet not damaged, so no other one takes its place."""
+    """A checkpoint that cannot be used, though it may be intact: no other one takes its place."""
 
 
 def checksums(arrays):
@@ -78,8 +80,6 @@ def read_arrays(path):
         raise Unreadable(
             f"{path} cannot be read ({error.strerror or error}); nothing was changed"
         ) from None
-    if is_lfs_pointer(content):
-        raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
     try:
         return unpack(content)
     except MemoryError:
@@ -89,7 +89,7 @@ def read_arrays(path):
 
 
 def unpack(content):
-    """The substance of read_arrays(), with a ValueError or another one for what is wrong."""
+    """What read_arrays() does to the bytes; raises whatever is wrong."""
     # A compressed or overlapping member could fill the memory.
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         members = file.infolist()
@@ -102,7 +102,7 @@ def unpack(content):
     if not np.array_equal(sums, checksums(arrays)):
         raise ValueError("its checksums are not those of its arrays")
     for name, a in arrays.items():
-        if name not in OTHERS - {"moments"} and not (a.dtype.kind == "f" and np.isfinite(a).all()):
+        if name not in ABOUT and not (a.dtype.kind == "f" and np.isfinite(a).all()):
             raise ValueError(f"{name} is not all finite numbers")
     return arrays
 
@@ -139,9 +139,8 @@ def read_checkpoint(path, expected, settings):
         )
     try:
         if arrays.get("version") != VERSION:
-            raise ValueError(f"it has not version {VERSION}")
-        left_out = OTHERS - {"moments"}
-        check_arrays({n: a for n, a in arrays.items() if n not in left_out}, expected)
+            raise ValueError(f"its version is not {VERSION}")
+        check_arrays({n: a for n, a in arrays.items() if n not in ABOUT}, expected)
         history = read_history(arrays)
         step = int(arrays["step"])
         if step < 0:

@@ -6,7 +6,7 @@ import time
 import numpy as np
 from PIL import Image, ImageDraw
 
-from support.style import load_pyplot, our_style, shows_windows
+from support.style import BLUE, GREY, load_pyplot, our_style, shows_windows
 
 plt = load_pyplot()
 
@@ -25,8 +25,8 @@ class Pad:
     """The window. answer: a picture (H, W, 3) → (image (28, 28), probabilities (10,), what to say),
     or None."""
 
-    def __init__(self, answer, colour, best_colour):
-        self.answer, self.colour, self.best_colour = answer, colour, best_colour
+    def __init__(self, answer):
+        self.answer = answer
         with plt.rc_context({"toolbar": "None"}):
             self.figure = plt.figure("predict.py --draw", figsize=(9.6, 4.2), layout="constrained")
         manager = self.figure.canvas.manager
@@ -41,7 +41,7 @@ class Pad:
         left.set(xticks=(), yticks=(), title="your digit")
         self.seen = middle.imshow(np.zeros((28, 28)), cmap="gray", vmin=0, vmax=255)
         middle.set(xticks=(), yticks=(), title="what the network sees")
-        self.bars = right.barh(range(10), np.zeros(10), color=colour)
+        self.bars = right.barh(range(10), np.zeros(10), color=GREY)
         right.set(yticks=range(10), ylim=(9.6, -0.6), xlim=(0, 1), xticks=(0, 0.5, 1))
         right.set_xticklabels(("0%", "50%", "100%"))
         self.right = right
@@ -117,20 +117,20 @@ class Pad:
         self.seen.set_data(image)
         for bar, p in zip(self.bars, probabilities):
             bar.set_width(p)
-            bar.set_color(self.best_colour if p and p == max(probabilities) else self.colour)
+            bar.set_color(BLUE if p and p == max(probabilities) else GREY)
         self.right.set_title(text or " ", size=10)
         self.answered = time.monotonic()
         self.figure.canvas.draw_idle()
 
 
-def open_pad(answer, colour, best_colour):
+def open_pad(answer):
     """The window, not yet shown. NoWindow says why there can be none."""
     try:
         plt.draw_if_interactive()  # loads the backend, or says why it cannot
         if not shows_windows():
             raise NoWindow(f"Matplotlib's backend here is {plt.get_backend()}, which opens none")
         with our_style():
-            return Pad(answer, colour, best_colour)
+            return Pad(answer)
     # Each toolkit has its own for a display that cannot be reached.
     except Exception as error:
         raise NoWindow(str(error) or type(error).__name__) from None

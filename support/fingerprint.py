@@ -16,7 +16,7 @@ from pathlib import Path
 
 from support import ROOT
 
-MADE_FOR = "31510346e6eee6c1"
+MADE_FOR = "d0f83518d2960de4"
 
 FIRST, BEHIND = "# ── Random numbers ", "# ── Main "  # the headings of sections
 NO_MATTER = ("ctx", "kind", "type_comment")

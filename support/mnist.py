@@ -22,7 +22,7 @@ import numpy as np
 
 from support import ROOT, UserError
 from support.progress import place_in_cell, progress_bar
-from support.storage import is_lfs_pointer, reason, write_file
+from support.storage import reason, refuse_pointer, write_file
 
 ROLES = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -91,7 +91,7 @@ class Damaged(UserError):
 
 
 class Unfit(ValueError):
-    """A whole file of something else than digits. It may be what somebody wants to keep."""
+    """A whole file of something other than digits. It may be what somebody wants to keep."""
 
 
 def find_mnist(data_dir):
@@ -136,7 +136,7 @@ def read_set(folder, found):
 def name_of(folder, hashes):
     """MNIST, its sample, or the folder's name.
 
-    UserError where the program's own folders hold anything else than they should. In any other
+    UserError where the program's own folders hold anything other than they should. In any other
     folder a set may share files with MNIST: its labels, with noise on the images, say."""
     if hashes == MNIST:
         return "MNIST"
@@ -219,8 +219,8 @@ def find_files(folder):
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         raise UserError(
             f"{folder} holds {', '.join(others[:8])}{more}; it should hold MNIST's four files, "
-            "mnist.npz, or mnist_train.csv and mnist_test.csv, unpacked from any zip, or nothing, "
-            f"and MNIST is downloaded: {TAKES} (see data/README.md)"
+            "mnist.npz, or mnist_train.csv and mnist_test.csv, unpacked from any zip, or be empty, "
+            f"and MNIST is downloaded into it: {TAKES} (see data/README.md)"
         )
     return found
 
@@ -305,8 +305,7 @@ def read_file(path, notes):
     try:
         with open(path, "rb") as file:
             content = read_all(file)
-        if is_lfs_pointer(content):
-            raise UserError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull`")
+        refuse_pointer(path, content)
         for role, array in zip(roles_of(name), read(content)):
             if "labels" in role:
                 a = labels_of(array)
@@ -388,7 +387,7 @@ def read_csv(content):
     names = [name.strip() for name in text.readline().split(",")]
     columns = 1 + SHAPE[0] * SHAPE[1]
     if len(names) != columns:
-        raise ValueError(f"its first line has not {columns} columns, but {len(names)}")
+        raise ValueError(f"columns in its first line: {len(names)}, not {columns}")
     # Headings differ, as the pixels of an image do not, and number the pixels but not the label.
     unnumbered = [i for i, name in enumerate(names) if re.fullmatch(r"\D+", name)]
     if not unnumbered or len(set(names)) < columns:
@@ -417,7 +416,7 @@ def images_of(array):
         return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     whole = array.astype(np.uint8, copy=False)
     if not np.array_equal(whole, array):
-        raise Unfit(f"has pixels from {low:g} to {high:g} that are no whole numbers")
+        raise Unfit(f"has pixels from {low:g} to {high:g} that are not whole numbers")
     return whole
 
 

@@ -83,6 +83,15 @@ def source_of(script):
     return SOURCES[script] if script in SOURCES else script.read_bytes()
 
 
+def newest_code(path):
+    """The newest of code/, code_2/ and so on in the folder of a run; code/ if there is none yet."""
+    numbers = {1: path / "code"}
+    for copy in path.glob("code_*"):
+        if re.fullmatch(r"code_\d+", copy.name):
+            numbers[int(copy.name[5:])] = copy
+    return numbers[max(numbers)]
+
+
 class RunFolder:
     """save/<tag>/: locked, holding nothing but this run, and written so that a crash loses no file.
 
@@ -102,10 +111,10 @@ class RunFolder:
         self.best = path / "checkpoint_best.npz"
         try:
             new = not (path / "config.json").exists()
-            # What a start that was cut off leaves.
-            unfinished = {"code", "lock", "config.json.part"}
+            # What a start that was cut off leaves: in the log stands that there are no locks, say.
+            unfinished = {"lock", "log.txt", "config.json.part"}
             if new and path.exists() and {file.name for file in path.iterdir()} - unfinished:
-                raise UserError(f"{path} holds something else than a run; choose another --tag")
+                raise UserError(f"{path} holds something other than a run; choose another --tag")
             make_folder(path)
             self.lock = lock_file(path / "lock", self.warn)
             for part in path.rglob("*.part"):
@@ -127,17 +136,13 @@ class RunFolder:
         for note in self.notes:
             self.note(note)
 
-    def keep_code(self, replaced=()):
+    def keep_code(self, replaced):
         """Keeps a copy of the scripts as they run, in code/.
 
         Where they have been edited since an earlier start, that copy stays and a new one goes to
         code_2/, code_3/ and so on. A line says so, and another one which of their functions were
         replaced since they were imported: the copy does not show that."""
-        there = [
-            path for path in self.path.glob("code*") if re.fullmatch(r"code(_\d+)?", path.name)
-        ]
-        number = max((int(path.name[5:] or 1) for path in there), default=1)
-        folder = self.path / ("code" if number == 1 else f"code_{number}")
+        folder = newest_code(self.path)
         copies = {folder / script.relative_to(ROOT): script for script in self.scripts}
         try:
             edited = [
@@ -146,7 +151,8 @@ class RunFolder:
                 if copy.exists() and copy.read_bytes() != source_of(script)
             ]
             if edited:
-                folder, before = self.path / f"code_{number + 1}", folder
+                number, before = int(folder.name[5:] or 1), folder
+                folder = self.path / f"code_{number + 1}"
                 self.note(
                     f"{', '.join(edited)} changed since this run's last start: the scripts as "
                     f"they were are in {before.name}/, as they are in {folder.name}/."
@@ -221,7 +227,7 @@ class RunFolder:
         self.log(f"*** {line}")
 
     def warn(self, line):
-        """As log(), to whom the terminal shows what goes wrong."""
+        """As log(), on the stream for errors."""
         self.log(f"*** {line}", sys.stderr)
 
     def log(self, line, stream=None):
@@ -238,7 +244,8 @@ class RunFolder:
             self.unlogged = []
         except OSError as error:
             reason = error.strerror or error
-            tqdm.write(f"*** log.txt was NOT written ({reason}).", file=sys.stderr)
+            with contextlib.suppress(OSError):  # neither disk nor terminal: the run goes on
+                tqdm.write(f"*** log.txt was NOT written ({reason}).", file=sys.stderr)
 
     def close(self):
         """Lets another program, or another run of this one, have the folder."""
@@ -266,6 +273,8 @@ def check_same_experiment(folder, config, free, defaults):
     """UserError if the run in the folder is another one than config describes.
 
     Returns what else is not as it was, a sentence each."""
+    # As the file has them: with lists where there are tuples here.
+    config, defaults = json.loads(json.dumps([config, defaults]))
     try:
         old = json.loads(read_file(folder / "config.json"))
         then = defaults | old["settings"]

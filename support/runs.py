@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from support import UserError, terminal
-from support.run_folder import METRICS, read_metrics
+from support.run_folder import METRICS, newest_code, read_metrics
 from support.settings import project_path, user_path
 from support.storage import read_file
 from support.style import INK, ORANGE
@@ -39,9 +39,10 @@ class SavedRun(NamedTuple):
         nothing."""
         if self.code in ("", code):
             return ""
+        copy = newest_code(self.folder)
+        where = f", which {terminal.shown(copy)} holds" if copy.is_dir() else ""
         return (
-            f"*** {self.folder.name} was trained by other code, which "
-            f"{terminal.shown(self.folder / 'code')} holds: "
+            f"*** {self.folder.name} was trained by other code{where}: "
             "what follows is computed by the code as it is now."
         )
 
@@ -52,7 +53,9 @@ class SavedRun(NamedTuple):
 def find_runs(save_dir, tags):
     """The folders of these runs. UserError lists the runs there are if one of these is missing."""
     runs = {path.parent.name: path.parent for path in sorted(save_dir.glob("*/config.json"))}
-    there = f"its runs are {', '.join(runs)}" if runs else "mnist_resnet9.py makes its first"
+    there = "it has none yet: mnist_resnet9.py makes one"
+    if runs:
+        there = f"its runs are {', '.join(runs)}"
     for tag in tags:
         if tag not in runs:
             raise UserError(f"{save_dir} has no run {tag!r}; {there}")
@@ -66,7 +69,6 @@ def read_run(folder, kind):
         config = json.loads(read_file(path))
         names = [f.name for f in fields(kind) if f.name in config["settings"]]
         given = {name: config["settings"][name] for name in names}
-        given["channels"] = tuple(config["settings"]["channels"])
         settings = kind(**given)
         data = " ".join(config["data"]["name"].split())
         hashes = dict(config["data"]["sha256"])
@@ -112,11 +114,10 @@ def read_history(path):
 
 
 def add_save_dir(parser, default):
-    """The flag --save-dir. Without it, the folder is that of the settings."""
+    """The flag --save-dir, for user_folder(). Without it, the folder is that of the settings."""
     parser.add_argument(
         "--save-dir",
-        type=user_folder,
-        default=project_path(default),
+        default=str(project_path(default)),
         metavar="FOLDER",
         help=f"folder that holds the runs (default: {default})",
     )

@@ -14,7 +14,6 @@ import re
 import textwrap
 import tokenize
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from support import ROOT, UserError, terminal
@@ -24,11 +23,13 @@ def settings_class(cls):
     """A frozen dataclass, however its defaults are written: they are there to be edited.
 
     `dropout = 0.5` and `channels = [4, 8, 8, 8]` are as good as `dropout: float = 0.5` and a tuple.
-    What is wrong with a value, check_settings() says."""
+    What is wrong with a value, or a default missing, check_settings() says."""
     comments, given = comments_of(cls), getattr(cls, "__annotations__", {})
+    without = {name: None for name in given if not hasattr(cls, name)}
     types = {}
-    for name, default in list(vars(cls).items()):
-        if name.startswith("_") or callable(default):
+    for name, default in (without | dict(vars(cls))).items():
+        # Methods and properties are descriptors, nested classes are callable: neither is a setting.
+        if name.startswith("_") or hasattr(default, "__get__") or callable(default):
             continue
         # Dataclasses take no list, as all objects would share it.
         default = tuple(default) if isinstance(default, list) else default
@@ -74,6 +75,8 @@ def check_settings(settings, ranges):
         # The way into a frozen dataclass.
         object.__setattr__(settings, f.name, value)
         choices = f.metadata.get("choices")
+        if value is None:
+            raise UserError(f"the setting {f.name} has no default: give it one, as {f.name} = …")
         if type(value) is not f.type and (f.type, type(value)) != (float, int):
             kind = KINDS.get(f.type, f"of type {f.type.__name__}")
             raise UserError(f"{f.name} is {value!r}, but should be {kind}")
@@ -118,7 +121,7 @@ def whole_numbers(text):
 def user_path(text):
     """A path on the command line starts where the user is, not where the program is."""
     try:
-        return os.path.abspath(Path(text).expanduser())
+        return os.path.abspath(os.path.expanduser(text))
     except OSError:
         raise UserError(f"{text}: the current folder is gone; give the path from / on") from None
 
@@ -137,6 +140,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         if terminal.in_notebook():  # sys.argv is the notebook's
             options.setdefault("prog", "main()")
+        # Or --t would be --threads or --tag, until another setting begins so.
+        options.setdefault("allow_abbrev", False)
         super().__init__(**options)
 
     def read_settings(self, kind, arguments):
@@ -147,14 +152,20 @@ class Parser(argparse.ArgumentParser):
             help, choices = f.metadata["help"], f.metadata["choices"]
             several = isinstance(f.default, tuple)
             default = ",".join(map(str, f.default)) if several else f.default
-            self.add_argument(
-                f"--{f.name.replace('_', '-')}",
-                type=whole_numbers if f.type is tuple else f.type,
-                choices=choices,
-                default=argparse.SUPPRESS,  # only what was given is in the result
-                metavar=None if choices else METAVARS.get(f.type),
-                help=f"{help} (default: {default})".replace("%", "%%"),
-            )
+            if f.type is bool:
+                # --nesterov and --no-nesterov
+                options = {"action": argparse.BooleanOptionalAction}
+            else:
+                options = {
+                    "type": whole_numbers if f.type is tuple else f.type,
+                    "choices": choices,
+                    "metavar": None if choices else METAVARS.get(f.type),
+                }
+            # Only what was given is in the result.
+            flag = f"--{f.name.replace('_', '-')}"
+            added = self.add_argument(flag, default=argparse.SUPPRESS, **options)
+            # Not before: to some flags Python 3.9 adds a default of its own.
+            added.help = f"{help} (default: {default})".replace("%", "%%")
         given = vars(self.parse_args(arguments))
         for name in given.keys() & {"data_dir", "save_dir"}:
             given[name] = user_path(given[name])

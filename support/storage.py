@@ -19,25 +19,29 @@ except ImportError:  # Windows
     fcntl = None
 
 
-MAX_BYTES = 2**26  # of a file that is read whole: a log of a million epochs has as many
+MAX_BYTES = 2**26  # of a file that is read whole; metrics.csv has some 100 for an epoch
 
 
 def read_file(path, most=MAX_BYTES):
-    """The bytes of a file. OSError if it is none, or has no end: a device or a pipe, say."""
+    """The bytes of a file. OSError if it is not a file but a device or a pipe, say; if it is too
+    large; or if it is not there yet, but what git-lfs leaves in its place."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "is no file", str(path))
+        raise OSError(errno.EINVAL, "is not a file", str(path))
     with open(path, "rb") as file:
         # Asked for more, Python takes the memory of all that is asked for.
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(size, most) + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"is larger than {most >> 20} MiB", str(path))
+    refuse_pointer(path, data)
     return data
 
 
-def is_lfs_pointer(data):
-    """Whether these are the first bytes of what git-lfs leaves in place of a file not yet there."""
-    return data.startswith(b"version https://git-lfs.github.com/spec/")
+def refuse_pointer(path, data):
+    """OSError if these are the first bytes of what git-lfs leaves in place of a file."""
+    if data.startswith(b"version https://git-lfs.github.com/spec/"):
+        what = "is a git-lfs pointer, not the file: run `git lfs pull`"
+        raise OSError(errno.EINVAL, what, str(path))
 
 
 def reason(error):
@@ -46,6 +50,11 @@ def reason(error):
     if "pickle" in text:  # NumPy's advice is to load them unsafely
         text = "it holds Python objects, which are never loaded"
     return " ".join(text.split())[:200]
+
+
+def describe(error):
+    """An error that is not ours, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def write_file(path, data, previous=None):
@@ -119,10 +128,6 @@ def pack_arrays(**arrays):
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
-
-
-def save_arrays(path, **arrays):
-    write_file(path, pack_arrays(**arrays))
 
 
 # The files that this process has locked. The system's locks hold off other processes alone; and

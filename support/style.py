@@ -9,7 +9,7 @@ import os
 import re
 import sys
 
-from support import UserError
+from support import UserError, terminal
 
 # Colours that colour-blind readers tell apart.
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#707070"
@@ -44,12 +44,6 @@ def has_screen():
     return bool(shown) or not sys.platform.startswith("linux")
 
 
-def in_notebook():
-    """Whether this runs inside IPython, whose windows and figures are the user's."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and ipython.get_ipython() is not None
-
-
 def load_pyplot():
     """matplotlib.pyplot. UserError says in a line what keeps Matplotlib from loading."""
     # `!python plot_figs.py` in a notebook inherits its backend, which serves the notebook alone.
@@ -75,7 +69,8 @@ def load_backend():
     plt = load_pyplot()
     import matplotlib
 
-    if not has_screen() and not in_notebook():
+    # In a notebook windows and figures are the user's.
+    if not has_screen() and not terminal.in_notebook():
         matplotlib.use("Agg")
     try:
         plt.draw_if_interactive()  # which draws nothing yet, but needs the backend
@@ -103,13 +98,16 @@ def shows_windows():
 
 def shows_figures():
     """Whether figures come to the screen, in windows or in a notebook, and not to files alone."""
-    return shows_windows() or (in_notebook() and load_pyplot().get_backend().lower() != "agg")
+    if terminal.in_notebook() and load_pyplot().get_backend().lower() != "agg":
+        return True
+    return shows_windows()
 
 
 def show():
     """Brings all figures to the screen, in the order in which they were made."""
     plt = load_pyplot()
-    if in_notebook():  # it shows the figures of the user that are open, too, in the user's style
+    if terminal.in_notebook():
+        # It shows the figures of the user that are open, too, in the user's style.
         plt.show()
     else:
         with our_style():  # zooming in a window makes new ticks

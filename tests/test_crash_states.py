@@ -4,6 +4,7 @@ import builtins
 import errno
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from programs import metrics_of
+from programs import few_digits, metrics_of
 
 import mnist_resnet9 as m
 from support import bookkeeping, checkpoints, run_folder, storage, workers
 from support.bookkeeping import Bookkeeper
 
-FLAGS = ["--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"]
+FLAGS = ["--data-dir", few_digits(), "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"]
 FLAGS += ["--train-images", "64", "--batch-size", "32"]
 
 
@@ -26,10 +27,17 @@ def train(save, epochs=2):
     return m.main([*FLAGS, "--save-dir", str(save), "--epochs-max", str(epochs)])
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    save = tmp_path_factory.mktemp("trained")
+    assert train(save) == 0
+    return save
+
+
 @pytest.fixture
-def whole(tmp_path):
+def whole(trained, tmp_path):
     """A run that nothing disturbed."""
-    assert train(tmp_path / "whole") == 0
+    shutil.copytree(trained, tmp_path / "whole")
     return tmp_path / "whole" / "resnet9"
 
 
@@ -54,6 +62,38 @@ def test_a_run_without_any_checkpoint_starts_from_epoch_0(best, whole, tmp_path,
     assert same_end(folder, whole)
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == ["0", "1", "2"]
+
+
+@pytest.mark.skipif(storage.fcntl is None, reason="Windows locks in another way")
+def test_a_start_that_failed_on_a_file_system_without_locks_blocks_no_tag(tmp_path, monkeypatch):
+    """The warning is in log.txt before anything else is there."""
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage.fcntl, "lockf", lockf)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_file", full)
+        assert train(tmp_path) == 2
+    assert {path.name for path in (tmp_path / "resnet9").iterdir()} == {"lock", "log.txt"}
+    assert train(tmp_path) == 0
+
+
+def test_neither_log_nor_terminal_can_be_written_to(whole, tmp_path, monkeypatch):
+    """As after a closed window, on a full disk: the run goes on to its end."""
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "append_lines", fails)
+        patch.setattr(run_folder.tqdm, "write", fails)
+        assert train(tmp_path / "again") == 1  # a file was not written
+    assert same_end(tmp_path / "again" / "resnet9", whole)
+    assert not (tmp_path / "again" / "resnet9" / "log.txt").exists()
 
 
 FILES = ("metrics.csv", "predictions.npz", "checkpoint_best.npz", "checkpoint_last.npz")
@@ -333,7 +373,7 @@ def test_a_file_without_an_end_is_not_read_for_ever(name, whole, capsys):
     status = {"metrics.csv": 0, "config.json": 2}[name]
     assert train(whole.parent, epochs=3) == status
     error = capsys.readouterr().err
-    assert name == "metrics.csv" or f"{name}" in error and "is no file" in error
+    assert name == "metrics.csv" or f"{name}" in error and "is not a file" in error
 
 
 @pytest.mark.skipif(workers.METHOD != "fork", reason="processes are stopped by a signal")

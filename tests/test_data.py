@@ -568,16 +568,16 @@ ROW = b"7" + b",0" * 783 + b",9\n"
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"", "first line has not 785 columns, but 1"),
+        (b"", "columns in its first line: 1, not 785"),
         (HEAD.encode() + b"\n", "has no images"),
-        (b"<html>404</html>", "first line has not 785 columns, but 1"),
-        (ROW[2:] + ROW[2:], "first line has not 785 columns, but 784"),
+        (b"<html>404</html>", "columns in its first line: 1, not 785"),
+        (ROW[2:] + ROW[2:], "columns in its first line: 784, not 785"),
         (ROW + ROW[2:], "number of columns changed from 785 to 784"),
         (ROW + b"8," + ROW, "number of columns changed from 785 to 786"),
-        (ROW.replace(b",", b";"), "first line has not 785 columns, but 1"),
+        (ROW.replace(b",", b";"), "columns in its first line: 1, not 785"),
         (ROW + ROW.replace(b"9", b"nine"), "could not convert string 'nine'"),
         (ROW + ROW.replace(b"7", b"26"), "has a label 26; it should"),
-        (b"7" + b",0" * 10**5, "first line has not 785 columns, but 100001"),
+        (b"7" + b",0" * 10**5, "columns in its first line: 100001, not 785"),
         (
             ROW * 2,
             "has no label but 7; it should be csv with the label first in each line, or named",
@@ -694,7 +694,7 @@ def test_pixels_in_any_numbers_become_those_from_0_to_255(folder, before, small_
         (lambda a: a / 127.5 - 1, "has pixels from -1 to 1; it should be"),
         (lambda a: a * 257.0, "has pixels from 0 to 65535; it should be"),
         (lambda a: a + 0.5, "has pixels from 0.5 to 255.5; it should be"),
-        (lambda a: a / 2, "has pixels from 0 to 127.5 that are no whole numbers; it should be"),
+        (lambda a: a / 2, "has pixels from 0 to 127.5 that are not whole numbers; it should be"),
         (lambda a: np.where(a == 0, np.nan, a), "has pixels from nan to nan; it should be"),
         (lambda a: a != a, "has pixels from 0 to 0; it should be"),
     ],
@@ -722,7 +722,7 @@ def test_a_git_lfs_pointer_is_called_what_it_is(root, name):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11490434\n"
     (root / "data" / name).write_bytes(pointer)
     error = error_of("data")
-    assert f"{name} is a git-lfs pointer, not the file: run `git lfs pull`" in error
+    assert f"{name} cannot be read (is a git-lfs pointer, not the file: run `git" in error
     assert "delete" not in error
 
 

@@ -1,19 +1,20 @@
 """The steps in evolution/: their gradients, and their training through the main script's loop."""
 
+import dataclasses
 import importlib
 import json
 import math
 
 import numpy as np
 import pytest
-from programs import metrics_of, start, write_metrics
+from programs import few_digits, metrics_of, start, write_metrics
 
 import mnist_resnet9 as m
 
 FOLDER = m.ROOT / "evolution"
 SCRIPTS = sorted(FOLDER.glob("step[0-9]_*.py"))
 FEW = "--train-images 1024 --epochs-max 2 --learning-rate 3e-3 --channels 4,8,8,8".split()
-FEW += ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "1"]
+FEW += ["--data-dir", few_digits(), "--device", "cpu", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +34,14 @@ def train(step, save, *flags, **fixed):
     return step.run_step(number, step.ADDS, step.layers, flags, **fixed)
 
 
-def made_up_run(folder, accuracies, data="0"):
-    """What a comparison reads of a run: its metrics and its data. Returns the folder."""
+def made_up_run(folder, accuracies, data="0", **settings):
+    """What a comparison reads of a run: its metrics, its data and its settings. Returns the
+    folder."""
     folder.mkdir()
     rows = [[epoch, 1e-3, 1, 0.5, 1, accuracy, 1, 1] for epoch, accuracy in enumerate(accuracies)]
     write_metrics(folder, rows)
-    config = {"data": {"sha256": {"train": data}}}
+    settings = dataclasses.asdict(m.Settings(tag=folder.name, **settings))
+    config = {"settings": settings, "data": {"sha256": {"train": data}}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -128,6 +131,44 @@ def test_a_step_on_other_data_is_not_compared(tmp_path):
     for damaged in ("{", "[]", '{"data": 1}'):
         (first / "config.json").write_text(damaged)
         assert steps.what_it_bought(2, second, first) == alone
+
+
+OTHER = {
+    "learning_rate": 0.01,
+    "batch_size": 32,
+    "seed": 1,
+    "optimizer": "sgd",
+    "train_images": 100,
+    "augment": 1.0,
+    "schedule": "one_cycle",
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_step_with_other_settings_is_not_compared(name, tmp_path):
+    steps = importlib.import_module("steps")
+    first = made_up_run(tmp_path / "1", [0.9])
+    second = made_up_run(tmp_path / "2", [0.95], **{name: OTHER[name]})
+    alone = "Step 2: test accuracy 95.00% after epoch 0."
+    assert steps.what_it_bought(2, second, first) == alone
+
+
+def test_a_step_is_compared_whatever_has_no_part_in_it(tmp_path):
+    """Where it was computed; how long, if the rate is constant; and what only one step can vary."""
+    steps = importlib.import_module("steps")
+    elsewhere = {"device": "cpu", "threads": 1, "data_dir": "x", "save_dir": "y"}
+    whole = {"schedule": "one_cycle"}
+    for number, one, two, compared in [
+        (2, {}, {**elsewhere, "epochs_max": 3}, True),
+        (5, {"pool": "avg"}, {"pool": "max"}, True),
+        (4, {}, {"channels": (4, 8, 8, 8)}, True),
+        (5, {}, {"channels": (4, 8, 8, 8)}, False),
+        (2, whole, {**whole, "epochs_max": 3}, False),
+    ]:
+        before = made_up_run(tmp_path / f"{number}{compared}-", [0.9], **one)
+        folder = made_up_run(tmp_path / f"{number}{compared}", [0.95], **two)
+        line = steps.what_it_bought(number, folder, before)
+        assert ("+5.00 percentage points" in line) == compared
 
 
 def test_channels_are_not_those_of_a_step_without_resnet9(tmp_path, capsys):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 import warnings
 from pathlib import Path
 
@@ -106,9 +107,9 @@ def texts(figure):
 def error_of(capsys):
     """The error, which has to be one line."""
     error = capsys.readouterr().err
-    assert (
-        error.startswith("plot_figs.py: ") and error.count("\n") == 1 and "Traceback" not in error
-    ), error
+    program = Path(sys.argv[0]).name
+    assert error.startswith(f"{program}: ") and error.count("\n") == 1, error
+    assert "Traceback" not in error, error
     return error
 
 
@@ -310,7 +311,7 @@ def test_a_run_that_holds_out_images_is_drawn(save, capsys):
     picture(save / "held_out" / "test_accuracy_held_out+real.png")
 
 
-@pytest.mark.parametrize("count", [1, 3, long(5), long(12)])
+@pytest.mark.parametrize("count", [1, long(3), long(5), long(12)])
 def test_curves_of_many_runs_stay_readable(save, tmp_path, count):
     runs = []
     for i in range(count):
@@ -677,6 +678,7 @@ def test_the_network_of_a_checkpoint_is_found(monkeypatch):
             assert plot_figs.find_network(params, its_own) is network
 
 
+@pytest.mark.long
 def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys, monkeypatch):
     add_run(save, "other", without=("predictions.npz",))
     folder = add_run(save, "first_step", without=("predictions.npz",))
@@ -690,7 +692,7 @@ def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys, mon
     assert capsys.readouterr().out.splitlines()[-1] == str(path)
     picture(path)
     runs = [read_run(save / tag) for tag in ("real", "first_step")]
-    residual, perceptron = plot_figs.compare_gradients(runs, lambda run: sample)
+    residual, perceptron = plot_figs.compare_gradients(runs, lambda run: sample, print)
     first = sample.train_images[: plot_figs.BATCH], sample.train_labels[: plot_figs.BATCH]
     _, d = m.loss_and_gradients(params, *first, m.Settings(), network=network)
     expected = {name: np.sqrt((d[f"{name}.weight"] ** 2).sum()) for name in ("fc1", "fc2")}
@@ -738,7 +740,7 @@ def test_a_run_that_has_not_begun_stands_beside_nothing(save):
     assert not list(save.glob("*/curves_*.png"))
 
 
-def test_watching_a_run_draws_after_each_epoch_and_ends_with_it(save, monkeypatch):
+def test_watching_a_run_draws_after_each_epoch_and_ends_with_it(save, monkeypatch, capsys):
     """While it sleeps the run goes on: an epoch, the last epoch's metrics, then its checkpoint."""
     folder = add_run(save, "young", epochs=0, without=("*.npz",))
     config = json.loads((folder / "config.json").read_text())
@@ -762,7 +764,13 @@ def test_watching_a_run_draws_after_each_epoch_and_ends_with_it(save, monkeypatc
 
     monkeypatch.setattr(plot_figs, "draw_curves", spy)
     monkeypatch.setattr(plot_figs.time, "sleep", lambda _: next(happens)())
+    config["code"] = "another"
+    (folder / "config.json").write_text(json.dumps(config))
     assert draw(save, "young", "--watch") == 0
+    said = capsys.readouterr()
+    assert said.err.count("was trained by other code") == 1  # not at each look
+    for missing in ("predictions.npz", "checkpoint_last.npz"):
+        assert said.out.count(f"has no {missing} yet") == 1
     assert epochs == [0, 1, 2, 2] and (folder / "filters.png").exists()
     assert next(happens, None) is None  # it looked once more, saw nothing new, and ended
 
@@ -781,6 +789,31 @@ def test_watching_ends_at_once_where_all_is_finished_and_with_ctrl_c(save, monke
     assert draw(save, "young", "--watch") == 130
 
 
+def test_too_little_memory_gets_one_line(save, monkeypatch, capsys):
+    def full(*_):
+        raise MemoryError("Unable to allocate 3 GiB")
+
+    monkeypatch.setattr(plot_figs, "draw_curves", full)
+    assert draw(save, "real") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Out of memory (Unable to allocate 3 GiB)" in error
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11490434\n"
+FILES = ["config.json", "metrics.csv", "predictions.npz", "checkpoint_last.npz"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_git_lfs_pointer_is_called_what_it_is(name, save, capsys):
+    folder = add_run(save, "cloned")
+    (folder / name).write_bytes(POINTER)
+    (folder / "checkpoint_previous.npz").unlink(missing_ok=True)
+    assert draw(save, "cloned") == 2
+    error = error_of(capsys)
+    assert name in error and "is a git-lfs pointer, not the file: run `git lfs pull`" in error
+    assert "damaged" not in error and (folder / name).read_bytes() == POINTER
+
+
 # ── What the user can put right ───────────────────────────────────────────────────────────────────
 
 
@@ -796,7 +829,7 @@ def test_an_unknown_tag_lists_those_there_are(save, capsys, tag):
 
 def test_a_folder_without_runs(tmp_path, capsys):
     assert draw(tmp_path, "real") == 2
-    assert "makes its first" in error_of(capsys)
+    assert "it has none yet: mnist_resnet9.py makes one" in error_of(capsys)
     assert draw(tmp_path / "nowhere") == 2
     assert repr(m.Settings.tag) in error_of(capsys)
 
@@ -849,7 +882,7 @@ def test_damaged_files(save, capsys, name, contents):
 def test_predictions_of_another_kind(save, sample, change):
     path = save / "real" / "predictions.npz"
     with np.load(path) as arrays:
-        storage.save_arrays(path, **dict(arrays) | change)
+        storage.write_file(path, storage.pack_arrays(**dict(arrays) | change))
     with pytest.raises(m.UserError, match="predictions.npz is damaged"):
         plot_figs.read_predictions(path, sample.test_labels)
 
@@ -866,7 +899,7 @@ def test_predictions_that_are_cut_off(save, sample, part):
 def test_parameters_of_another_kind(save, capsys, change):
     path = save / "real" / "checkpoint_last.npz"
     arrays = read_arrays(path) | {"fc9.bias": change}
-    storage.save_arrays(path, **arrays, sha256=checksums(arrays))
+    storage.write_file(path, storage.pack_arrays(**arrays, sha256=checksums(arrays)))
     assert draw(save, "real") == 2
     assert "checkpoint_last.npz is damaged" in error_of(capsys)
 
@@ -911,6 +944,7 @@ THEIRS = {
 }
 
 
+@pytest.mark.long
 def test_the_users_settings_change_no_figure_and_no_figure_changes_them(save, caplog):
     assert draw(save, "real") == 0
     usual = {name: (save / "real" / name).read_bytes() for name in ALL}
@@ -951,7 +985,7 @@ def overlay_in_a_process(save, code="", **environment):
     "lines",
     [
         "text.usetex: True\nfont.family: NoSuchFont\nbackend: TkAgg\ninteractive: True\n",
-        "font.sans-serif: NoSuchFont\nbackend: pdf\nsavefig.format: svg\n",
+        long("font.sans-serif: NoSuchFont\nbackend: pdf\nsavefig.format: svg\n"),
     ],
 )
 def test_a_matplotlibrc_is_not_asked(save, tmp_path, lines):
@@ -1016,16 +1050,8 @@ def test_no_two_lists_of_runs_share_a_file(run):
 # ── In a notebook ─────────────────────────────────────────────────────────────────────────────────
 
 
-class Notebook:
-    """What stands for IPython, which plot_figs.py does not need."""
-
-    @staticmethod
-    def get_ipython():
-        return object()
-
-
 def test_in_a_notebook_the_figures_of_the_user_stay(save, monkeypatch):
-    monkeypatch.setitem(sys.modules, "IPython", Notebook)
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
     asked = []
     monkeypatch.setattr(matplotlib, "use", asked.append)
     mine = plt.figure()
@@ -1056,8 +1082,8 @@ def test_in_a_notebook_an_error_stops_the_cells_that_follow(save, monkeypatch, c
 def test_outside_of_a_notebook_agg_is_asked_for(save, monkeypatch):
     asked = []
     monkeypatch.setattr(matplotlib, "use", asked.append)
-    monkeypatch.setattr(Notebook, "get_ipython", staticmethod(lambda: None))
-    monkeypatch.setitem(sys.modules, "IPython", Notebook)  # imported, but nothing runs in it
+    # It is imported, but nothing runs in it.
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     add_run(save, "bare", without=("*.npz",))
     assert draw(save, "bare") == 0
     assert set(asked) == ({"Agg"} if sys.platform.startswith("linux") else set())

@@ -648,7 +648,7 @@ def test_the_clock_is_read_when_the_gpu_has_finished(first_step, monkeypatch):
     book, finished, said = object.__new__(m.Bookkeeper), [], []
     book.on_gpu, book.epoch_steps, book.state = True, 100, SimpleNamespace(step=first_step)
     book.bar = SimpleNamespace(set_postfix=lambda **_: None)
-    book.start_clock()
+    book.first_time, book.first_step = 0.0, first_step
     monkeypatch.setattr(book, "check_finite", lambda *_: finished.append(book.state.step))
     monkeypatch.setattr(book, "say_how_long", lambda _: said.append(book.state.step))
     for _ in range(first_step, first_step + 100):

@@ -312,14 +312,6 @@ def pool_with_ties_of_float32(x, pool=m.max_pool2d):
 
 
 STEPS = [
-    {"dropout": 0.9},
-    {
-        "dropout": 0.0,
-        "pool": "avg",
-        "optimizer": "sgd",
-        "weight_decay": 0.1,
-        "label_smoothing": 0.1,
-    },
     {
         "dropout": 0.15,
         "augment": 0.6,
@@ -330,6 +322,14 @@ STEPS = [
     },
 ]
 MORE_STEPS = [
+    {"dropout": 0.9},
+    {
+        "dropout": 0.0,
+        "pool": "avg",
+        "optimizer": "sgd",
+        "weight_decay": 0.1,
+        "label_smoothing": 0.1,
+    },
     {"dropout": 0.5, "augment": 1.0, "ema": 0.9, "weight_decay": 0.1},
     {
         "dropout": 0.5,

@@ -266,6 +266,16 @@ def test_shards_are_added_in_order_however_many_are_computed_at_once(rng, monkey
         assert loss == found[0][0] and np.array_equal(gradients.flat, found[0][1].flat)
 
 
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_plan_has_the_key_that_each_step_would_draw(epoch):
+    """Of its own stream; a GPU's step takes it from the plan."""
+    settings = m.Settings(seed=9, epochs_max=3)
+    keys, plan = m.plan_of(m.Run(settings, m.layers, None, (), (), (), total_steps=3 * 40), epoch)
+    streams = [m.random_stream(9, m.STEP, epoch, number) for number in range(40)]
+    assert list(keys) == [stream.integers(2**63, size=1)[0] for stream in streams]
+    assert plan.shape == (40, 5)
+
+
 def transposed(dy, cache):
     dx, dw, db = m.linear_backward(dy, cache)
     return dx, dw.T, db

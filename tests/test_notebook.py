@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from programs import few_digits
 
 import mnist_resnet9 as m
 
@@ -11,7 +12,7 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 FLAGS = "--channels 2,4,4,4 --train-images 640 --batch-size 32 --epochs-max 2".split()
-FLAGS += ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "2"]
+FLAGS += ["--data-dir", few_digits(), "--device", "cpu", "--threads", "2"]
 
 
 class Notebook:
@@ -75,7 +76,7 @@ def test_a_cell_has_a_bar_and_the_notebook_that_is_saved_has_not(tmp_path):
     # `!` has a terminal, of which each look at the bar would be kept.
     assert "Finished" in notebook.text(4) and notebook.text(4).count("epoch 1:") <= 2
     assert "fc9.weight    float32 (3136, 10)" in notebook.value(5) and len(notebook.value(5)) < 2000
-    assert notebook.value(6).startswith("MNIST sample:") and len(notebook.value(6)) < 500
+    assert notebook.value(6).startswith("digits:") and len(notebook.value(6)) < 500
     assert notebook.value(7) == (
         "UserError: images are (2, 30, 28), but should be (N, 28, 28), with pixels 0…255"
     )

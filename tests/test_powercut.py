@@ -79,9 +79,9 @@ def test_a_write_that_is_not_recorded_is_noticed(tmp_path, monkeypatch):
     """Path.write_bytes does not go through the open() that is watched."""
     save = m.Bookkeeper.save
 
-    def unwatched(self):
+    def unwatched(self, checkpoint):
         (self.folder.path / "unseen").write_bytes(b"")
-        return save(self)
+        return save(self, checkpoint)
 
     monkeypatch.setattr(m.Bookkeeper, "save", unwatched)
     with pytest.raises(AssertionError, match="the record lacks an operation"):

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from programs import metrics_of, start
+from programs import few_digits, metrics_of, start
 
 import mnist_resnet9 as m
 from benchmarks.accuracy import share_run
-from support import bookkeeping, checkpoints, run_folder
+from support import bookkeeping, checkpoints, run_folder, runs
 
-SMALL = "--channels 4,16,16,16 --train-images 640 --batch-size 32 --device cpu".split()
-SMALL += ["--data-dir", str(m.ROOT / "data" / "sample")]
+SMALL = "--channels 4,16,16,16 --train-images 320 --batch-size 16 --device cpu".split()
+SMALL += ["--data-dir", few_digits()]
 # With these, the run that nothing disturbed.
 WHOLE = "--epochs-max 3 --augment 1 --ema 0.9".split()
 
@@ -65,7 +65,7 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_the_files_that_it_promises(whole):
     folder, out = whole
     config = json.loads((folder / "config.json").read_text())
-    assert config["settings"]["augment"] == 1 and config["data"]["name"] == "MNIST sample"
+    assert config["settings"]["augment"] == 1 and config["data"]["name"] == "digits"
     copy = folder / "code"
     code = {path.relative_to(copy).as_posix() for path in copy.rglob("*.py")}
     support = {f"support/{path.name}" for path in (m.ROOT / "support").glob("*.py")}
@@ -79,7 +79,7 @@ def test_a_run_leaves_the_files_that_it_promises(whole):
     right = predictions["predictions"] == predictions["labels"]
     assert right.mean() == pytest.approx(rows[-1][5])
     assert (folder / "log.txt").read_text() == out
-    assert "MNIST sample" in out and "Ctrl-C is safe" in out
+    assert "digits, 320 images" in out and "Ctrl-C is safe" in out
     assert not list(folder.glob("*.part*"))
 
 
@@ -95,7 +95,8 @@ def test_checkpoint_holds_the_weights_that_were_evaluated(whole, sample):
     folder, _ = whole
     settings = m.Settings(channels=(4, 16, 16, 16), ema=0.9)
     weights = m.load_weights(folder / "checkpoint_last.npz", settings)
-    accuracy = m.evaluate(weights, sample.test_images, sample.test_labels, settings)[1]
+    images, labels = sample.test_images[:100], sample.test_labels[:100]
+    accuracy = m.evaluate(weights, images, labels, settings)[1]
     assert accuracy == pytest.approx(metrics_of(folder)[-1, 5])
 
 
@@ -187,18 +188,18 @@ def test_where_processes_cannot_be_copied_the_bits_are_the_same(whole, tmp_path)
 
 
 def test_validation_images_are_measured_and_not_trained_on(tmp_path, sample):
-    """A run on 640 images that holds 200 out is a run on the 440 others, and one more column."""
-    fewer = "--epochs-max 2 --tag fewer --train-images 440".split()
+    """A run on 320 images that holds 100 out is a run on the 220 others, and one more column."""
+    fewer = "--epochs-max 2 --tag fewer --train-images 220".split()
     assert train(tmp_path, *fewer).returncode == 0
-    held_out = "--epochs-max 2 --tag held_out --validation-images 200".split()
+    held_out = "--epochs-max 2 --tag held_out --validation-images 100".split()
     result = train(tmp_path, *held_out)
     assert result.returncode == 0
-    assert "440 images, 14 steps" in result.stdout and "valid acc" in result.stdout
+    assert "220 images, 14 steps" in result.stdout and "valid acc" in result.stdout
     assert_same_run(tmp_path / "fewer", tmp_path / "held_out")
     settings = m.Settings(channels=(4, 16, 16, 16))
     params = m.load_weights(tmp_path / "held_out" / "checkpoint_last.npz", settings)
     accuracy = m.evaluate(
-        params, sample.train_images[440:640], sample.train_labels[440:640], settings
+        params, sample.train_images[220:320], sample.train_labels[220:320], settings
     )[1]
     path = tmp_path / "held_out" / "metrics.csv"
     assert path.read_text().startswith(",".join((*run_folder.METRICS, "validation_accuracy\n")))
@@ -405,8 +406,81 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, capsys):
     (tmp_path / "resnet9").mkdir()
     (tmp_path / "resnet9" / "thesis.tex").write_text("years of work")
     assert train_here(tmp_path) == 2
-    assert "something else than a run" in capsys.readouterr().err
+    assert "something other than a run" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "resnet9").iterdir()] == ["thesis.tex"]
+
+
+def test_the_note_on_other_code_names_the_copy_that_the_run_went_on_with(whole, tmp_path):
+    """And none where there is none, as in a run that was passed on."""
+    shutil.copytree(whole[0], tmp_path / "resnet9")
+    folder = tmp_path / "resnet9"
+
+    def note():
+        return runs.read_run(folder, m.Settings).note_on_code("another")
+
+    for name in ("code", "code_2", "code_10"):
+        (folder / name).mkdir(exist_ok=True)
+        assert f"{os.sep}{name} holds" in note()
+        assert run_folder.newest_code(folder) == folder / name
+    (folder / "code_11_of_mine").mkdir()
+    assert f"{os.sep}code_10 holds" in note()
+    for path in folder.glob("code*"):
+        shutil.rmtree(path)
+    assert "holds" not in note() and "was trained by other code: what" in note()
+
+
+def bookkeeper(folder, history=(), **changes):
+    """A Bookkeeper of a run of three epochs of ten steps, without anything that computes."""
+    settings = m.Settings(batch_size=1, epochs_max=3, **changes)
+    state = SimpleNamespace(step=10 * max(0, len(history) - 1), history=list(history))
+    log = SimpleNamespace(path=folder, read_others=dict, log=print)
+    return m.Bookkeeper(settings, log, state, None, None, 10, 10, on_gpu=False)
+
+
+def test_the_first_step_starts_the_clock(tmp_path, monkeypatch):
+    """Making the engine and starting the other processes takes seconds, and only once."""
+    now = [0.0]
+    monkeypatch.setattr(bookkeeping.time, "perf_counter", lambda: now[0])
+    for history in ([], [{"epoch": 0}, {"epoch": 1}]):
+        now[0], said = 0.0, []
+        book = bookkeeper(tmp_path, history)
+        monkeypatch.setattr(book, "say_how_long", said.append)
+        # Until here the run prepares itself.
+        now[0] = 1000.0
+        for _ in book.steps(max(1, len(history))):
+            now[0] += 2.0
+            book.state.step += 1
+            book.after_step(1.0)
+        assert said == [2.0]
+
+
+@pytest.mark.parametrize("missing", [math.nan, None])
+def test_the_best_epoch_is_one_that_was_measured(missing, tmp_path):
+    """An older start of the run held out no images."""
+    accuracies = [missing, 0.5, missing, 0.7, 0.6]
+    rows = [{"epoch": i, "validation_accuracy": a} for i, a in enumerate(accuracies)]
+    rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    assert bookkeeper(tmp_path, rows, validation_images=1).best()["epoch"] == 3
+
+
+@pytest.mark.parametrize("batch, words", [(64, "1 step an epoch"), (32, "2 steps an epoch")])
+def test_one_step_is_no_steps(batch, words, tmp_path, capsys):
+    flags = ["--train-images", "64", "--batch-size", str(batch), "--channels", "2,2,2,2"]
+    assert train_here(tmp_path, *flags, "--epochs-max", "1", "--threads", "1") == 0
+    assert f"64 images, {words}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoint_last.npz"])
+def test_a_run_of_git_lfs_pointers_is_left_as_it_is(name, whole, tmp_path, capsys):
+    """Also where the checkpoint before is there: nothing is damaged."""
+    shutil.copytree(whole[0], tmp_path / "resnet9")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11490434\n"
+    (tmp_path / "resnet9" / name).write_bytes(pointer)
+    before = {path: path.read_bytes() for path in (tmp_path / "resnet9").glob("*.*")}
+    assert train_here(tmp_path, *WHOLE, "--epochs-max", "4") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is a git-lfs pointer, not the file: run" in error
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def damage(path):

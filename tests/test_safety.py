@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from programs import metrics_of, start
+from programs import few_digits, metrics_of, start
 
 import mnist_resnet9 as m
 from support import checkpoints, mnist, storage
@@ -24,7 +24,7 @@ resource = pytest.importorskip("resource")  # POSIX
 
 SETTINGS = m.Settings(channels=(2, 4, 4, 4), ema=0.9)
 FLAGS = (
-    *("--data-dir", "data/sample", "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"),
+    *("--data-dir", few_digits(), "--device", "cpu", "--threads", "1", "--channels", "2,4,4,4"),
     *("--ema", "0.9", "--train-images", "64", "--batch-size", "32", "--epochs-max", "2"),
 )
 
@@ -49,7 +49,7 @@ def rewrite(path, change):
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files if name != "sha256"}
     change(arrays)
-    storage.save_arrays(path, **arrays, sha256=checkpoints.checksums(arrays))
+    storage.write_file(path, storage.pack_arrays(**arrays, sha256=checkpoints.checksums(arrays)))
 
 
 def test_a_checkpoint_has_the_same_bytes_at_any_time(state, tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ CHANGES = {
     "shape": (lambda a: a.update({"fc9.bias": a["fc9.bias"][:9]}), r"\(9,\)"),
     "missing": (lambda a: a.pop("ema.conv1.bias"), "it has no ema.conv1.bias"),
     "extra": (lambda a: a.update(more=np.zeros(3)), "it has more, which is not expected"),
-    "version": (lambda a: a.update(version=np.int64(99)), "not version 1"),
+    "version": (lambda a: a.update(version=np.int64(99)), "its version is not 1"),
     "history": (lambda a: a["history"].__setitem__((0, 0), 5), "history"),
     "step": (lambda a: a.update(step=np.int64(-1)), "its step is -1"),
     "settings": (
@@ -121,7 +121,7 @@ def test_one_changed_number_is_found_by_its_checksum(state, tmp_path):
     with np.load(path) as file:
         arrays = dict(file)
     arrays["conv1.bias"][0] += 1
-    storage.save_arrays(path, **arrays)
+    storage.write_file(path, storage.pack_arrays(**arrays))
     with pytest.raises(m.UserError, match="checksums"):
         m.load_checkpoint(path, SETTINGS)
 
@@ -190,15 +190,15 @@ def test_a_full_disk_is_said_and_costs_no_earlier_checkpoint(tmp_path):
     before = (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes()
     flags = [sys.executable, "mnist_resnet9.py", *FLAGS[:-1], "3", "--save-dir", str(tmp_path)]
     result = subprocess.run(
-        flags, cwd=m.ROOT, capture_output=True, text=True, preexec_fn=limit_12k, timeout=120
+        flags, cwd=m.ROOT, capture_output=True, text=True, preexec_fn=limit_4k, timeout=120
     )
     assert result.returncode == 1 and "predictions.npz was NOT written" in result.stderr
     assert "Traceback" not in result.stderr and "Finished" in result.stdout
     assert (tmp_path / "resnet9" / "checkpoint_last.npz").read_bytes() == before
 
 
-def limit_12k():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+def limit_4k():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000))
 
 
 def test_a_second_program_on_one_folder_is_refused_and_a_dead_one_holds_no_lock(tmp_path):

@@ -10,12 +10,13 @@ import types
 
 import numpy as np
 import pytest
+from programs import few_digits
 
 import mnist_resnet9 as m
 
 SOURCE = (m.ROOT / "mnist_resnet9.py").read_text(encoding="utf-8")
 SMALL = "--device cpu --threads 1 --epochs-max 1 --train-images 64 --batch-size 32".split()
-SMALL += ["--data-dir", str(m.ROOT / "data" / "sample")]
+SMALL += ["--data-dir", few_digits()]
 
 
 @pytest.fixture
@@ -38,8 +39,20 @@ def edited(tmp_path, monkeypatch):
     return load
 
 
+def test_a_run_with_a_tuple_of_ones_own_continues(edited, tmp_path, capsys):
+    """config.json has a list in its place."""
+    line = CARD["warm_up"]
+    module = edited({line: f"{line}\n    strides: tuple = (1, 2)  # of conv1"})
+    flags = [*SMALL, "--save-dir", str(tmp_path)]
+    assert module.main(flags) == 0
+    assert module.main([*flags, "--epochs-max", "2"]) == 0
+    assert module.main([*flags, "--epochs-max", "3", "--strides", "1,1"]) == 2
+    assert "another experiment: it has strides [1, 2], not [1, 1]" in capsys.readouterr().err
+
+
 CLASS = SOURCE[SOURCE.index("class Settings:") : SOURCE.index("def __post_init__")]
 CARD = {line.split(":")[0].strip(): line for line in CLASS.splitlines()}
+CARD_NAMES = [f.name for f in dataclasses.fields(m.Settings)]
 DROPOUT, CHANNELS, EPOCHS = CARD["dropout"], CARD["channels"], CARD["epochs_max"]
 
 SLIPS = {
@@ -73,6 +86,68 @@ def test_a_slip_at_the_top_of_the_script_gets_one_line(slip, edited, capsys):
 def test_help_is_there_all_the_same(slip, edited, capsys):
     old, new, _ = SLIPS[slip]
     assert edited({old: new}).main(["--help"]) == 0 and "--dropout" in capsys.readouterr().out
+
+
+def test_a_setting_without_a_default_is_asked_for_one(edited, capsys):
+    module = edited({DROPOUT: DROPOUT + "\n    depth: int  # blocks"})
+    for flags in ([], ["--depth", "3"], ["--check"]):
+        assert module.main(flags) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "the setting depth has no default" in error
+    assert module.main(["--help"]) == 0 and "--depth INT" in capsys.readouterr().out
+
+
+def test_what_is_computed_from_settings_is_none(edited, capsys):
+    """Methods of any kind, and classes."""
+    more = """
+    @property
+    def wide(self):
+        return 2 * self.channels[3]
+
+    @functools.cached_property
+    def wider(self):
+        return 3 * self.channels[3]
+
+    @classmethod
+    def small(cls):
+        return cls(channels=(2, 4, 4, 4))
+
+    @staticmethod
+    def blocks():
+        return 2
+
+    class Inner:
+        pass
+"""
+    module = edited({DROPOUT: DROPOUT + more})
+    settings = module.parse_settings(["--channels", "2,4,4,5"])
+    assert (settings.wide, settings.blocks(), settings.small().channels[3]) == (10, 2, 4)
+    assert [f.name for f in dataclasses.fields(settings)] == list(CARD_NAMES)
+    assert settings.wider == 15 and isinstance(settings.Inner, type)
+
+
+YES = "    nesterov: bool = True  # look ahead 100 %"
+NO = "    nesterov = False"
+
+
+@pytest.mark.parametrize("default, line", [(True, YES), (False, NO)])
+def test_a_setting_may_be_yes_or_no(default, line, edited, capsys, tmp_path):
+    module = edited({DROPOUT: f"{DROPOUT}\n{line}"})
+    flags = {(): default, ("--nesterov",): True, ("--no-nesterov",): False}
+    for flag, value in flags.items():
+        assert module.parse_settings(flag).nesterov is value
+    for wrong in (["--nesterov", "False"], ["--nesterov=False"], ["--nester"]):
+        assert module.main(wrong) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert module.main(["--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--no-nesterov" in out and out.count(f"(default: {default})") == 1
+    where = [*SMALL, "--channels", "2,4,4,4", "--save-dir", str(tmp_path)]
+    assert module.main([*where, "--nesterov"]) == 0
+    config = json.loads((tmp_path / "resnet9" / "config.json").read_text())
+    assert config["settings"]["nesterov"] is True
+    capsys.readouterr()
+    assert module.main([*where, "--no-nesterov"]) == 2
+    assert "nesterov True, not False" in capsys.readouterr().err
 
 
 WAYS = {

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from programs import metrics_of, start
+from programs import few_digits, metrics_of, start
 
 from support import ROOT
 
@@ -48,7 +48,7 @@ def test_without_winograd_the_script_trains_the_same(tmp_path):
     plain = "".join(lines[: at - 1] + lines[at + 1 :])
     flags = "--device cpu --threads 1 --epochs-max 1 --train-images 128 --batch-size 32".split()
     flags += "--dropout 0.2 --channels 4,8,8,8".split()
-    flags += ["--data-dir", ROOT / "data" / "sample", "--save-dir", tmp_path / "save"]
+    flags += ["--data-dir", few_digits(), "--save-dir", tmp_path / "save"]
     rows = []
     for name, text in (("fast", source), ("plain", plain)):
         folder = tmp_path / name

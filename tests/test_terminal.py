@@ -3,6 +3,7 @@ gone, with an encoding that has no letters but ASCII's."""
 
 import builtins
 import errno
+import importlib.util
 import os
 import re
 import shutil
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import start
+from programs import few_digits, start
 
 import mnist_resnet9 as m
 from support import gpu, storage, terminal
 
 SCRIPT = "mnist_resnet9.py"
 FLAGS = "--channels 2,4,4,4 --train-images 64 --batch-size 32 --epochs-max 1".split()
-FLAGS += ["--data-dir", str(m.ROOT / "data" / "sample"), "--device", "cpu", "--threads", "2"]
+FLAGS += ["--data-dir", few_digits(), "--device", "cpu", "--threads", "2"]
 
 
 def no_traceback(result):
@@ -92,7 +93,13 @@ def test_every_script_of_a_document_is_there():
     assert {"--recipe", "--tag", "--device"} <= commands["mnist_resnet9.py"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, marks=pytest.mark.long) if script.startswith("benchmarks") else script
+        for script in SCRIPTS
+    ],
+)
 def test_every_script_explains_the_flags_of_its_documents(script):
     if script.startswith("torch_version"):
         pytest.importorskip("torch")
@@ -116,11 +123,15 @@ def test_every_script_refuses_a_flag_that_it_has_not(script):
 def test_a_reader_that_leaves_ends_a_program_quietly(tmp_path):
     shutil.copytree(m.ROOT / "save" / "record", tmp_path / "record")
     (tmp_path / "record" / "curves.png").unlink()
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "metrics.csv"):
+        shutil.copy(tmp_path / "record" / name, tmp_path / "bare")
     where = ["record", "--save-dir", tmp_path]
     picture = m.ROOT / "save" / "record" / "filters.png"
     for script, flags, status, said in [
         ("benchmarks/accuracy/seeds.py", where, 128 + 13, ""),
         ("predict.py", [picture], 128 + 13, ""),
+        ("plot_figs.py", ["bare", "--save-dir", tmp_path], 128 + 13, ""),
         ("plot_figs.py", [*where, "--data-dir", m.ROOT / "data" / "sample"], 2, "SHA-256 differs"),
     ]:
         reading, writing = os.pipe()
@@ -130,6 +141,54 @@ def test_a_reader_that_leaves_ends_a_program_quietly(tmp_path):
         assert result.returncode == status and no_traceback(result), script
         assert said in result.stderr and (said or not result.stderr)
     assert (tmp_path / "record" / "curves.png").exists()
+
+
+def commands_with(folder):
+    """The commands in which a flag names a folder, with that folder."""
+    picture = m.ROOT / "save" / "record" / "filters.png"
+    for script, flags in [
+        (SCRIPT, FLAGS),
+        ("torch_version/resnet9_torch.py", FLAGS),
+        ("evolution/step1_softmax_regression.py", FLAGS),
+        ("plot_figs.py", ["record"]),
+        ("predict.py", [picture]),
+    ]:
+        if script.startswith("torch") and not importlib.util.find_spec("torch"):
+            continue
+        yield script, [*flags, "--save-dir", folder]
+        if script == "plot_figs.py":
+            flags = [*flags, "--save-dir", m.ROOT / "save"]
+        if script != "predict.py":
+            yield script, [*flags, "--data-dir", folder]
+        if script.startswith("torch"):
+            yield script, [*flags, "--weights", folder]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="~name is a user's folder")
+def test_the_folder_of_a_user_who_is_not_there(tmp_path):
+    """It is a folder's name, as in a shell."""
+    for script, flags in commands_with("~no-such-user/x"):
+        result = start(script, *flags, cwd=tmp_path)
+        assert no_traceback(result), (script, flags)
+        if result.returncode == 0:
+            assert list((tmp_path / "~no-such-user" / "x").iterdir())
+            shutil.rmtree(tmp_path / "~no-such-user")
+        else:
+            assert result.returncode == 2 and result.stderr.count("\n") == 1
+            assert str(tmp_path / "~no-such-user" / "x") in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="removes the current folder")
+def test_a_flag_for_a_folder_where_the_current_one_is_gone(tmp_path):
+    for script, flags in commands_with("x"):
+        if script.startswith("torch"):  # PyTorch's libraries do not load there
+            continue
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        result = start(script, *flags, cwd=gone, preexec_fn=gone.rmdir)
+        assert result.returncode == 2 and no_traceback(result)
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert "x: the current folder is gone" in result.stderr
 
 
 def test_a_notebooks_backend_is_for_the_notebook(tmp_path):

@@ -224,16 +224,20 @@ def test_a_step_of_the_pytorch_version_has_our_logits_loss_and_gradients(pair, r
 
 OPTIMIZERS = [
     {"optimizer": "sgd"},
+    {"optimizer": "adam", "weight_decay": 0.1, "ema": 0.9},
+    {"optimizer": "muon", "weight_decay": 0.1, "ema": 0.9},
+]
+MORE = [
     {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.1, "ema": 0.99},
     {"optimizer": "adam"},
     {"optimizer": "adam", "beta2": 0.9},
-    {"optimizer": "adam", "weight_decay": 0.1, "ema": 0.9},
     {"optimizer": "muon"},
-    {"optimizer": "muon", "weight_decay": 0.1, "ema": 0.9},
 ]
 
 
-@pytest.mark.parametrize("given", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "given", [*OPTIMIZERS, *[pytest.param(given, marks=pytest.mark.long) for given in MORE]]
+)
 def test_ten_steps_of_the_pytorch_version_stay_with_ours(pair, given):
     runs = pair(channels=(4, 16, 16, 16), dropout=0.5, **given)
     step_both(runs, range(10))
@@ -315,8 +319,8 @@ def torch_main(*flags):
     "flags",
     [
         "--augment 1 --elastic 1 --ema 0.9 --weight-decay 0.1",
-        "--optimizer sgd --schedule one_cycle",
-        "--optimizer muon",
+        pytest.param("--optimizer sgd --schedule one_cycle", marks=pytest.mark.long),
+        pytest.param("--optimizer muon", marks=pytest.mark.long),
     ],
 )
 def test_a_stopped_run_continues_bit_for_bit(flags, tmp_path, monkeypatch, capsys):
@@ -395,6 +399,32 @@ def test_a_run_that_started_from_weights_continues_without_their_file(tmp_path):
     assert torch_main(*flags, "--epochs-max", "2") == 0
 
 
+def test_a_mean_of_the_weights_starts_from_them_too(tmp_path):
+    """The mean is what is evaluated, from epoch 0 on."""
+    flags = ("--save-dir", tmp_path, "--epochs-max", "1")
+    assert m.main([*TINY, *map(str, flags)]) == 0
+    weights = ("--weights", tmp_path / "resnet9" / "checkpoint_last.npz")
+    assert torch_main(*flags, *weights, "--ema", "0.9") == 0
+    ours, theirs = (metrics_of(tmp_path / tag) for tag in ("resnet9", "torch_resnet9"))
+    assert theirs[0][2:6] == pytest.approx(ours[1][2:6], rel=1e-5)
+
+
+def test_a_run_without_a_checkpoint_to_continue_starts_from_the_weights(tmp_path, capsys):
+    """What a crash in epoch 0 leaves, or a damaged file that was put aside, is none."""
+    flags = ("--save-dir", tmp_path, "--epochs-max", "1")
+    assert m.main([*TINY, *map(str, flags)]) == 0
+    ours, folder = metrics_of(tmp_path / "resnet9"), tmp_path / "torch_resnet9"
+    flags += ("--weights", tmp_path / "resnet9" / "checkpoint_last.npz")
+    for left in ("best", "damaged"):
+        assert torch_main(*flags) == 0
+        (folder / "checkpoint_last.npz").rename(folder / f"checkpoint_{left}.npz")
+        for name in ("last", "previous"):
+            (folder / f"checkpoint_{name}.npz").unlink(missing_ok=True)
+        assert torch_main(*flags) == 0
+        assert "starts from epoch 0" in capsys.readouterr().err
+        assert metrics_of(folder)[0, 2:6] == pytest.approx(ours[1][2:6], rel=1e-5)
+
+
 def test_either_version_continues_what_the_other_made(tmp_path):
     flags = ("--save-dir", tmp_path)
     assert torch_main(*flags, "--epochs-max", "1") == 0
@@ -409,7 +439,7 @@ def test_altered_weights_are_refused(tmp_path, capsys):
     with np.load(tmp_path / "torch_resnet9" / "checkpoint_last.npz") as file:
         content = dict(file)
     content["conv3.bias"] = content["conv3.bias"] + 1
-    storage.save_arrays(tmp_path / "altered.npz", **content)
+    storage.write_file(tmp_path / "altered.npz", storage.pack_arrays(**content))
     capsys.readouterr()
     assert torch_main(*flags, "--tag", "other", "--weights", tmp_path / "altered.npz") == 2
     assert "checksums" in capsys.readouterr().err
@@ -438,7 +468,8 @@ def test_bad_input_gets_one_line_and_exit_status_2(flags, tmp_path, capsys, monk
 def test_weights_of_another_network_are_refused(tmp_path, capsys):
     # NumPy would stretch one channel to four.
     params = m.init_params(m.Settings(channels=(1, 16, 16, 16)))
-    storage.save_arrays(tmp_path / "other.npz", **params, sha256=checksums(params))
+    content = storage.pack_arrays(**params, sha256=checksums(params))
+    storage.write_file(tmp_path / "other.npz", content)
     assert torch_main("--save-dir", tmp_path / "save", "--weights", tmp_path / "other.npz") == 2
     assert "conv1.weight float32 (3, 3, 1, 1), not float32 (3, 3, 1, 4)" in capsys.readouterr().err
 

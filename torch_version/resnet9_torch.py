@@ -1,15 +1,15 @@
 """The network of mnist_resnet9.py once more, with PyTorch's autograd and optimizers in place of
 ours.
 
-    python torch_version/resnet9_torch.py               train; takes every flag of mnist_resnet9.py
+    python torch_version/resnet9_torch.py               train
     python torch_version/resnet9_torch.py --weights F   start from a checkpoint, ours or PyTorch's
     python plot_figs.py resnet9 torch_resnet9           the curves of both, side by side
 
-Read it beside mnist_resnet9.py: all that is not here comes from there. Settings, data,
-initialisation, the order of the batches, augmentation, dropout's masks, log and checkpoints are the
-same, so what differs between two runs of one seed is rounding, and pixels that tie in a max pooling
-window (there our gradient goes to all of them, PyTorch's to one). Files go to save/torch_<tag>/. A
-checkpoint of either program can be continued or evaluated by the other.
+Read it beside mnist_resnet9.py: all that is not here comes from there. Settings and their flags,
+data, initialisation, the order of the batches, augmentation, dropout's masks, log and checkpoints
+are the same, so what differs between two runs of one seed is rounding, and pixels that tie in a max
+pooling window (there our gradient goes to all of them, PyTorch's to one). Files go to
+save/torch_<tag>/. A checkpoint of either program can be continued or evaluated by the other.
 
 PyTorch's images are (N, C, H, W) where ours are (H, W, N, C). No backward function is left: the
 calls of the forward pass are recorded, and loss.backward() walks the record back, as our network
@@ -58,6 +58,7 @@ from mnist_resnet9 import (
     to_input,
 )
 from support import UserError
+from support.runs import has_checkpoint
 from support.settings import project_path, settings_class, user_path
 from support.workers import prepare_process
 
@@ -218,7 +219,7 @@ class Engine:
         """Forward, loss, backward and update. keeps: the share of themselves that decaying weights
         keep; takes: the share that the mean of the weights takes from the new ones."""
         settings, state = self.settings, self.run.state
-        x, mask = self.draw(images, rng)
+        x, mask = self.randomise(images, rng)
         self.optimizer.zero_grad()
         labels = torch.tensor(labels, dtype=torch.long, device=self.device)
         loss = F.cross_entropy(self.net(x, mask), labels, label_smoothing=settings.label_smoothing)
@@ -257,7 +258,7 @@ class Engine:
         x = torch.from_numpy(to_input(images, self.dtype))
         return x.permute(2, 3, 0, 1).to(self.device, memory_format=torch.channels_last)
 
-    def draw(self, images, rng):
+    def randomise(self, images, rng):
         """The images augmented, and dropout's mask: both from the random streams of the shards that
         our step uses."""
         settings, parts = self.settings, []
@@ -290,12 +291,14 @@ def start(arguments):
     )
     folder = project_path(settings.save_dir) / settings.tag
     weights = None
-    if settings.weights and not any(folder.glob("checkpoint_*.npz")):
+    if settings.weights and not has_checkpoint(folder):
         weights = load_weights(settings.weights, settings)
 
     def engine_of(training, where):
         if weights:
-            training.state.params.flat[...] = weights.flat
+            # Without the setting ema there is no mean of them.
+            for kept in filter(None, (training.state.params, training.state.ema)):
+                kept.flat[...] = weights.flat
         return torch_engine(training, where)
 
     scripts = (Path(__file__).resolve(), *SCRIPTS)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import mnist_resnet9 as m
 from support.checkpoints import checksums, read_arrays, read_history
 from support.runs import find_runs, read_run
-from support.storage import save_arrays
+from support.storage import pack_arrays, write_file
 
 
 def keep_weights_only(path):
@@ -28,7 +28,7 @@ def keep_weights_only(path):
         arrays = {name: file[name] for name in file.files if name not in ("moments", "sha256")}
     averaged = {name: arrays.pop(f"ema.{name}") for name in list(arrays) if f"ema.{name}" in arrays}
     arrays |= averaged
-    save_arrays(path, **arrays, sha256=checksums(arrays))
+    write_file(path, pack_arrays(**arrays, sha256=checksums(arrays)))
 
 
 def main(arguments):

@@ -25,6 +25,7 @@ from machine import machine
 from peers import plain_network
 
 import mnist_resnet9 as m
+from support.cores import available_cores
 
 SETTINGS = m.Settings(tag="epoch", epochs_max=1, augment=1.0, dropout=0.5, learning_rate=1e-3)
 
@@ -48,7 +49,7 @@ def train_torch(settings):
     import torch
     import torch.nn.functional as F
 
-    torch.set_num_threads(m.available_cores())
+    torch.set_num_threads(available_cores())
     torch.manual_seed(settings.seed)
     data, folder, form = m.load_mnist(), Path(settings.save_dir), torch.channels_last
     images = torch.from_numpy(data.train_images.copy())

@@ -39,6 +39,7 @@ from machine import machine
 
 import mnist_resnet9 as m
 from support import winograd
+from support.cores import available_cores
 
 SIDES = ("ours", *peers.PEERS)
 LESS_PRECISE = ("torch bfloat16",)  # shown, and left out of the ratio
@@ -211,7 +212,7 @@ def parser():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--threads", type=int, default=m.available_cores())
+    p.add_argument("--threads", type=int, default=available_cores())
     p.add_argument("--channels", type=int, nargs=4, default=[4, 16, 32, 64])
     p.add_argument("--steps", type=int, default=40, help="steps a side")
     p.add_argument("--evaluate", action="store_true", help="forward only")

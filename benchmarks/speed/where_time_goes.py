@@ -25,6 +25,7 @@ from machine import machine
 
 import mnist_resnet9 as m
 from support import winograd
+from support.cores import available_cores
 
 KINDS = {
     "GEMM": ("winograd.conv2d", "winograd.conv2d_backward", "linear", "linear_backward"),
@@ -133,7 +134,7 @@ def main(arguments):
     if min(o.batch, o.steps) < 1:
         raise m.UserError("--batch and --steps should be 1 or more")
     print(machine())
-    cores, shards = m.available_cores(), math.ceil(o.batch / m.SHARD_IMAGES)
+    cores, shards = available_cores(), math.ceil(o.batch / m.SHARD_IMAGES)
     results = {threads: measure(threads, o.batch, o.steps) for threads in sorted({1, cores})}
     print("  cores   step ms   serial   shards   computing   waiting (of all cores)")
     for threads, (whole, side_by_side, busy) in results.items():
