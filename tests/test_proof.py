@@ -804,7 +804,7 @@ def test_what_a_fingerprint_looks_at():
     ),
 )
 def test_what_is_replaced_below_the_sections_counts(lines):
-    last = "\n# Last of all: from here on"
+    last = "\nfast_ways = FastWays(globals())\n"
     assert SOURCE.count(last) == 1
     assert fingerprint.fingerprint_of(SOURCE.replace(last, f"\n{lines}\n{last}")) != (
         fingerprint.MADE_FOR
@@ -812,7 +812,7 @@ def test_what_is_replaced_below_the_sections_counts(lines):
 
 
 def test_what_is_new_below_the_sections_does_not_count():
-    last = "\n# Last of all: from here on"
+    last = "\nfast_ways = FastWays(globals())\n"
     lines = 'def mine(arguments):\n    relu = 7\n    return relu\n\n\nNAMES = ("a", "b")\n'
     text = SOURCE.replace(last, f"\n{lines}\n{last}")
     assert fingerprint.fingerprint_of(text) == fingerprint.MADE_FOR
