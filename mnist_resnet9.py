@@ -1152,6 +1152,8 @@ def use_cores(count):
     """Spreads the shards from now on over `count` processes, this one included.
 
     A GPU needs no more than this one."""
+    if not isinstance(count, (int, np.integer)) or count < 1:
+        raise UserError(f"use_cores: {count!r} should be a whole number of at least 1")
     workers.use(count - 1 if xp is np else 0, [gradients_of_shards, logits_of_shards])
 
 

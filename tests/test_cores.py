@@ -161,3 +161,10 @@ def test_a_run_starts_no_more_processes_and_says_so(tmp_path, monkeypatch, capsy
     assert asked == [31]
     said = "CPU, 32 cores (of 200: there is work for no more); files in"
     assert said in capsys.readouterr().out and said in (tmp_path / "resnet9/log.txt").read_text()
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, "2", None])
+def test_a_number_of_cores_that_is_none_gets_one_line(count):
+    with pytest.raises(m.UserError, match="^use_cores: .* should be a whole number of at least 1$"):
+        m.use_cores(count)
+    assert m.workers.count == 0
