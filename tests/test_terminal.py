@@ -143,8 +143,8 @@ def test_a_reader_that_leaves_ends_a_program_quietly(tmp_path):
     assert (tmp_path / "record" / "curves.png").exists()
 
 
-def commands_with(folder):
-    """The commands in which a flag names a folder, with that folder."""
+def commands_with(folder, data=True):
+    """The commands in which a flag names a folder, with that folder. data: the data's as well."""
     picture = m.ROOT / "save" / "record" / "filters.png"
     for script, flags in [
         (SCRIPT, FLAGS),
@@ -158,16 +158,18 @@ def commands_with(folder):
         yield script, [*flags, "--save-dir", folder]
         if script == "plot_figs.py":
             flags = [*flags, "--save-dir", m.ROOT / "save"]
-        if script != "predict.py":
+        if data and script != "predict.py":
             yield script, [*flags, "--data-dir", folder]
         if script.startswith("torch"):
             yield script, [*flags, "--weights", folder]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="~name is a user's folder")
 def test_the_folder_of_a_user_who_is_not_there(tmp_path):
     """It is a folder's name, as in a shell."""
-    for script, flags in commands_with("~no-such-user/x"):
+    # Into an empty folder for data MNIST would be downloaded.
+    for script, flags in commands_with("~no-such-user/x", data=False):
         result = start(script, *flags, cwd=tmp_path)
         assert no_traceback(result), (script, flags)
         if result.returncode == 0:
@@ -178,6 +180,7 @@ def test_the_folder_of_a_user_who_is_not_there(tmp_path):
             assert str(tmp_path / "~no-such-user" / "x") in result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="removes the current folder")
 def test_a_flag_for_a_folder_where_the_current_one_is_gone(tmp_path):
     for script, flags in commands_with("x"):
