@@ -82,7 +82,7 @@ def with_numbers(kernel, **numbers):
 
 
 def columns_of(channels):
-    """Columns of a tile for so many channels."""
+    """Columns of a tile for this number of channels."""
     padded = round_up(channels, 8)
     return max(c for c in range(8, 72, 8) if padded % c == 0)
 
@@ -165,7 +165,7 @@ class KernelGradient:
         )
 
     def split(self, N, blocks):
-        """The rows of N images over about so many blocks: rows a block, blocks."""
+        """The rows of N images over about this many blocks: rows a block, blocks."""
         rows = self.side * self.side * N
         a_block = round_up(ceil_div(rows, max(1, blocks // self.tiles)), self.rows)
         return a_block, ceil_div(rows, a_block)
@@ -402,7 +402,7 @@ def said_if_long(line):
 
 
 def blocks_of(size):
-    """Blocks of 256 threads, one for each of so many numbers."""
+    """Blocks of 256 threads, one for each of these numbers."""
     return ceil_div(size, 256)
 
 

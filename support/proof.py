@@ -291,7 +291,7 @@ class Step(NamedTuple):
 
 
 class Book:
-    """A Bookkeeper that keeps nothing, for an epoch of so many steps."""
+    """A Bookkeeper that keeps nothing, for an epoch of `steps` steps."""
 
     def __init__(self, state, steps, after_step):
         self.state, self.count, self.after_step = state, steps, after_step

@@ -350,7 +350,7 @@ class Workers:
         return Worker(process, here, outbox)
 
     def compare(self):
-        """Ends spawned workers that would compute something else than this process.
+        """Ends spawned workers that would compute something other than this process.
 
         They have read the sources anew, and know nothing of what was replaced since."""
         summary = self.watched.summary()

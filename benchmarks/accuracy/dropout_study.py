@@ -38,7 +38,7 @@ def command(rate, epochs):
 
 
 def accuracies(save, epochs):
-    """{rate: test accuracy after so many epochs} of the runs that have got as far."""
+    """{rate: test accuracy after this many epochs} of the runs that have got as far."""
     found = {}
     for rate in RATES:
         path = save / f"dropout_{rate}" / "metrics.csv"

@@ -65,7 +65,7 @@ class Page:
 def row(
     rng, hand, count=None, height=None, pen=None, gap=(0.25, 0.7), slope=0.0, margin=0.35, most=1500
 ):
-    """A page with a row of digits of about the same height, on a line that slopes by so many
+    """A page with a row of digits of about the same height, on a line that slopes by this many
     degrees."""
     count = count or int(rng.integers(1, 5))
     height = height or int(rng.integers(90, 220))

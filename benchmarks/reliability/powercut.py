@@ -1,7 +1,7 @@
 """Simulates power cuts: every state in which one could leave a run's folder must continue well.
 
     python benchmarks/reliability/powercut.py               every state (some minutes)
-    python benchmarks/reliability/powercut.py --states 200  so many of each scenario, at random
+    python benchmarks/reliability/powercut.py --states 200  this many of each scenario, at random
 
 A run's file operations are recorded (faults.py). After each of them the power may fail. What is on
 the disk then depends on what had been flushed:
