@@ -159,7 +159,7 @@ def share(part, whole):
 def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tag", help="the run whose weights serve, as for predict.py")
-    parser.add_argument("--images", type=int, default=10_000, help="how many of MNIST's test images")
+    parser.add_argument("--images", type=int, default=10_000, help="how many test images of MNIST")
     parser.add_argument("--pages", type=int, default=100, help="how many pages of each kind")
     parser.add_argument("--seed", type=int, default=pages.MEASURING, help="of the pages")
     args = parser.parse_args(arguments)
