@@ -357,6 +357,7 @@ def test_curves_of_a_run_that_does_not_change(run, accuracy):
     plt.close(figure)
 
 
+@pytest.mark.long
 def test_a_long_tag_is_wrapped(save):
     tag = "a-tag-of-100-letters" * 5
     add_run(save, tag)
@@ -718,7 +719,7 @@ def test_gradients_of_several_runs_stand_in_one_figure(save, sample, capsys, mon
     "without, figures, lines",
     [
         (("*.npz",), {"curves.png"}, 2),
-        (("checkpoint*",), set(ALL) - FROM_CHECKPOINT, 1),
+        long(("checkpoint*",), set(ALL) - FROM_CHECKPOINT, 1),
         (("predictions.npz",), {"curves.png", *FROM_CHECKPOINT}, 1),
         (("*.npz", "metrics.csv"), set(), 3),
     ],
@@ -895,7 +896,7 @@ def test_predictions_that_are_cut_off(save, sample, part):
         plot_figs.read_predictions(path, sample.test_labels)
 
 
-@pytest.mark.parametrize("change", [np.full((10,), np.nan, np.float32), np.zeros(10, int)])
+@pytest.mark.parametrize("change", [np.full((10,), np.nan, np.float32), long(np.zeros(10, int))])
 def test_parameters_of_another_kind(save, capsys, change):
     path = save / "real" / "checkpoint_last.npz"
     arrays = read_arrays(path) | {"fc9.bias": change}
@@ -912,6 +913,7 @@ def test_another_data_set(save, capsys):
     assert {path.name for path in (save / "other").glob("*.png")} == {"curves.png"}
 
 
+@pytest.mark.long
 def test_the_data_is_looked_for_where_the_run_had_it(save, monkeypatch, sample):
     asked = []
     monkeypatch.setattr(m, "load_mnist", lambda folder: asked.append(folder) or sample)
@@ -996,6 +998,7 @@ def test_a_matplotlibrc_is_not_asked(save, tmp_path, lines):
     assert len(done.stdout.splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_toolkit_that_is_missing_costs_the_windows_alone(save):
     done = overlay_in_a_process(save, MPLBACKEND="module://no_such_toolkit", DISPLAY=":9")
     assert done.returncode == 0 and not done.stderr
@@ -1107,7 +1110,7 @@ plt.plot([1, 2])
 """
 
 
-@pytest.mark.parametrize("program", ["plot_figs", long("predict")])
+@pytest.mark.parametrize("program", [long("plot_figs"), long("predict")])
 def test_in_a_fresh_kernel_the_users_next_figure_is_shown(save, program, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")

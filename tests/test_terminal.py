@@ -29,8 +29,11 @@ def no_traceback(result):
     return "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
 
 
+ALONE = [pytest.param(closed, marks=pytest.mark.long) for closed in ((1,), (2,), (1, 2))]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
-@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("closed", [*ALONE, (0, 1, 2)], ids=str)
 def test_a_run_without_output_is_a_run(closed, tmp_path):
     def close():
         for number in closed:
@@ -217,7 +220,7 @@ def test_a_path_that_ascii_does_not_have(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["mnist_resnet9.py", "plot_figs.py", "predict.py"])
-@pytest.mark.parametrize("option", ["-I", "-P"])
+@pytest.mark.parametrize("option", ["-I", pytest.param("-P", marks=pytest.mark.long)])
 def test_an_isolated_python_finds_support_too(script, option):
     """`python -I` and `python -P` (3.11) leave the script's folder out of the search."""
     if option == "-P" and sys.version_info < (3, 11):
@@ -450,7 +453,7 @@ def test_the_script_on_standard_input(method, tmp_path):
     assert result.stderr.count("***") == (1 if method == "spawn" else 0), result.stderr
 
 
-@pytest.mark.parametrize("exits", [False, True])
+@pytest.mark.parametrize("exits", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_users_script_without_a_main_guard(exits, tmp_path):
     """Where processes are spawned, each runs that script again, from its top."""
     call = f"m.main({[*FLAGS, '--save-dir', str(tmp_path)]})"
