@@ -3,6 +3,10 @@
 `m.relu = leaky` in a notebook, a cell that is run again, a module loaded again: a process that was
 copied before has the old function, and one that read the source anew has that. Half of a batch
 would be computed with it, in silence.
+
+What counts is code, wherever a function finds it, and what has a name: in a module, in a class, in
+a table. Numbers in a list, in an array or in an object do not: many a program counts something
+there from step to step.
 """
 
 import contextlib
@@ -12,16 +16,12 @@ import operator
 import os
 import sys
 import types
-import zlib
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Callable, NamedTuple
-
-import numpy as np
 
 from support.trace import untraced
 
 MISSING = object()
-LARGE = 1000  # a list or an array with more than this is not looked into
 FunctionWithCache = type(functools.lru_cache(abs))
 LIBRARY = os.path.dirname(os.__file__)  # Python's own
 
@@ -47,37 +47,29 @@ def names_in(code):
     return names
 
 
+CODE = (FunctionType, FunctionWithCache, CodeType, type, types.MethodType, functools.partial)
+
+
+def is_users(kind):
+    """Whether a class is the user's or the script's: objects of support/ change as they run."""
+    return is_own_module(sys.modules.get(kind.__module__)) and "support." not in kind.__module__
+
+
 def held_by(value):
-    """Where a value keeps what can be replaced in it: a dictionary or a list, or None.
-
-    Of objects, only those of the user's classes count: those of support/ change as they run."""
-    kind = value if isinstance(value, type) else type(value)
-    is_users = is_own_module(sys.modules.get(kind.__module__)) and "support." not in kind.__module__
-    held = None
-    if isinstance(value, (list, dict)):
-        held = value
-    elif is_users or kind is types.SimpleNamespace:
-        held = getattr(value, "__dict__", None)
-    return None if held is None or len(held) > LARGE else held
-
-
-def names_in_held(held):
-    if isinstance(held, list):
-        return range(len(held))
-    # Of what Python adds to a class, only methods count.
-    return [
-        name
-        for name, value in list(held.items())  # another thread may add some
-        if isinstance(value, FunctionType) or not str(name).startswith("__")
-    ]
-
-
-def length(held, _):
-    return len(held)
-
-
-def checksum(array, _):
-    return zlib.crc32(array.tobytes())
+    """(a table or a list, the keys in it of what can be replaced in a value)."""
+    if isinstance(value, list):
+        return value, [i for i, part in enumerate(value) if isinstance(part, (*CODE, list, dict))]
+    if isinstance(value, dict):
+        return value, list(value)
+    if isinstance(value, type) and is_users(value):
+        # Of what Python adds to a class, only methods count.
+        named = list(vars(value).items())  # another thread may add some
+        keys = [k for k, a in named if isinstance(a, FunctionType) or not k.startswith("__")]
+        return vars(value), keys
+    if is_users(type(value)):
+        named = getattr(value, "__dict__", {})
+        return named, [k for k, a in list(named.items()) if isinstance(a, CODE)]
+    return {}, []
 
 
 class Seen(NamedTuple):
@@ -142,15 +134,8 @@ class Watched:
             return [value.fget]
         if isinstance(value, FunctionWithCache):
             return [value.__wrapped__]
-        if isinstance(value, np.ndarray):
-            self.note(checksum, value, [None] if value.size <= LARGE else [])
-            return []
         kin = value.__bases__ if isinstance(value, type) else [type(value)]
-        held = held_by(value)
-        if held is None:
-            return kin
-        self.note(length, held, [None])
-        return [*kin, *self.note(operator.getitem, held, names_in_held(held))]
+        return [*kin, *self.note(operator.getitem, *held_by(value))]
 
     def read(self, function):
         """parts_of() a function: what it finds."""
@@ -169,16 +154,18 @@ class Watched:
                         namespaces.append(vars(value))
             found += values
         for cell in function.__closure__ or ():
-            found += self.note(getattr, cell, ["cell_contents"])
+            with contextlib.suppress(ValueError):  # a cell that is empty yet
+                is_code = isinstance(cell.cell_contents, CODE)
+                found += self.note(getattr, cell, ["cell_contents"] if is_code else [])
+                found.append(cell.cell_contents)
         return found
 
     def note(self, look, owner, names):
         values = []
         for name in names:
-            with contextlib.suppress(ValueError):  # a cell that is empty yet
-                seen = Seen(look, owner, name, untraced(look(owner, name)))
-                self.found[look, id(owner), name] = seen
-                values.append(seen.value)
+            seen = Seen(look, owner, name, untraced(look(owner, name)))
+            self.found[look, id(owner), name] = seen
+            values.append(seen.value)
         return values
 
     def keep(self, found):
@@ -226,7 +213,7 @@ class Watched:
         return found
 
 
-def digest(value, depth=4):
+def digest(value):
     """What two processes can compare: the same for the same source."""
     if isinstance(value, FunctionWithCache):
         value = value.__wrapped__
@@ -235,14 +222,10 @@ def digest(value, depth=4):
     if isinstance(value, CodeType):
         return value.co_code, value.co_names, digest(value.co_consts)
     if isinstance(value, tuple):
-        return tuple(digest(part, depth - 1) for part in value) if depth else "tuple"
+        return tuple(digest(part) for part in value)
     if isinstance(value, (bool, int, float, str, type(None))):
         return repr(value)
-    if isinstance(value, np.ndarray) and value.size <= LARGE:
-        return value.dtype.str, value.shape, checksum(value, None)
-    held = held_by(value) if depth else None
-    names = () if held is None else names_in_held(held)
-    return type(value).__name__, *((digest(n), digest(held[n], depth - 1)) for n in names)
+    return type(value).__name__
 
 
 def different(summary):

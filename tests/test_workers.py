@@ -289,10 +289,6 @@ def by_table(part):
     return [TABLE["leaky"](x) for x in part]
 
 
-def by_space(part):
-    return [SPACE.slope for _ in part]
-
-
 TINY = m.Settings(channels=(4, 4, 4, 4), dropout=0.0)
 
 
@@ -371,67 +367,52 @@ class Slopes:
         return 0.25
 
     def __call__(self):
-        return self.mine
-
-    mine = 0.25
+        return 0.25
 
 
-@functools.lru_cache(maxsize=None)
-def slopes():
-    """What a function finds behind a global name, and what may be changed there."""
-    return Slopes()
-
-
-def enclosed():
-    slope = 0.25
-
+def enclosing(f):
     def get():
-        return slope
+        return f()
 
-    def put(value):
-        nonlocal slope
-        slope = value
+    def put(other):
+        nonlocal f
+        f = other
 
     return get, put
 
 
-OBJECT, SPACE, LIST, NESTED = Slopes(), types.SimpleNamespace(slope=0.25), [0.25], {"a": [[0.25]]}
-ARRAY, FUNCTIONS, BOUND = np.array([0.25, 1.0]), [lambda: 0.25], OBJECT.method
-GET, PUT = enclosed()
-COUNTS = {"calls": 0, "seen": []}
+def constant(value):
+    return lambda *_: value
 
 
-def default(slope=LIST, *, other=SPACE):
-    return slope[0] + other.slope
+OBJECT, FUNCTIONS, TABLES = Slopes(), [None], {"a": [{}]}
+BOUND = OBJECT.method
+GET, PUT = enclosing(constant(0.25))
+
+
+# Where a function finds what it computes with; and how that is replaced.
+FINDS = {
+    "attribute of a class": (lambda: Slopes.slope, lambda v: setattr(Slopes, "slope", v)),
+    "a function in a list": (lambda: FUNCTIONS[0](), lambda v: put_at(FUNCTIONS, 0, constant(v))),
+    "a function in an object": (lambda: OBJECT.f(), lambda v: setattr(OBJECT, "f", constant(v))),
+    "a number in a table in a list in a table": (
+        lambda: TABLES["a"][0]["slope"],
+        lambda v: put_at(TABLES["a"][0], "slope", v),
+    ),
+    "a method": (lambda: OBJECT.method(), lambda v: setattr(Slopes, "method", constant(v))),
+    "a bound method": (lambda: BOUND(), lambda v: setattr(Slopes.method, "__code__", TWICE)),
+    "a static method": (
+        lambda: Slopes.static(),
+        lambda v: setattr(Slopes, "static", staticmethod(constant(v))),
+    ),
+    "a call": (lambda: OBJECT(), lambda v: setattr(Slopes, "__call__", constant(v))),
+    "a function of an outer function": (lambda: GET(), lambda v: PUT(constant(v))),
+}
+TWICE = (lambda self: 0.5).__code__
 
 
 def put_at(where, key, value):
     where[key] = value
-
-
-FINDS = {
-    "attribute of a class": (lambda: Slopes.slope, lambda v: setattr(Slopes, "slope", v)),
-    "attribute of an object": (lambda: OBJECT.mine, lambda v: setattr(OBJECT, "mine", v)),
-    "a namespace": (lambda: SPACE.slope, lambda v: setattr(SPACE, "slope", v)),
-    "a list": (lambda: LIST[0], lambda v: put_at(LIST, 0, v)),
-    "a list that grows": (lambda: LIST[-1], lambda v: LIST.append(v)),
-    "a list in a list in a table": (
-        lambda: NESTED["a"][0][0],
-        lambda v: put_at(NESTED["a"][0], 0, v),
-    ),
-    "an array": (lambda: ARRAY[0], lambda v: put_at(ARRAY, 0, v)),
-    "a function in a list": (lambda: FUNCTIONS[0](), lambda v: put_at(FUNCTIONS, 0, lambda: v)),
-    "a method": (lambda: OBJECT.method(), lambda v: setattr(Slopes, "method", lambda self: v)),
-    "a bound method": (lambda: BOUND(), lambda v: setattr(Slopes.method, "__code__", TWICE)),
-    "a static method": (
-        lambda: Slopes.static(),
-        lambda v: setattr(Slopes, "static", staticmethod(lambda: v)),
-    ),
-    "a call": (lambda: OBJECT(), lambda v: setattr(Slopes, "__call__", lambda self: v)),
-    "a variable of an outer function": (lambda: GET(), lambda v: PUT(v)),
-    "a default": (lambda: default(), lambda v: setattr(SPACE, "slope", v)),
-}
-TWICE = (lambda self: 0.5).__code__
 
 
 def find(name, part):
@@ -440,11 +421,9 @@ def find(name, part):
 
 @pytest.mark.skipif(workers.METHOD != "fork", reason="processes are copied")
 @pytest.mark.parametrize("name", FINDS)
-def test_whatever_a_function_finds_is_the_same_in_every_process(name, monkeypatch):
-    for module_wide, value in (("OBJECT", Slopes()), ("LIST", [0.25]), ("FUNCTIONS", [float])):
-        monkeypatch.setitem(globals(), module_wide, value)
-    FUNCTIONS[0] = lambda: 0.25
-    kept = dict(vars(Slopes)), Slopes.method.__code__, ARRAY.copy()
+def test_whatever_a_function_finds_is_the_same_in_every_process(name):
+    OBJECT.f, FUNCTIONS[0], TABLES["a"][0]["slope"] = constant(0.25), constant(0.25), 0.25
+    kept = dict(vars(Slopes)), Slopes.method.__code__
     work, pool = functools.partial(find, name), workers.Workers(1)
     try:
         before, again = (pool.map(work, [[1], [1]]) for _ in range(2))
@@ -460,23 +439,32 @@ def test_whatever_a_function_finds_is_the_same_in_every_process(name, monkeypatc
         kept[0]["method"].__code__ = kept[1]
         for attribute in ("slope", "method", "static", "__call__"):
             setattr(Slopes, attribute, kept[0][attribute])
-        SPACE.slope, ARRAY[:] = 0.25, kept[2]
-        PUT(0.25)
-        NESTED["a"][0][0] = 0.25
+        PUT(constant(0.25))
+
+
+SEEN, SUMS, COUNTER = [], np.zeros(2), types.SimpleNamespace(calls=0)
+COUNTS = {"calls": 0}
 
 
 def count(part):
     COUNTS["calls"] += 1
-    COUNTS["seen"].append(part)
-    ARRAY[1] += 1
+    SEEN.append(part)
+    SUMS[1] += 1
+    COUNTER.calls += 1
     return abs(part)
 
 
-def test_a_functions_own_bookkeeping_starts_nothing_anew():
+@pytest.mark.parametrize("in_between", [False, True])
+def test_what_a_program_counts_starts_nothing_anew(in_between):
+    """In the functions themselves, or between two calls of them."""
     pool, pids = workers.Workers(1), set()
-    for _ in range(4):
+    for step in range(4):
         assert pool.map(count, [-1, -2]) == [1, 2]
         pids |= {worker.process.pid for worker in pool.workers}
+        if in_between:
+            SEEN[:] = [step]
+            SUMS[:] = step
+            COUNTER.calls = step
     pool.close()
     assert len(pids) == 1
 
@@ -499,8 +487,7 @@ workers.METHOD = "spawn"
 import mnist_resnet9 as m
 
 if __name__ == "__main__":
-    import test_workers
-    from test_workers import by_space, leaky, loss_of
+    from test_workers import leaky, loss_of
     sample = m.load_mnist("data/sample")
     for cores in (1, 2):
         m.use_cores(cores)
@@ -509,8 +496,6 @@ if __name__ == "__main__":
         said += [loss_of(sample), loss_of(sample)]
         m.relu = relu
         said += [loss_of(sample), len(m.workers.workers)]
-        test_workers.SPACE.slope = 0.5
-        said += [m.workers.map(by_space, [[1], [1]])[-1][0] for _ in range(2)]
         print(*map(repr, said))
     m.use_cores(1)
 """
@@ -522,11 +507,10 @@ def test_spawned_processes_do_not_know_what_was_replaced(tmp_path):
     result = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     alone, shared = map(str.split, result.stdout.splitlines())
-    assert alone[4] == "0" and shared[4] == "1"  # it computes again once relu is back
-    assert alone[:4] + alone[5:] == shared[:4] + shared[5:] and alone[0] != alone[1]
-    assert alone[5:] == ["0.5", "0.5"]
+    assert alone[:-1] == shared[:-1] and alone[0] != alone[1]
+    assert alone[-1] == "0" and shared[-1] == "1"  # it computes again once relu is back
     line = "*** This process computes alone: other processes find something else under these names:"
-    assert result.stderr == f"{line} relu.\n{line} SPACE.\n"
+    assert result.stderr == f"{line} relu.\n"
 
 
 def test_what_cannot_be_sent_is_computed_here(three, capsys):
