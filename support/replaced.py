@@ -22,6 +22,7 @@ from typing import Any, Callable, NamedTuple
 from support.trace import untraced
 
 MISSING = object()
+LARGE = 1000  # a list or a table with more than this is data
 FunctionWithCache = type(functools.lru_cache(abs))
 LIBRARY = os.path.dirname(os.__file__)  # Python's own
 
@@ -57,6 +58,8 @@ def is_users(kind):
 
 def held_by(value):
     """(a table or a list, the keys in it of what can be replaced in a value)."""
+    if isinstance(value, (list, dict)) and len(value) > LARGE:
+        return {}, []
     if isinstance(value, list):
         return value, [i for i, part in enumerate(value) if isinstance(part, (*CODE, list, dict))]
     if isinstance(value, dict):
