@@ -195,7 +195,8 @@ def test_overlay_has_all_accuracies_in_one_panel(save, capsys):
     runs = [read_run(save / tag) for tag in ("one", "two")]
     figure = plot_figs.draw_overlay(runs)
     (ax,) = figure.axes
-    for line, run in zip(ax.lines, runs, strict=True):
+    assert len(ax.lines) == len(runs)
+    for line, run in zip(ax.lines, runs):
         assert np.array_equal(
             line.get_xydata().T, [run.metrics["epoch"], run.metrics["test_accuracy"]]
         )
@@ -568,7 +569,8 @@ def test_layers_show_every_layer_and_its_gradient(run, sample, tmp_path, pool, c
     for stage in step.stages[:-1]:
         y, dy = stage.y[:, :, 0], stage.dy[:, :, 0]
         shown = min(4, y.shape[2])
-        for output, gradient in zip(tiles[:shown], tiles[shown : 2 * shown], strict=True):
+        assert len(tiles) >= 2 * shown
+        for output, gradient in zip(tiles[:shown], tiles[shown : 2 * shown]):
             (k,) = {k for k in range(y.shape[2]) if np.array_equal(y[:, :, k], output)} or {-1}
             assert k >= 0 and np.array_equal(dy[:, :, k], gradient), stage.name
         del tiles[: 2 * shown]

@@ -310,9 +310,9 @@ def test_an_operation_computes_on_the_device_what_it_does_on_the_cpu(
     expected, cache = forward(*inputs)
     np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-11)
     expected = backward(dy, cache)
-    for one, other in zip(
-        *(d if isinstance(d, tuple) else (d,) for d in (gradients, expected)), strict=True
-    ):
+    found, wanted = (d if isinstance(d, tuple) else (d,) for d in (gradients, expected))
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
 
 
