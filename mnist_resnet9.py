@@ -785,9 +785,10 @@ def init_params(settings, dtype=np.float32, network=None):
     arrays = {}
     for layer in (network or layers)(settings):
         values = layer.start(rng)
-        if len(values) != len(layer.params):
+        if not isinstance(values, (tuple, list)) or len(values) != len(layer.params):
             raise UserError(
-                f"{layer.name} has {len(layer.params)} parameters, but start() gives {len(values)}"
+                f"{layer.name} has the parameters {', '.join(layer.params)}: its start(rng) should "
+                "give a tuple with an array for each"
             )
         for name, a in zip(layer.params, values):
             if name in arrays:
@@ -820,17 +821,16 @@ def backward(net, dlogits, caches):
                 f"{layer.name} gets no gradient: the layer after it returns no dx "
                 "(need_dx=False, or a return is missing)"
             )
-        if layer.params:
-            # The first array returned is dx; * collects the rest, one for each parameter.
-            dy, *of_params = layer.op_backward(dy, cache)
-            if len(of_params) != len(layer.params):
-                raise UserError(
-                    f"{layer.name} has {len(layer.params)} parameters, "
-                    f"but its backward pass gives gradients of {len(of_params)}"
-                )
-            gradients.update(zip(layer.params, of_params))
-        else:
-            dy = layer.op_backward(dy, cache)
+        given = layer.op_backward(dy, cache)
+        given = given if isinstance(given, tuple) else (given,)
+        if len(given) != 1 + len(layer.params):
+            raise UserError(
+                f"the backward pass of {layer.name} gives {len(given)} arrays, not dx and "
+                f"gradients of {len(layer.params)} parameters"
+            )
+        # The first is dx; * collects the rest, one for each parameter.
+        dy, *of_params = given
+        gradients.update(zip(layer.params, of_params))
     return gradients
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from support import ROOT
 
-MADE_FOR = "5c3a3abc6177ee71"
+MADE_FOR = "4e505caea1877ca6"
 
 FIRST, BEHIND = "# ── Random numbers ", "# ── Main "  # the headings of sections
 NO_MATTER = ("ctx", "kind", "type_comment")

@@ -3,26 +3,26 @@
 `m.relu = leaky` in a notebook, a cell that is run again, a module loaded again: a process that was
 copied before has the old function, and one that read the source anew has that. Half of a batch
 would be computed with it, in silence.
-
-What counts is code, wherever a function finds it, and what has a name: in a module, in a class, in
-a table. Numbers in a list, in an array or in an object do not: many a program counts something
-there from step to step.
 """
 
 import contextlib
+import dis
 import functools
 import importlib
 import operator
 import os
 import sys
 import types
+import zlib
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, Callable, NamedTuple
+
+import numpy as np
 
 from support.trace import untraced
 
 MISSING = object()
-LARGE = 1000  # a list or a table with more than this is data
+LARGE = 1000  # a list or an array with more than this is not looked into
 FunctionWithCache = type(functools.lru_cache(abs))
 LIBRARY = os.path.dirname(os.__file__)  # Python's own
 
@@ -48,31 +48,52 @@ def names_in(code):
     return names
 
 
-CODE = (FunctionType, FunctionWithCache, CodeType, type, types.MethodType, functools.partial)
+@functools.lru_cache(maxsize=None)
+def globals_in(code):
+    """Those of them that are looked up as global names, and not as attributes."""
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    names = {name for how, name in steps if "GLOBAL" in how or "NAME" in how}
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= globals_in(constant)
+    return names
 
 
-def is_users(kind):
-    """Whether a class is the user's or the script's: objects of support/ change as they run."""
-    return is_own_module(sys.modules.get(kind.__module__)) and "support." not in kind.__module__
+def look_up(namespace, name):
+    return namespace.get(name, MISSING)
 
 
 def held_by(value):
-    """(a table or a list, the keys in it of what can be replaced in a value)."""
-    if isinstance(value, (list, dict)) and len(value) > LARGE:
-        return {}, []
-    if isinstance(value, list):
-        return value, [i for i, part in enumerate(value) if isinstance(part, (*CODE, list, dict))]
-    if isinstance(value, dict):
-        return value, list(value)
-    if isinstance(value, type) and is_users(value):
-        # Of what Python adds to a class, only methods count.
-        named = list(vars(value).items())  # another thread may add some
-        keys = [k for k, a in named if isinstance(a, FunctionType) or not k.startswith("__")]
-        return vars(value), keys
-    if is_users(type(value)):
-        named = getattr(value, "__dict__", {})
-        return named, [k for k, a in list(named.items()) if isinstance(a, CODE)]
-    return {}, []
+    """Where a value keeps what can be replaced in it: a dictionary or a list, or None.
+
+    Of objects, only those of the user's classes count: those of support/ change as they run."""
+    kind = value if isinstance(value, type) else type(value)
+    is_users = is_own_module(sys.modules.get(kind.__module__)) and "support." not in kind.__module__
+    held = None
+    if isinstance(value, (list, dict)):
+        held = value
+    elif is_users or kind is types.SimpleNamespace:
+        held = getattr(value, "__dict__", None)
+    return None if held is None or len(held) > LARGE else held
+
+
+def names_in_held(held):
+    if isinstance(held, list):
+        return range(len(held))
+    # Of what Python adds to a class, only methods count.
+    return [
+        name
+        for name, value in list(held.items())  # another thread may add some
+        if isinstance(value, FunctionType) or not str(name).startswith("__")
+    ]
+
+
+def length(held, _):
+    return len(held)
+
+
+def checksum(array, _):
+    return zlib.crc32(array.tobytes())
 
 
 class Seen(NamedTuple):
@@ -137,8 +158,15 @@ class Watched:
             return [value.fget]
         if isinstance(value, FunctionWithCache):
             return [value.__wrapped__]
+        if isinstance(value, np.ndarray):
+            self.note(checksum, value, [None] if value.size <= LARGE else [])
+            return []
         kin = value.__bases__ if isinstance(value, type) else [type(value)]
-        return [*kin, *self.note(operator.getitem, *held_by(value))]
+        held = held_by(value)
+        if held is None:
+            return kin
+        self.note(length, held, [None])
+        return [*kin, *self.note(operator.getitem, held, names_in_held(held))]
 
     def read(self, function):
         """parts_of() a function: what it finds."""
@@ -147,9 +175,14 @@ class Watched:
             return []
         own = ("__code__", "__defaults__", "__kwdefaults__")
         found = self.note(getattr, function, [name for name in own if getattr(function, name)])
-        namespaces, names = [function.__globals__], names_in(code)
+        found += self.note(operator.getitem, vars(function), names_in_held(vars(function)))
+        own, names = function.__globals__, names_in(code)
+        modules = [sys.modules.get(name) for name in names]  # that are imported within it
+        namespaces = [own, *(vars(one) for one in modules if is_own_module(one))]
+        self.note(look_up, own, [name for name in globals_in(code) if name not in own])
         for namespace in namespaces:  # it grows
-            there = [name for name in names if name in namespace]
+            wanted = globals_in(code) if namespace is own else names
+            there = [name for name in wanted if name in namespace]
             values = self.note(operator.getitem, namespace, there)
             for value in values:
                 if isinstance(value, ModuleType) and is_own_module(value):
@@ -157,18 +190,16 @@ class Watched:
                         namespaces.append(vars(value))
             found += values
         for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # a cell that is empty yet
-                is_code = isinstance(cell.cell_contents, CODE)
-                found += self.note(getattr, cell, ["cell_contents"] if is_code else [])
-                found.append(cell.cell_contents)
+            found += self.note(getattr, cell, ["cell_contents"])
         return found
 
     def note(self, look, owner, names):
         values = []
         for name in names:
-            seen = Seen(look, owner, name, untraced(look(owner, name)))
-            self.found[look, id(owner), name] = seen
-            values.append(seen.value)
+            with contextlib.suppress(ValueError):  # a cell that is empty yet
+                seen = Seen(look, owner, name, untraced(look(owner, name)))
+                self.found[look, id(owner), name] = seen
+                values.append(seen.value)
         return values
 
     def keep(self, found):
@@ -216,7 +247,7 @@ class Watched:
         return found
 
 
-def digest(value):
+def digest(value, depth=4):
     """What two processes can compare: the same for the same source."""
     if isinstance(value, FunctionWithCache):
         value = value.__wrapped__
@@ -225,10 +256,14 @@ def digest(value):
     if isinstance(value, CodeType):
         return value.co_code, value.co_names, digest(value.co_consts)
     if isinstance(value, tuple):
-        return tuple(digest(part) for part in value)
+        return tuple(digest(part, depth - 1) for part in value) if depth else "tuple"
     if isinstance(value, (bool, int, float, str, type(None))):
         return repr(value)
-    return type(value).__name__
+    if isinstance(value, np.ndarray) and value.size <= LARGE:
+        return value.dtype.str, value.shape, checksum(value, None)
+    held = held_by(value) if depth else None
+    names = () if held is None else names_in_held(held)
+    return type(value).__name__, *((digest(n), digest(held[n], depth - 1)) for n in names)
 
 
 def different(summary):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from support import ROOT, UserError
 from support.checkpoints import HISTORY, Unreadable, columns_of
-from support.storage import lock_file, make_folder, read_file, write_file
+from support.storage import lock_file, make_folder, read_file, reason, write_file
 
 # The columns of metrics.csv in every run; others follow: validation_accuracy, or a student's own.
 TIMES = ("seconds", "images_per_second")
@@ -66,7 +66,9 @@ def read_metrics(path):
             raise ValueError("rows of another length")
         return [dict(zip(columns, row)) for row in rows]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as the metrics of a run ({error})") from None
+        raise UserError(
+            f"{path} cannot be read as the metrics of a run ({reason(error)})"
+        ) from None
 
 
 SOURCES = {}  # path → bytes of the scripts that were imported, as they were then

@@ -113,9 +113,16 @@ def check_folder_name(tag):
         raise UserError(f"tag {tag!r} is a device's name on Windows: choose another")
 
 
-def whole_numbers(text):
+def number(text):
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def numbers_in(text):
     """'4,16,32,64' → (4, 16, 32, 64)."""
-    return tuple(int(part) for part in text.split(","))
+    return tuple(number(part) for part in text.split(","))
 
 
 def user_path(text):
@@ -157,7 +164,7 @@ class Parser(argparse.ArgumentParser):
                 options = {"action": argparse.BooleanOptionalAction}
             else:
                 options = {
-                    "type": whole_numbers if f.type is tuple else f.type,
+                    "type": numbers_in if f.type is tuple else f.type,
                     "choices": choices,
                     "metavar": None if choices else METAVARS.get(f.type),
                 }

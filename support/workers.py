@@ -31,8 +31,12 @@ import threadpoolctl
 from threadpoolctl import ThreadpoolController, threadpool_limits
 from tqdm import tqdm
 
-from support.replaced import Watched, different
+from support.replaced import FunctionWithCache, Watched, different
 from support.terminal import signals_to
+
+# After more calls than this before each of which something was replaced, as a number that a loop
+# lowers from step to step, this process computes alone: new workers each time would take longer.
+CHANGES_IN_A_ROW = 3
 
 # How many times longer than this process, and a second, a worker may take. One that takes more is
 # stopped, or swapped out. Whoever asks the run to stop should not have to wait so long.
@@ -116,7 +120,7 @@ class Packer(pickle.Pickler):
         self.functions = set()
 
     def reducer_override(self, value):
-        if isinstance(value, (types.FunctionType, type)):
+        if isinstance(value, (types.FunctionType, FunctionWithCache, type)):
             self.functions.add(value)
         return NotImplemented  # that is: as always
 
@@ -217,6 +221,7 @@ class Workers:
         self.inbox = b""
         self.functions = set()  # that they are asked to compute
         self.watched = None  # what the workers compute with; None before they are started
+        self.changes = 0  # calls in a row before which some of that was replaced
         self.starter = threading.current_thread()  # Linux ends a worker with the thread that did
         self.lent_to = 0  # the thread that got the last results,
         self.lent = []  # and weak references to their memory
@@ -235,6 +240,7 @@ class Workers:
             self.functions = set(functions)
             self.patience = PATIENCE
             self.said.clear()
+            self.changes = 0
             self.asked[threading.get_ident()] = count
             self.settle()
 
@@ -301,9 +307,16 @@ class Workers:
         try:
             ended = self.watched is None or not self.starter.is_alive()
             known = not ended and self.watched.roots.issuperset(map(id, functions))
-            if not known or self.watched.has_changed():
+            alone = self.changes > CHANGES_IN_A_ROW  # at the last call
+            changed = not known or self.watched.has_changed()
+            self.changes = self.changes + 1 if changed else 0
+            if changed:
                 self.functions |= functions
                 self.end(Watched(self.functions))
+            if self.changes > CHANGES_IN_A_ROW:
+                self.say("what it computes with changes from call to call", once="changes")
+                return False
+            if changed or alone:
                 self.start()
         except BaseException:
             self.end()

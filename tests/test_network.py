@@ -290,6 +290,10 @@ def without_db(dy, cache):
     return m.linear_backward(dy, cache)[:2]
 
 
+def dx_alone(dy, cache):
+    return m.linear_backward(dy, cache)[0]
+
+
 def with_another(dy, cache):
     return *m.linear_backward(dy, cache), dy
 
@@ -302,8 +306,9 @@ def summed_too_far(dy, cache):
 SLIPS = {
     transposed: r"fc9.weight is float32 \(196, 10\), but its gradient is float32 \(10, 196\)",
     in_double: r"fc9.weight is float32 \(196, 10\), but its gradient is float64 \(196, 10\)",
-    without_db: "fc9 has 2 parameters, but its backward pass gives gradients of 1",
-    with_another: "fc9 has 2 parameters, but its backward pass gives gradients of 3",
+    without_db: "the backward pass of fc9 gives 2 arrays, not dx and gradients of 2 parameters",
+    with_another: "the backward pass of fc9 gives 4 arrays, not dx and gradients of 2 parameters",
+    dx_alone: "the backward pass of fc9 gives 1 arrays, not dx and gradients of 2 parameters",
     summed_too_far: r"fc9.bias is float32 \(10,\), but its gradient is float32 \(\)",
 }
 
@@ -334,10 +339,14 @@ def test_two_parameters_of_one_name_are_an_error(name):
         m.init_params(SMALL, network=network)
 
 
-def test_a_layer_whose_parameters_have_no_values_is_an_error():
-    layer = m.Layer("scale", m.conv_block, m.conv_block_backward, ("scale.weight", "scale.bias"))
+@pytest.mark.parametrize("given", [(), None, np.zeros(2), (np.zeros(2),)], ids=str)
+def test_a_layer_whose_parameters_have_no_values_is_an_error(given):
+    names = ("scale.weight", "scale.bias")
+    layer = m.Layer("scale", m.conv_block, m.conv_block_backward, names, lambda rng: given)
 
-    with pytest.raises(m.UserError, match=r"^scale has 2 parameters, but start\(\) gives 0$"):
+    with pytest.raises(
+        m.UserError, match="^scale has the parameters scale.weight, scale.bias: its start"
+    ):
         m.init_params(SMALL, network=lambda settings, rng=None: [layer])
 
 

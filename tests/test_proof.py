@@ -427,6 +427,40 @@ def test_what_is_replaced_is_computed_with(name, sample, monkeypatch, capsys):
     assert m.fast_ways.replaced() == set()
 
 
+class Normalised:
+    """A network that normalises each image, or, with a flag, the batch."""
+
+    axes = (0, 1, 3)
+
+    def norm(self, x):
+        return x - x.mean(axis=self.axes, keepdims=True), None
+
+    def back(self, dy, _):
+        return dy - dy.mean(axis=self.axes, keepdims=True)
+
+    def layers(self, settings, rng=None):
+        first, *others = m.layers(settings, rng)
+        return [first, m.Layer("norm", self.norm, self.back), *others]
+
+
+def test_a_flag_of_an_object_is_honoured(sample):
+    settings, images = m.Settings(channels=(4, 4, 4, 4), threads=1), sample.train_images[:2]
+    one = Normalised()
+    assert m.fast_ways.of(one.layers, settings, images).shards
+    one.axes = (0, 1, 2)
+    assert not m.fast_ways.of(one.layers, settings, images).shards
+    del one.axes
+    assert m.fast_ways.of(one.layers, settings, images).shards
+
+
+def test_a_script_that_is_loaded_again_is_the_script_as_it_is():
+    program = "import importlib, mnist_resnet9 as m; m = importlib.reload(m); "
+    program += "print(m.fast_ways.replaced(), m.fast_ways.are_made_for_this())"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split() == ["set()", "True"], result.stderr
+
+
 def test_a_helper_of_what_replaces_is_looked_at_again(sample, monkeypatch):
     settings, images = m.Settings(channels=(4, 4, 4, 4)), sample.train_images
     monkeypatch.setattr(m, "surroundings", lambda x, k: helper(x, k))

@@ -48,6 +48,7 @@ def test_a_run_with_a_tuple_of_ones_own_continues(edited, tmp_path, capsys):
     assert module.main([*flags, "--epochs-max", "2"]) == 0
     assert module.main([*flags, "--epochs-max", "3", "--strides", "1,1"]) == 2
     assert "another experiment: it has strides [1, 2], not [1, 1]" in capsys.readouterr().err
+    assert module.parse_settings(["--strides", "0.5,2"]).strides == (0.5, 2)
 
 
 CLASS = SOURCE[SOURCE.index("class Settings:") : SOURCE.index("def __post_init__")]

@@ -386,7 +386,8 @@ def constant(value):
     return lambda *_: value
 
 
-OBJECT, FUNCTIONS, TABLES = Slopes(), [None], {"a": [{}]}
+OBJECT, SPACE, LIST = Slopes(), types.SimpleNamespace(slope=0.25), [0.25]
+ARRAY, FUNCTIONS, TABLES = np.array([0.25, 1.0]), [None], {"a": [{}]}
 BOUND = OBJECT.method
 GET, PUT = enclosing(constant(0.25))
 
@@ -394,6 +395,22 @@ GET, PUT = enclosing(constant(0.25))
 # Where a function finds what it computes with; and how that is replaced.
 FINDS = {
     "attribute of a class": (lambda: Slopes.slope, lambda v: setattr(Slopes, "slope", v)),
+    "a namespace": (lambda: SPACE.slope, lambda v: setattr(SPACE, "slope", v)),
+    "a list": (lambda: LIST[0], lambda v: put_at(LIST, 0, v)),
+    "a list that grows": (lambda: LIST[-1], lambda v: LIST.append(v)),
+    "a function in a table that is new": (
+        lambda: TABLES.get("f", constant(0.25))(),
+        lambda v: put_at(TABLES, "f", constant(v)),
+    ),
+    "an array": (lambda: ARRAY[0], lambda v: put_at(ARRAY, 0, v)),
+    "an attribute of a function": (
+        lambda: by_list.slope,
+        lambda v: setattr(by_list, "slope", v),
+    ),
+    "a built-in that is shadowed": (
+        lambda: max(0.25, 0.1),
+        lambda v: globals().update(max=constant(v)),
+    ),
     "a function in a list": (lambda: FUNCTIONS[0](), lambda v: put_at(FUNCTIONS, 0, constant(v))),
     "a function in an object": (lambda: OBJECT.f(), lambda v: setattr(OBJECT, "f", constant(v))),
     "a number in a table in a list in a table": (
@@ -424,6 +441,8 @@ def find(name, part):
 @pytest.mark.parametrize("name", FINDS)
 def test_whatever_a_function_finds_is_the_same_in_every_process(name):
     OBJECT.f, FUNCTIONS[0], TABLES["a"][0]["slope"] = constant(0.25), constant(0.25), 0.25
+    SPACE.slope, LIST[:], ARRAY[:], by_list.slope = 0.25, [0.25], 0.25, 0.25
+    TABLES.pop("f", None)
     kept = dict(vars(Slopes)), Slopes.method.__code__
     work, pool = functools.partial(find, name), workers.Workers(1)
     try:
@@ -441,6 +460,7 @@ def test_whatever_a_function_finds_is_the_same_in_every_process(name):
         for attribute in ("slope", "method", "static", "__call__"):
             setattr(Slopes, attribute, kept[0][attribute])
         PUT(constant(0.25))
+        globals().pop("max", None)
 
 
 SEEN, SUMS, COUNTER = [], np.zeros(2), types.SimpleNamespace(calls=0)
@@ -455,19 +475,34 @@ def count(part):
     return abs(part)
 
 
-@pytest.mark.parametrize("in_between", [False, True])
-def test_what_a_program_counts_starts_nothing_anew(in_between):
-    """In the functions themselves, or between two calls of them."""
+def test_what_a_function_counts_itself_starts_nothing_anew():
     pool, pids = workers.Workers(1), set()
-    for step in range(4):
+    for _ in range(4):
         assert pool.map(count, [-1, -2]) == [1, 2]
         pids |= {worker.process.pid for worker in pool.workers}
-        if in_between:
-            SEEN[:] = [step]
-            SUMS[:] = step
-            COUNTER.calls = step
     pool.close()
     assert len(pids) == 1
+
+
+def by_list(part):
+    return [LIST[0] for _ in part]
+
+
+def test_what_changes_before_every_call_is_computed_alone(capsys):
+    """And once it has stopped to change, by the workers again."""
+    pool, pids = workers.Workers(1), []
+    for value in (0, 1, 2, 3, 4, 5, 5, 5):
+        LIST[0] = value
+        assert pool.map(by_list, [[1], [1]]) == [[value], [value]]
+        pids.append(tuple(worker.process.pid for worker in pool.workers))
+    pool.close()
+    assert len(set(pids[:3])) == 3 and pids[3:6] == [()] * 3
+    assert pids[6] == pids[7] != ()
+    said = capsys.readouterr().err
+    assert (
+        said
+        == "*** This process computes alone: what it computes with changes from call to call.\n"
+    )
 
 
 def test_what_stays_starts_nothing_anew(sample, two_cores):
