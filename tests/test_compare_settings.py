@@ -47,6 +47,7 @@ def test_the_loss_is_that_of_the_best_temperature(rng):
     assert compare_settings.best_loss(softer, labels) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.long
 def test_a_row_for_each_set_of_flags(monkeypatch, sample, capsys):
     few = {name: getattr(sample, name)[:1000] for name in ("train_images", "train_labels")}
     monkeypatch.setattr(m, "load_mnist", lambda folder: replace(sample, **few))

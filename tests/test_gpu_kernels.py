@@ -421,6 +421,7 @@ def check_steps(given, cuda, sample, monkeypatch, images=20):
     assert min(distances) < bound and max(distances) < 1e-3
 
 
+@pytest.mark.long
 def test_an_epoch_that_is_interrupted_gives_the_same_bits(cuda, sample):
     whole, parts = (
         Both(cuda, sample, images=40, ema=0.9, dropout=0.5, augment=0.5) for _ in range(2)

@@ -17,13 +17,8 @@ from faults import Operation
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for file names")
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        pytest.param(scenario, marks=[] if scenario == "continued" else pytest.mark.long)
-        for scenario in powercut.SCENARIOS
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("scenario", powercut.SCENARIOS)
 def test_every_state_after_a_power_cut_continues(scenario, tmp_path):
     kinds, problems = powercut.run(scenario, tmp_path, 8, random.Random(0))
     assert sum(kinds.values()) == 8 and not problems

@@ -76,7 +76,7 @@ EDITS = {
             "    padded[r : r + H, r : r + W] = x\n",
             '    padded = xp.pad(x, ((r, r), (r, r), (0, 0), (0, 0)), "edge")\n',
         ),
-        cpu=r"convolution as written here differs from Winograd's \(0.\d+\): the script's own",
+        cpu=r"convolution as written here differs from Winograd's \([\d.]+\): the script's own",
         kernels=GRADIENT,
     ),
     "correlation turned round": Edit(

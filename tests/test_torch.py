@@ -300,7 +300,7 @@ def test_on_a_blank_image_max_pooling_ties_and_the_two_differ_on_purpose(pair, p
 
 
 # Three steps an epoch.
-TINY = [*SMALL, *"--threads 1 --learning-rate 1e-3 --train-images 96".split()]
+TINY = [*SMALL, *"--threads 1 --learning-rate 1e-3 --train-images 96 --batch-size 32".split()]
 
 
 @pytest.fixture(autouse=True)
