@@ -306,17 +306,17 @@ class Workers:
             return False
         try:
             ended = self.watched is None or not self.starter.is_alive()
-            known = not ended and self.watched.roots.issuperset(map(id, functions))
+            known = ended or self.watched.roots.issuperset(map(id, functions))
             alone = self.changes > CHANGES_IN_A_ROW  # at the last call
-            changed = not known or self.watched.has_changed()
+            changed = not ended and (not known or self.watched.has_changed())
             self.changes = self.changes + 1 if changed else 0
-            if changed:
+            if ended or changed:
                 self.functions |= functions
                 self.end(Watched(self.functions))
             if self.changes > CHANGES_IN_A_ROW:
                 self.say("what it computes with changes from call to call", once="changes")
                 return False
-            if changed or alone:
+            if ended or changed or alone:
                 self.start()
         except BaseException:
             self.end()
